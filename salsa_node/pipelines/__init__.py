@@ -1,0 +1,116 @@
+"""From a CT volume to masks: the Pipeline protocol, what it returns, and the table of those at hand.
+
+A pipeline is one file in this folder with a class that obeys `Pipeline` and one line in `_TABLE`.
+Files are imported on `load`, so that listing names costs nothing and torch stays out of the
+command line.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from salsa_node.errors import ConfigError
+from salsa_node.uids import digest
+from salsa_node.volume import CtVolume, LabelVolume
+
+DEMO_NOTICE = "DEMO MODEL – NOT FOR CLINICAL USE"
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """What made a set of masks: enough to make it again and to tell it from another.
+
+    weights_sha256: file name -> SHA-256, of every file that decided the outcome.
+    parameters: JSON-able settings that change the outcome.
+    device: where it ran; not part of the digest.
+    notice: words that every object made from these masks must carry; empty for released models.
+    """
+
+    pipeline: str
+    version: str
+    weights_sha256: Mapping[str, str] = field(default_factory=dict)
+    parameters: Mapping[str, object] = field(default_factory=dict)
+    device: str = "cpu"
+    notice: str = ""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over all that decides the outcome."""
+        decisive = {"weights": dict(self.weights_sha256), "parameters": dict(self.parameters)}
+        return digest(self.pipeline, self.version, json.dumps(decisive, sort_keys=True))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Masks:
+    """What a pipeline saw, on the grid of the CT it was given.
+
+    organ: 1 = liver; None where the pipeline (or the person) gave none.
+    lesions: 0 = background; every other value is a lesion, and touching voxels of different values
+        are different lesions.
+    """
+
+    organ: LabelVolume | None
+    lesions: LabelVolume
+    provenance: Provenance
+
+    def __post_init__(self) -> None:
+        if self.organ is not None and not self.organ.grid.matches(self.lesions.grid):
+            raise ValueError("organ and lesions lie on different grids")
+
+
+@runtime_checkable
+class Pipeline(Protocol):
+    """Finds the liver and its lesions."""
+
+    @property
+    def provenance(self) -> Provenance:
+        """What this pipeline is, known before it has run."""
+        ...
+
+    def segment(self, ct: CtVolume) -> Masks:
+        """Masks on `ct.grid`. Raises PipelineError; OrganNotFound where there is no liver."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineSettings:
+    """What any pipeline may be told.
+
+    device: "auto", "cpu" or "cuda:N".
+    models_dir: where installed model folders lie; None for the packaged demo models alone.
+    masks_path: the label map of `given_masks`.
+    options: the pipeline's own settings.
+    """
+
+    device: str = "auto"
+    models_dir: Path | None = None
+    masks_path: Path | None = None
+    options: Mapping[str, object] = field(default_factory=dict)
+
+
+_TABLE = {
+    "demo": "salsa_node.pipelines.demo:DemoPipeline",
+    "given_masks": "salsa_node.pipelines.given_masks:GivenMasksPipeline",
+}
+
+
+def names() -> tuple[str, ...]:
+    """The pipelines that `load` knows."""
+    return tuple(_TABLE)
+
+
+def load(name: str, settings: PipelineSettings) -> Pipeline:
+    """The pipeline of that name with its weights in memory.
+
+    Raises ConfigError for an unknown name, WeightsMissing where a model folder is absent.
+    """
+    if name not in _TABLE:
+        raise ConfigError(f"no pipeline is called {name!r}; there are {', '.join(_TABLE)}")
+    module, _, attribute = _TABLE[name].partition(":")
+    pipeline: Pipeline = getattr(importlib.import_module(module), attribute)(settings)
+    return pipeline
