@@ -1,0 +1,47 @@
+"""What several tests share: where the test data lies, free ports, and peers that end with the test."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def testdata() -> Path:
+    """The folder of public DICOM and NIfTI files beside the project."""
+    folder = Path(os.environ.get("SALSA_NODE_TESTDATA", PROJECT.parent / "shared" / "testdata"))
+    if not folder.is_dir():
+        pytest.skip("the public test data is not beside the project (SALSA_NODE_TESTDATA names another place)")
+    return folder
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A TCP port on the loopback that nobody listens on."""
+    return unused_port()
+
+
+def unused_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def tool() -> Callable[[str], str]:
+    """The path of a program from Debian, or a skip that says what to install."""
+
+    def find(name: str, package: str = "dcmtk") -> str:
+        path = shutil.which(name) or shutil.which(name, path="/usr/sbin:/usr/bin")
+        if path is None:
+            pytest.skip(f"{name} is not installed (apt-get install {package})")
+        return path
+
+    return find
