@@ -8,12 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from math import pi
 
+from salsa_node.criteria import Criteria
 from salsa_node.pipelines import Masks, Provenance
 from salsa_node.volume import CtVolume, LabelVolume, PointMm
-
-MEASURABLE_MM3 = 4 / 3 * pi * 5.0**3  # the 10 mm sphere that SALSA puts in place of RECIST's 10 mm long axis
 
 
 class Disease(Enum):
@@ -21,28 +19,6 @@ class Disease(Enum):
 
     MEASURABLE = "measurable"
     NON_MEASURABLE = "non-measurable"
-
-
-class Rule(Enum):
-    """How measurability is decided."""
-
-    DIAMETER = "diameter"  #: longest axial diameter >= 10 mm, or >= 2 x slice spacing where that exceeds 5 mm
-    VOLUME = "volume"  #: volume >= 523.6 mm3 (SALSA)
-
-
-@dataclass(frozen=True, slots=True)
-class Criteria:
-    """The rule and its numbers; written into every result.
-
-    min_lesion_mm3: smaller components are counted in `Findings.dropped_specks`, not reported as lesions.
-    """
-
-    rule: Rule = Rule.DIAMETER
-    min_diameter_mm: float = 10.0
-    thick_slice_mm: float = 5.0
-    thick_slice_factor: float = 2.0
-    min_volume_mm3: float = MEASURABLE_MM3
-    min_lesion_mm3: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
