@@ -1,0 +1,185 @@
+"""TOML -> frozen settings: the only reader of files and environment for settings.
+
+An unknown key is refused with the nearest known one, a wrong type or value with what was found and
+what was expected. Nothing is repaired.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from enum import Enum
+from pathlib import Path
+
+from salsa_node.criteria import Criteria
+from salsa_node.errors import ConfigError
+from salsa_node.settings import (
+    AssemblySettings,
+    DeliverySettings,
+    Destination,
+    ListenerSettings,
+    NodeSettings,
+    PipelineChoice,
+    ResultSettings,
+    WorkerSettings,
+)
+
+ENVIRONMENT = "SALSA_NODE_CONFIG"
+SENDER = "sender"  # in delivery.to: whoever sent the study
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """All settings of one node; the sections of the TOML file, in its order."""
+
+    node: NodeSettings = field(default_factory=NodeSettings)
+    listener: ListenerSettings = field(default_factory=ListenerSettings)
+    assembly: AssemblySettings = field(default_factory=AssemblySettings)
+    pipeline: PipelineChoice = field(default_factory=PipelineChoice)
+    criteria: Criteria = field(default_factory=Criteria)
+    results: ResultSettings = field(default_factory=ResultSettings)
+    worker: WorkerSettings = field(default_factory=WorkerSettings)
+    delivery: DeliverySettings = field(default_factory=DeliverySettings)
+    destination: tuple[Destination, ...] = ()
+
+    @property
+    def store_url(self) -> str:
+        """Where the record lies."""
+        return self.node.store_url or f"sqlite:///{self.node.data_dir / 'salsa_node.sqlite'}"
+
+    def destination_named(self, name: str) -> Destination:
+        """The destination of that name. Raises ConfigError naming those there are."""
+        for destination in self.destination:
+            if destination.name == name:
+                return destination
+        there = ", ".join(d.name for d in self.destination) or "none; add a [[destination]] to the config"
+        raise ConfigError(f"no destination is called {name!r}; there are: {there}")
+
+
+def load(path: Path | None = None) -> Config:
+    """Settings from `path`, else from the file that $SALSA_NODE_CONFIG names, else the defaults.
+
+    Raises ConfigError with the file, the key, what was found and what was expected.
+    """
+    named = path or (Path(os.environ[ENVIRONMENT]) if os.environ.get(ENVIRONMENT) else None)
+    if named is None:
+        return Config()
+    try:
+        text = named.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"{named}: the config file cannot be read ({exc.__class__.__name__}: {exc})") from exc
+    try:
+        return parse(text)
+    except ConfigError as exc:
+        raise ConfigError(f"{named}: {exc}") from exc
+
+
+def parse(text: str) -> Config:
+    """Settings from TOML text; keys that are absent keep their defaults. Raises ConfigError."""
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as exc:
+        raise ConfigError(f"not valid TOML: {exc}") from exc
+    config = _value(Config, document, "")
+    assert isinstance(config, Config)
+    _check_together(config)
+    return config
+
+
+def _value(kind: object, found: object, key: str) -> object:
+    """`found` as a `kind`, or a ConfigError that names `key`."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if is_dataclass(kind) and isinstance(kind, type):
+        return _section(kind, found, key)
+    if origin is tuple:
+        if not isinstance(found, list):
+            raise ConfigError(f"{key}: expected a list, found {found!r}")
+        return tuple(_value(arguments[0], item, f"{key}[{n}]") for n, item in enumerate(found))
+    if origin in (typing.Union, types.UnionType):
+        return _value(next(a for a in arguments if a is not type(None)), found, key)
+    if origin in (Mapping, dict):
+        if not isinstance(found, dict):
+            raise ConfigError(f"{key}: expected a table, found {found!r}")
+        return found
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        try:
+            return kind(found)
+        except ValueError:
+            raise ConfigError(
+                f"{key}: expected one of {', '.join(str(m.value) for m in kind)}, found {found!r}"
+            ) from None
+    if kind is Path and isinstance(found, str):
+        return Path(found)
+    if kind is float and isinstance(found, int) and not isinstance(found, bool):
+        return float(found)
+    if isinstance(kind, type) and isinstance(found, kind) and (kind is bool or not isinstance(found, bool)):
+        return found
+    expected = kind.__name__ if isinstance(kind, type) else str(kind)
+    raise ConfigError(f"{key}: expected {'text' if kind in (str, Path) else expected}, found {found!r}")
+
+
+def _section(kind: type, found: object, key: str) -> object:
+    if not isinstance(found, dict):
+        raise ConfigError(f"{key}: expected a table, found {found!r}")
+    known = {f.name: f for f in fields(kind)}
+    for name in found:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(known)}"
+            raise ConfigError(f"{_dotted(key, name)}: no such key; {hint}")
+    for name, entry in known.items():
+        if name not in found and entry.default is MISSING and entry.default_factory is MISSING:
+            raise ConfigError(f"{_dotted(key, name)}: missing")
+    hints = typing.get_type_hints(kind)
+    values = {name: _value(hints[name], found[name], _dotted(key, name)) for name in found}
+    for name, value in values.items():
+        _check_alone(known[name], value, _dotted(key, name))
+    return kind(**values)
+
+
+def _check_alone(entry: Field[object], value: object, key: str) -> None:
+    """What a value must obey by itself; the unit in the key's name says most of it."""
+    choices = entry.metadata.get("choices")
+    if choices and value not in choices:
+        raise ConfigError(f"{key}: expected one of {', '.join(choices)}, found {value!r}")
+    if entry.name.endswith("ae_title") and isinstance(value, str) and not _is_ae_title(value):
+        raise ConfigError(
+            f"{key}: an AE title has 1 to 16 printable ASCII characters without backslash, found {value!r}"
+        )
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        low = entry.metadata.get("min", 0)
+        high = entry.metadata.get("max", float("inf"))
+        if not low <= value <= high:
+            upto = "" if high == float("inf") else f" and at most {high}"
+            raise ConfigError(f"{key}: expected at least {low}{upto}, found {value!r}")
+
+
+def _check_together(config: Config) -> None:
+    """What several values must obey together."""
+    if 2 * config.worker.heartbeat_s > config.worker.lease_s:
+        raise ConfigError(
+            f"worker.heartbeat_s: expected at most half of worker.lease_s ({config.worker.lease_s:g}), "
+            f"found {config.worker.heartbeat_s:g}"
+        )
+    names = [destination.name for destination in config.destination]
+    for name in names:
+        if names.count(name) > 1 or name == SENDER:
+            raise ConfigError(f"destination: the name {name!r} is taken; each needs its own")
+    for name in config.delivery.to:
+        if name != SENDER and name not in names:
+            there = ", ".join([*names, SENDER])
+            raise ConfigError(f"delivery.to: no [[destination]] is called {name!r}; there are: {there}")
+
+
+def _is_ae_title(text: str) -> bool:
+    """PS3.5 6.2, value representation AE."""
+    return 1 <= len(text.strip()) and len(text) <= 16 and all(32 <= ord(c) < 127 and c != "\\" for c in text)
+
+
+def _dotted(section: str, name: str) -> str:
+    return f"{section}.{name}" if section else name

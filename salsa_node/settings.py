@@ -1,0 +1,133 @@
+"""Every setting of the node as frozen values: data only, filled by `config`, handed down by argument."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from salsa_node.criteria import Criteria
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSettings:
+    """The node itself.
+
+    data_dir: everything the node keeps lies below it; made when absent.
+    store_url: SQLAlchemy URL of the record; "" for an SQLite file in data_dir.
+    """
+
+    data_dir: Path = Path("salsa-data")
+    store_url: str = ""
+    log_level: str = field(default="info", metadata={"choices": ("debug", "info", "warning", "error")})
+    log_format: str = field(default="text", metadata={"choices": ("text", "json")})
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Who may open an association: a calling AE title ("*" for any) from an address ("*" for any)."""
+
+    ae_title: str = "*"
+    address: str = "127.0.0.1"
+
+
+@dataclass(frozen=True, slots=True)
+class ListenerSettings:
+    """The door.
+
+    any_called_ae_title: accept associations that call us by another AE title.
+    allowed: an association from anybody else is rejected.
+    """
+
+    ae_title: str = "SALSA_NODE"
+    host: str = "127.0.0.1"
+    port: int = field(default=11112, metadata={"min": 1, "max": 65535})
+    any_called_ae_title: bool = False
+    allowed: tuple[Peer, ...] = (Peer(),)
+    max_associations: int = field(default=10, metadata={"min": 1})
+    max_pdu_bytes: int = field(default=131072, metadata={"min": 4096})
+    idle_timeout_s: float = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class AssemblySettings:
+    """When a series is whole: no new instance for quiet_s."""
+
+    quiet_s: float = 30.0
+    poll_s: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """Where results may go, by DICOM C-STORE.
+
+    calling_ae_title: what we call ourselves there; "" for the listener's own AE title.
+    """
+
+    name: str
+    ae_title: str
+    host: str
+    port: int = field(metadata={"min": 1, "max": 65535})
+    calling_ae_title: str = "SALSA_NODE"
+
+
+@dataclass(frozen=True, slots=True)
+class DeliverySettings:
+    """How results leave.
+
+    to: names of destinations; "sender" is the destination whose AE title sent the study.
+    first_retry_s, max_retry_s: the wait after a failure doubles from the first to the second.
+    max_attempts: after so many a delivery is given up and waits for `salsa-node resend`.
+    """
+
+    to: tuple[str, ...] = ("sender",)
+    first_retry_s: float = 30.0
+    max_retry_s: float = 3600.0
+    max_attempts: int = field(default=20, metadata={"min": 1})
+    timeout_s: float = 30.0
+    lease_s: float = 300.0
+    poll_s: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineChoice:
+    """Which pipeline looks at the images.
+
+    device: "auto", "cpu" or "cuda:N".
+    models_dir: where installed model folders lie; "" for the packaged demo models alone.
+    """
+
+    name: str = "demo"
+    device: str = "auto"
+    models_dir: str = ""
+    options: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ResultSettings:
+    """What goes into the objects that are sent.
+
+    include_liver: the SEG gets a liver segment beside the lesions.
+    """
+
+    include_liver: bool = False
+    seg_series_number: int = 9001
+    sr_series_number: int = 9002
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSettings:
+    """How runs are carried.
+
+    lease_s: how long a silent worker keeps a run; heartbeat_s: how often a living one renews it.
+    max_attempts: after so many the run fails and waits for a person.
+    retry_s: the wait before a retryable failure is tried again, doubled each time.
+    stop_grace_s: how long a stopping node waits for its worker before it kills it.
+    """
+
+    lease_s: float = 60.0
+    heartbeat_s: float = 10.0
+    max_attempts: int = 3
+    retry_s: float = 30.0
+    stop_grace_s: float = 15.0
+    poll_s: float = 0.5
