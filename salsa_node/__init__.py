@@ -9,7 +9,7 @@ network, the store or the config file; the plumbing wing never hears of voxels. 
     uids                   <-
     criteria               <-
     codes                  <-
-    settings               <- criteria
+    settings               <-
     config                 <- errors settings criteria
     volume                 <- uids
     series                 <- errors uids volume

@@ -1,0 +1,104 @@
+"""Settings: the shipped file equals the defaults, and a mistake names itself."""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+
+import pytest
+
+from salsa_node.config import Config, load, parse
+from salsa_node.criteria import Rule
+from salsa_node.errors import ConfigError
+
+SHIPPED = Path(__file__).parents[1] / "config" / "salsa_node.toml"
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_the_shipped_file_equals_the_defaults():
+    assert load(SHIPPED) == Config()
+
+
+def test_the_shipped_file_holds_every_key_with_a_comment():
+    lines = SHIPPED.read_text().splitlines()
+    for section in fields(Config()):
+        values = getattr(Config(), section.name)
+        if not is_dataclass(values):
+            continue
+        assert f"[{section.name}]" in lines
+        for key in fields(values):
+            if key.name == "options":
+                assert f"[{section.name}.options]" in SHIPPED.read_text()
+                continue
+            line = next((text for text in lines if text.startswith(f"{key.name} = ")), None)
+            assert line is not None, f"{section.name}.{key.name} is not in the shipped file"
+            assert "#" in line, f"{section.name}.{key.name} has no comment"
+
+
+def test_the_readme_names_every_key():
+    text = README.read_text()
+    missing = [
+        f"{section.name}.{key.name}"
+        for section in fields(Config())
+        if is_dataclass(getattr(Config(), section.name))
+        for key in fields(getattr(Config(), section.name))
+        if f"`{section.name}.{key.name}`" not in text
+    ]
+    assert not missing
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[listner]\nport = 1", ["listner", "listener"]),
+        ("[listener]\nprot = 1", ["listener.prot", "'port'"]),
+        ("[listener]\nport = '104'", ["listener.port", "expected int", "'104'"]),
+        ("[listener]\nport = 70000", ["listener.port", "65535", "70000"]),
+        ("[listener]\nport = true", ["listener.port", "True"]),
+        ("[listener]\nae_title = 'A TITLE THAT IS TOO LONG'", ["listener.ae_title", "16"]),
+        ("[assembly]\nquiet_s = -1", ["assembly.quiet_s", "at least 0", "-1"]),
+        ("[criteria]\nrule = 'size'", ["criteria.rule", "diameter, volume", "'size'"]),
+        ("[node]\nlog_level = 'loud'", ["node.log_level", "debug", "'loud'"]),
+        ("[worker]\nlease_s = 5\nheartbeat_s = 4", ["worker.heartbeat_s", "half"]),
+        ("[delivery]\nto = ['pacs']", ["delivery.to", "'pacs'", "sender"]),
+        ("[[destination]]\nname = 'a'\nae_title = 'A'\nhost = 'h'", ["destination[0].port", "missing"]),
+        ("[[destination]]\nname = 'a'\nae_title = 'A'\nhost = 'h'\nport = 1\n" * 2, ["destination", "'a'"]),
+        ("listener = 3", ["listener", "table", "3"]),
+        ("[listener", ["TOML"]),
+        ("[pipeline]\noptions = 3", ["pipeline.options", "table"]),
+    ],
+)
+def test_a_mistake_is_named(text, words):
+    with pytest.raises(ConfigError) as caught:
+        parse(text)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_values_arrive_typed():
+    config = parse(
+        "[criteria]\nrule = 'volume'\nmin_diameter_mm = 12\n"
+        "[listener]\nallowed = [{ae_title = 'CT1', address = '192.0.2.1'}]\n"
+        "[delivery]\nto = ['pacs', 'sender']\n"
+        "[[destination]]\nname = 'pacs'\nae_title = 'PACS'\nhost = '192.0.2.2'\nport = 104\n"
+    )
+    assert config.criteria.rule is Rule.VOLUME
+    assert config.criteria.min_diameter_mm == 12.0
+    assert isinstance(config.criteria.min_diameter_mm, float)
+    assert config.listener.allowed[0].ae_title == "CT1"
+    assert config.destination_named("pacs").port == 104
+    with pytest.raises(ConfigError, match="there are: pacs"):
+        config.destination_named("pax")
+
+
+def test_a_file_that_is_not_there_says_so(tmp_path):
+    with pytest.raises(ConfigError, match=r"absent\.toml"):
+        load(tmp_path / "absent.toml")
+
+
+def test_the_environment_names_the_file(tmp_path, monkeypatch):
+    file = tmp_path / "site.toml"
+    file.write_text("[listener]\nport = 4242\n")
+    monkeypatch.setenv("SALSA_NODE_CONFIG", str(file))
+    assert load().listener.port == 4242
+    assert load(SHIPPED).listener.port == 11112
