@@ -1,0 +1,53 @@
+"""Logs: a sentence for people, keys for machines, never patient identity.
+
+`log.info("series complete", extra={"event": "series.complete", "series_uid": uid})`
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from datetime import UTC, datetime
+from typing import TextIO
+
+_OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+
+def start(level: str, form: str, stream: TextIO | None = None) -> None:
+    """Send this package's logs to `stream` (standard error) as "text" or "json" lines from `level` on."""
+    sink = logging.StreamHandler(stream or sys.stderr)
+    sink.setFormatter(_JsonLines() if form == "json" else _Text())
+    root = logging.getLogger("salsa_node")
+    root.handlers[:] = [sink]
+    root.setLevel(level.upper())
+    root.propagate = False
+
+
+def _keys(record: logging.LogRecord) -> dict[str, object]:
+    return {key: value for key, value in vars(record).items() if key not in _OWN}
+
+
+def _when(record: logging.LogRecord) -> str:
+    return datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+
+
+class _Text(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        keys = " ".join(f"{key}={value}" for key, value in _keys(record).items() if key != "event")
+        line = f"{_when(record)} {record.levelname.lower():7} {record.getMessage()}{'  ' + keys if keys else ''}"
+        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+
+
+class _JsonLines(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, object] = {
+            "at": _when(record),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **_keys(record),
+        }
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
