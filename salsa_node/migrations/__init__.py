@@ -1,0 +1,29 @@
+"""The steps that bring an older store's tables to today's shape (Alembic)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import sqlalchemy as sa
+
+HEAD = "0001"  #: the revision that `salsa_node.store_rows.METADATA` describes; revisions count upwards
+
+
+def revision(connection: sa.Connection) -> str | None:
+    """The revision of the tables behind `connection`; None where there are none yet."""
+    if not sa.inspect(connection).has_table("alembic_version"):
+        return None
+    found = connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar()
+    return None if found is None else str(found)
+
+
+def upgrade(connection: sa.Connection, target: str = HEAD) -> None:
+    """Bring the tables behind `connection` to `target`, inside the caller's transaction."""
+    from alembic import command  # 0.2 s of import that only the node's start needs
+    from alembic.config import Config
+
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent).replace("%", "%%"))
+    config.set_main_option("path_separator", "os")
+    config.attributes["connection"] = connection
+    command.upgrade(config, target)

@@ -1,0 +1,496 @@
+"""The record: what arrived, what was made of it, where it went; the only truth of the node.
+
+Each method is one transaction and returns frozen rows. Several processes may hold the same store
+open: writers take turns, work is claimed by a lease that runs out, and every change of state writes
+an Event in the same transaction.
+
+States (a test holds this drawing against `store_rows.TRANSITIONS`)::
+
+    Series    RECEIVING -> COMPLETE
+              COMPLETE -> REJECTED | RECEIVING
+              REJECTED -> RECEIVING
+    Run       QUEUED -> RUNNING | CANCELLED
+              RUNNING -> PRODUCED | QUEUED | FAILED | CANCELLED
+              PRODUCED -> SUPERSEDED
+    Delivery  PENDING -> SENT | PENDING | GAVE_UP | WITHDRAWN
+              SENT -> VERIFIED | PENDING
+              VERIFIED -> PENDING
+              GAVE_UP -> PENDING
+
+A study has one current result. Queueing a newer run cancels the runs of that study that wait or run;
+its worker hears LeaseLost at the next heartbeat. The older result stays current until the newer one
+is PRODUCED; then it is SUPERSEDED and what had not yet gone out of it is WITHDRAWN.
+
+Times are aware UTC datetimes and come in as `now`. Every method raises StoreError where the
+database cannot be read or written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timedelta
+from types import TracebackType
+
+import sqlalchemy as sa
+
+from salsa_node import migrations
+from salsa_node.errors import ContentConflict, StoreError, UnknownStudy
+from salsa_node.store_queries import Queries
+from salsa_node.store_rows import (
+    DELIVERIES,
+    INSTANCES,
+    OBJECTS,
+    RUNS,
+    SERIES,
+    STUDIES,
+    Arrival,
+    Delivery,
+    DeliveryState,
+    Event,
+    Instance,
+    NewInstance,
+    NewObject,
+    ResultObject,
+    Run,
+    RunState,
+    Series,
+    SeriesState,
+    Study,
+)
+from salsa_node.store_transaction import StoreSettings, Transaction, columns, connect, settings_for, transaction
+
+__all__ = [
+    "Arrival",
+    "Delivery",
+    "DeliveryState",
+    "Event",
+    "Instance",
+    "NewInstance",
+    "NewObject",
+    "ResultObject",
+    "Run",
+    "RunState",
+    "Series",
+    "SeriesState",
+    "Store",
+    "StoreSettings",
+    "Study",
+    "settings_for",
+]
+
+_UNDER_WAY = (RunState.QUEUED, RunState.RUNNING)
+
+
+class Store(Queries):
+    """An open store; made by `open_store`. Threads may share it, processes open their own."""
+
+    def __init__(self, engine: sa.Engine) -> None:
+        super().__init__(engine)
+        self._writer = engine.execution_options(begin="BEGIN IMMEDIATE")
+
+    @classmethod
+    def open(cls, settings: StoreSettings, *, create: bool = False) -> Store:
+        """The store behind those settings.
+
+        create: make a store that is absent and bring an older one up to date; the node's start does
+        so, everything else opens what is there. Raises ConfigError for an unusable url, StoreError
+        where the store is absent, of another version, or no store.
+        """
+        engine = connect(settings, create=create)
+        try:
+            with transaction(engine.execution_options(begin="BEGIN IMMEDIATE") if create else engine) as t:
+                _check_version(t.connection, create=create)
+        except BaseException:
+            engine.dispose()
+            raise
+        return cls(engine)
+
+    def close(self) -> None:
+        """Close every connection."""
+        self._engine.dispose()
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # ---- arriving -------------------------------------------------------------------------------
+
+    def add_instance(self, new: NewInstance, now: datetime) -> Arrival:
+        """The row of a stored file; the same instance with the same content is no new row.
+
+        A new instance re-opens a series that was COMPLETE or REJECTED. Raises ContentConflict where
+        the SOP Instance UID is known with other content, or the series under another study.
+        """
+        with transaction(self._writer) as t:
+            there = t.one(Instance, sa.select(INSTANCES).where(INSTANCES.c.sop_instance_uid == new.sop_instance_uid))
+            if there is not None:
+                return self._again(t, there, new, now)
+            self._study_for(t, new, now)
+            self._series_for(t, new, now)
+            instance = Instance(
+                sop_instance_uid=new.sop_instance_uid,
+                series_uid=new.series_uid,
+                study_uid=new.study_uid,
+                sop_class_uid=new.sop_class_uid,
+                transfer_syntax_uid=new.transfer_syntax_uid,
+                path=new.path,
+                sha256=new.sha256,
+                size_bytes=new.size_bytes,
+                received_at=now,
+            )
+            t.execute(sa.insert(INSTANCES).values(**columns(instance)))
+            return Arrival(instance, is_new=True)
+
+    def _again(self, t: Transaction, there: Instance, new: NewInstance, now: datetime) -> Arrival:
+        if (there.sha256, there.study_uid, there.series_uid) != (new.sha256, new.study_uid, new.series_uid):
+            raise ContentConflict(
+                f"instance {new.sop_instance_uid} is already stored with other content: SHA-256 {there.sha256[:12]}… "
+                f"is kept, {new.sha256[:12]}… was refused"
+            )
+        series = t.series(there.series_uid)
+        alive = {"last_instance_at": now} if series.state is SeriesState.RECEIVING else {}
+        t.execute(
+            sa.update(SERIES)
+            .where(SERIES.c.series_uid == series.series_uid)
+            .values(duplicates=series.duplicates + 1, **alive)
+        )
+        if not series.duplicates:
+            detail = f"instance {there.sop_instance_uid} came again with the same content; later ones are only counted"
+            t.event(now, series.study_uid, "series", series.series_uid, "series.duplicate", detail)
+        return Arrival(there, is_new=False)
+
+    def _study_for(self, t: Transaction, new: NewInstance, now: datetime) -> None:
+        known = t.execute(
+            sa.update(STUDIES)
+            .where(STUDIES.c.study_uid == new.study_uid)
+            .values(last_at=now, calling_ae=new.calling_ae, instances=STUDIES.c.instances + 1)
+        )
+        if known.rowcount:
+            return
+        study = Study(
+            study_uid=new.study_uid,
+            calling_ae=new.calling_ae,
+            accession_number=new.accession_number,
+            patient_id=new.patient_id,
+            study_date=new.study_date,
+            first_at=now,
+            last_at=now,
+            instances=1,
+            assembled_instances=0,
+        )
+        t.execute(sa.insert(STUDIES).values(**columns(study)))
+        t.event(now, new.study_uid, "study", new.study_uid, "study.new", f"from {new.calling_ae}")
+
+    def _series_for(self, t: Transaction, new: NewInstance, now: datetime) -> None:
+        known = t.one(Series, sa.select(SERIES).where(SERIES.c.series_uid == new.series_uid))
+        if known is None:
+            series = Series(
+                series_uid=new.series_uid,
+                study_uid=new.study_uid,
+                modality=new.modality,
+                series_number=new.series_number,
+                state=SeriesState.RECEIVING,
+                reason="",
+                instances=1,
+                duplicates=0,
+                last_instance_at=now,
+            )
+            t.execute(sa.insert(SERIES).values(**columns(series)))
+            detail = f"{new.modality or 'no modality'}, from {new.calling_ae}"
+            t.event(now, new.study_uid, "series", new.series_uid, "series.receiving", detail)
+            return
+        if known.study_uid != new.study_uid:
+            raise ContentConflict(
+                f"series {new.series_uid} is stored under study {known.study_uid}; an instance of it came with study "
+                f"{new.study_uid}"
+            )
+        changes = {"instances": known.instances + 1, "last_instance_at": now}
+        if known.state is SeriesState.RECEIVING:
+            t.execute(sa.update(SERIES).where(SERIES.c.series_uid == new.series_uid).values(**changes))
+        else:
+            t.become_series(known, SeriesState.RECEIVING, now, "a late instance", reason="", **changes)
+
+    # ---- assembling -----------------------------------------------------------------------------
+
+    def complete_series(self, quiet_since: datetime, now: datetime) -> Series | None:
+        """The longest quiet RECEIVING series without an instance after `quiet_since`, now COMPLETE."""
+        with transaction(self._writer) as t:
+            quiet = (
+                sa.select(SERIES)
+                .where(SERIES.c.state == SeriesState.RECEIVING, SERIES.c.last_instance_at <= quiet_since)
+                .order_by(SERIES.c.last_instance_at, SERIES.c.series_uid)
+                .limit(1)
+            )
+            series = t.one(Series, quiet)
+            if series is None:
+                return None
+            detail = f"{series.instances} instances"
+            return t.become_series(series, SeriesState.COMPLETE, now, detail)
+
+    def reject_series(self, series_uid: str, reason: str, now: datetime) -> Series:
+        """A COMPLETE series becomes REJECTED for that reason. Raises UnknownStudy, IllegalTransition."""
+        with transaction(self._writer) as t:
+            return t.become_series(t.series(series_uid), SeriesState.REJECTED, now, reason, reason=reason)
+
+    def study_assembled(self, study: Study, detail: str, now: datetime) -> Study:
+        """Note that `study`, as far as it had arrived in this row, has been looked at; an event says `detail`."""
+        with transaction(self._writer) as t:
+            t.execute(
+                sa.update(STUDIES)
+                .where(STUDIES.c.study_uid == study.study_uid)
+                .values(assembled_instances=study.instances)
+            )
+            t.event(now, study.study_uid, "study", study.study_uid, "study.assembled", detail)
+            return t.study(study.study_uid)
+
+    # ---- running --------------------------------------------------------------------------------
+
+    def queue_run(
+        self,
+        study_uid: str,
+        pipeline: str,
+        source_digest: str,
+        now: datetime,
+        *,
+        series_uid: str | None = None,
+        masks_path: str | None = None,
+        masks_sha256: str | None = None,
+        options: Mapping[str, object] | None = None,
+        refusal: str | None = None,
+        force: bool = False,
+    ) -> Run:
+        """A QUEUED run, which cancels the runs of that study that are under way.
+
+        force: a person asks; always a new run. Otherwise, where the last unforced run of the study
+        has the same source digest, pipeline, options and masks digest, that one is returned in
+        whatever state it is. Raises UnknownStudy.
+        """
+        with transaction(self._writer) as t:
+            t.study(study_uid)
+            runs = t.all(Run, sa.select(RUNS).where(RUNS.c.study_uid == study_uid).order_by(RUNS.c.id.desc()))
+            asked = (source_digest, pipeline, dict(options or {}), masks_sha256)
+            last = next((run for run in runs if not run.forced), None)
+            if not force and last is not None and asked == _asked(last):
+                return last
+            current = next((run for run in runs if run.state is RunState.PRODUCED), None)
+            number = t.insert(
+                RUNS,
+                study_uid=study_uid,
+                series_uid=series_uid,
+                pipeline=pipeline,
+                masks_path=masks_path,
+                masks_sha256=masks_sha256,
+                options=dict(options or {}),
+                refusal=refusal,
+                source_digest=source_digest,
+                forced=force,
+                state=RunState.QUEUED,
+                attempt=0,
+                queued_at=now,
+                supersedes_id=None if current is None else current.id,
+            )
+            run = t.run(number)
+            t.event(now, study_uid, "run", str(run.id), "run.queued", f"pipeline {pipeline}")
+            for older in runs:
+                if older.state in _UNDER_WAY:
+                    t.become_run(older, RunState.CANCELLED, now, f"run {run.id} takes its place", finished_at=now)
+            return run
+
+    def claim_run(self, owner: str, lease_s: float, now: datetime) -> Run | None:
+        """The run that has waited longest, now RUNNING and leased to `owner`; a lease that ran out counts as waiting.
+
+        owner: unique to this process. Counts an attempt; how many are allowed is the caller's to say.
+        """
+        due = sa.or_(
+            sa.and_(RUNS.c.state == RunState.QUEUED, sa.or_(RUNS.c.not_before.is_(None), RUNS.c.not_before <= now)),
+            sa.and_(RUNS.c.state == RunState.RUNNING, RUNS.c.lease_until <= now),
+        )
+        with transaction(self._writer) as t:
+            run = t.one(Run, sa.select(RUNS).where(due).order_by(RUNS.c.queued_at, RUNS.c.id).limit(1))
+            if run is None:
+                return None
+            if run.state is RunState.RUNNING:
+                run = t.become_run(run, RunState.QUEUED, now, f"the lease of {run.lease_owner} ran out")
+            return t.become_run(
+                run,
+                RunState.RUNNING,
+                now,
+                f"attempt {run.attempt + 1} by {owner}",
+                attempt=run.attempt + 1,
+                lease_owner=owner,
+                lease_until=now + timedelta(seconds=lease_s),
+                started_at=now,
+            )
+
+    def heartbeat(self, run_id: int, owner: str, lease_s: float, now: datetime) -> Run:
+        """Prolong the lease. Raises LeaseLost where the run is no longer `owner`'s: stop, put nothing down."""
+        with transaction(self._writer) as t:
+            t.leased_run(run_id, owner)
+            until = now + timedelta(seconds=lease_s)
+            t.execute(sa.update(RUNS).where(RUNS.c.id == run_id).values(lease_until=until))
+            return t.run(run_id)
+
+    def produce(
+        self,
+        run_id: int,
+        owner: str,
+        objects: Sequence[NewObject],
+        destinations: Sequence[str],
+        outcome: str,
+        findings: Mapping[str, object] | None,
+        digest: str,
+        now: datetime,
+    ) -> Run:
+        """The run is PRODUCED: its objects, one PENDING delivery of each to each destination, older results SUPERSEDED.
+
+        Raises LeaseLost where the run is no longer `owner`'s; nothing is stored then.
+        """
+        with transaction(self._writer) as t:
+            run = t.leased_run(run_id, owner)
+            for item in objects:
+                number = t.insert(OBJECTS, run_id=run_id, **columns(item))
+                t.new_deliveries(run, number, destinations, now)
+            older = sa.select(RUNS).where(RUNS.c.study_uid == run.study_uid, RUNS.c.state == RunState.PRODUCED)
+            for past in t.all(Run, older):
+                t.become_run(past, RunState.SUPERSEDED, now, f"by run {run_id}")
+            t.withdraw_superseded(now)
+            detail = f"{outcome}: {len(objects)} objects to {len(destinations)} destinations"
+            return t.become_run(
+                run, RunState.PRODUCED, now, detail, outcome=outcome, findings=findings, digest=digest, finished_at=now
+            )
+
+    def return_run(self, run_id: int, owner: str, error: str, not_before: datetime, now: datetime) -> Run:
+        """The run goes back to the queue, to be tried again from `not_before` on. Raises LeaseLost."""
+        with transaction(self._writer) as t:
+            run = t.leased_run(run_id, owner)
+            return t.become_run(run, RunState.QUEUED, now, error, error=error, not_before=not_before)
+
+    def fail_run(self, run_id: int, owner: str, error: str, now: datetime) -> Run:
+        """The run FAILED; a person decides. Raises LeaseLost."""
+        with transaction(self._writer) as t:
+            run = t.leased_run(run_id, owner)
+            return t.become_run(run, RunState.FAILED, now, error, error=error, finished_at=now)
+
+    def cancel_run(self, run_id: int, reason: str, now: datetime) -> Run:
+        """A run that waits or runs is CANCELLED. Raises UnknownStudy, IllegalTransition."""
+        with transaction(self._writer) as t:
+            return t.become_run(t.run(run_id), RunState.CANCELLED, now, reason, finished_at=now)
+
+    def release_owner(self, owner: str, now: datetime) -> tuple[Run, ...]:
+        """Whatever a dead `owner` had leased is free again at once; returns its runs, now QUEUED."""
+        with transaction(self._writer) as t:
+            held = sa.select(RUNS).where(RUNS.c.state == RunState.RUNNING, RUNS.c.lease_owner == owner)
+            runs = t.all(Run, held)
+            free = {"lease_owner": None, "lease_until": None}
+            t.execute(sa.update(DELIVERIES).where(DELIVERIES.c.lease_owner == owner).values(**free))
+            return tuple(t.become_run(run, RunState.QUEUED, now, f"{owner} ended") for run in runs)
+
+    # ---- delivering -----------------------------------------------------------------------------
+
+    def claim_deliveries(self, owner: str, lease_s: float, now: datetime) -> tuple[Delivery, ...]:
+        """The due deliveries of one run to one destination, leased to `owner`; () when none is due. Counts attempts."""
+        due = sa.and_(
+            DELIVERIES.c.state == DeliveryState.PENDING,
+            sa.or_(DELIVERIES.c.not_before.is_(None), DELIVERIES.c.not_before <= now),
+            sa.or_(DELIVERIES.c.lease_until.is_(None), DELIVERIES.c.lease_until <= now),
+        )
+        with transaction(self._writer) as t:
+            t.withdraw_superseded(now)
+            first = t.one(
+                Delivery,
+                sa.select(DELIVERIES).where(due).order_by(DELIVERIES.c.not_before, DELIVERIES.c.id).limit(1),
+            )
+            if first is None:
+                return ()
+            together = sa.and_(due, DELIVERIES.c.run_id == first.run_id, DELIVERIES.c.destination == first.destination)
+            ids = t.execute(sa.select(DELIVERIES.c.id).where(together)).scalars().all()
+            lease = {"lease_owner": owner, "lease_until": now + timedelta(seconds=lease_s)}
+            mine = DELIVERIES.c.id.in_(ids)
+            t.execute(sa.update(DELIVERIES).where(mine).values(attempt=DELIVERIES.c.attempt + 1, **lease))
+            return t.all(Delivery, sa.select(DELIVERIES).where(mine).order_by(DELIVERIES.c.id))
+
+    def delivered(self, delivery_id: int, owner: str, status: int, note: str | None, now: datetime) -> Delivery:
+        """The destination took the object; `note` is its warning, if any. Raises LeaseLost."""
+        with transaction(self._writer) as t:
+            delivery = t.leased_delivery(delivery_id, owner)
+            return t.become_delivery(
+                delivery, DeliveryState.SENT, now, note or "", last_status=status, last_error=note, sent_at=now
+            )
+
+    def delivery_failed(
+        self, delivery_id: int, owner: str, status: int | None, error: str, not_before: datetime, now: datetime
+    ) -> Delivery:
+        """The delivery stays PENDING, to be tried again from `not_before` on. Raises LeaseLost."""
+        with transaction(self._writer) as t:
+            delivery = t.leased_delivery(delivery_id, owner)
+            changes = {"last_status": status, "last_error": error, "not_before": not_before}
+            return t.become_delivery(delivery, DeliveryState.PENDING, now, error, **changes)
+
+    def give_up(self, delivery_id: int, owner: str, status: int | None, error: str, now: datetime) -> Delivery:
+        """The delivery is not tried again until a person asks. Raises LeaseLost."""
+        with transaction(self._writer) as t:
+            delivery = t.leased_delivery(delivery_id, owner)
+            changes = {"last_status": status, "last_error": error}
+            return t.become_delivery(delivery, DeliveryState.GAVE_UP, now, error, **changes)
+
+    def resend(self, study_uid: str, destination: str | None, now: datetime) -> tuple[Delivery, ...]:
+        """The deliveries of the study's current result are due again, to one destination or to all it had.
+
+        A destination that the result never went to gets deliveries of its own. Raises UnknownStudy where the
+        study has no current result.
+        """
+        with transaction(self._writer) as t:
+            current = sa.select(RUNS).where(RUNS.c.study_uid == study_uid, RUNS.c.state == RunState.PRODUCED)
+            run = t.one(Run, current)
+            if run is None:
+                raise UnknownStudy("this study has no result to send; wait for its run, or start one with rerun")
+            of_run = sa.select(DELIVERIES).where(DELIVERIES.c.run_id == run.id).order_by(DELIVERIES.c.id)
+            if destination is not None:
+                of_run = of_run.where(DELIVERIES.c.destination == destination)
+            there = t.all(Delivery, of_run)
+            for delivery in there:
+                if delivery.state is not DeliveryState.PENDING:
+                    t.become_delivery(
+                        delivery, DeliveryState.PENDING, now, "asked for again", attempt=0, not_before=None
+                    )
+                elif delivery.lease_owner is None:
+                    t.execute(sa.update(DELIVERIES).where(DELIVERIES.c.id == delivery.id).values(not_before=None))
+            if destination is not None and not there:
+                for item in t.all(ResultObject, sa.select(OBJECTS).where(OBJECTS.c.run_id == run.id)):
+                    t.new_deliveries(run, item.id, [destination], now)
+            return t.all(Delivery, of_run)
+
+    # ---- noting ------------------------------------------------------------------------------------
+
+    def add_event(
+        self, subject: str, subject_id: str, name: str, detail: str, now: datetime, study_uid: str | None = None
+    ) -> Event:
+        """Note something that changes no state; fields as in `Event`, without patient identity."""
+        with transaction(self._writer) as t:
+            return t.event(now, study_uid, subject, subject_id, name, detail)
+
+
+def _asked(run: Run) -> tuple[str, str, dict[str, object], str | None]:
+    return run.source_digest, run.pipeline, dict(run.options), run.masks_sha256
+
+
+def _check_version(connection: sa.Connection, *, create: bool) -> None:
+    found = migrations.revision(connection)
+    if found == migrations.HEAD:
+        return
+    if found is None and sa.inspect(connection).get_table_names():
+        raise StoreError("the file holds tables of another program; name a file of its own for the store")
+    if found is not None and found > migrations.HEAD:
+        raise StoreError(
+            f"the store has version {found}, this program knows up to {migrations.HEAD}; use the newer program, or "
+            "another store"
+        )
+    if not create:
+        raise StoreError(
+            f"the store has version {found or 'none'}, expected {migrations.HEAD}; start the node once to upgrade it"
+        )
+    migrations.upgrade(connection)

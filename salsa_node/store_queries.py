@@ -1,0 +1,136 @@
+"""What may be asked of the record: studies, series, instances, runs, objects, deliveries, events."""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+
+from salsa_node.errors import UnknownStudy
+from salsa_node.store_rows import (
+    DELIVERIES,
+    EVENTS,
+    INSTANCES,
+    OBJECTS,
+    RUNS,
+    SERIES,
+    STUDIES,
+    Delivery,
+    Event,
+    Instance,
+    ResultObject,
+    Run,
+    RunState,
+    Series,
+    SeriesState,
+    Study,
+)
+from salsa_node.store_transaction import transaction
+
+
+class Queries:
+    """The questions; each is answered from one moment of the store."""
+
+    def __init__(self, engine: sa.Engine) -> None:
+        self._engine = engine
+
+    def studies(self, limit: int = 100) -> tuple[Study, ...]:
+        """The studies, newest first."""
+        with transaction(self._engine) as t:
+            newest = sa.select(STUDIES).order_by(STUDIES.c.last_at.desc(), STUDIES.c.study_uid).limit(limit)
+            return t.all(Study, newest)
+
+    def study(self, name: str) -> Study:
+        """The study of that Study Instance UID, unique beginning of one, or accession number. Raises UnknownStudy."""
+        with transaction(self._engine) as t:
+            exact = t.one(Study, sa.select(STUDIES).where(STUDIES.c.study_uid == name))
+            if exact is not None:
+                return exact
+            alike = sa.or_(STUDIES.c.study_uid.startswith(name, autoescape=True), STUDIES.c.accession_number == name)
+            found = t.all(Study, sa.select(STUDIES).where(alike).limit(2)) if name else ()
+        if not found:
+            raise UnknownStudy("no study goes by that UID, beginning of a UID, or accession number")
+        if len(found) > 1:
+            raise UnknownStudy("more than one study goes by that name; give the whole Study Instance UID")
+        return found[0]
+
+    def series_of(self, study_uid: str) -> tuple[Series, ...]:
+        """The series of a study, by number."""
+        with transaction(self._engine) as t:
+            of_study = sa.select(SERIES).where(SERIES.c.study_uid == study_uid)
+            return t.all(Series, of_study.order_by(SERIES.c.series_number, SERIES.c.series_uid))
+
+    def instances_of(self, study_uid: str, series_uid: str | None = None) -> tuple[Instance, ...]:
+        """The instances of a study, or of one series of it, by UID."""
+        with transaction(self._engine) as t:
+            wanted = sa.select(INSTANCES).where(INSTANCES.c.study_uid == study_uid)
+            if series_uid is not None:
+                wanted = wanted.where(INSTANCES.c.series_uid == series_uid)
+            return t.all(Instance, wanted.order_by(INSTANCES.c.sop_instance_uid))
+
+    def run(self, run_id: int) -> Run:
+        """The run of that number. Raises UnknownStudy."""
+        with transaction(self._engine) as t:
+            return t.run(run_id)
+
+    def runs_of(self, study_uid: str) -> tuple[Run, ...]:
+        """The runs of a study, oldest first."""
+        with transaction(self._engine) as t:
+            return t.all(Run, sa.select(RUNS).where(RUNS.c.study_uid == study_uid).order_by(RUNS.c.id))
+
+    def current_run(self, study_uid: str) -> Run | None:
+        """The run whose result counts, if the study has one."""
+        with transaction(self._engine) as t:
+            current = sa.select(RUNS).where(RUNS.c.study_uid == study_uid, RUNS.c.state == RunState.PRODUCED)
+            return t.one(Run, current)
+
+    def runs_in(self, *states: RunState) -> tuple[Run, ...]:
+        """Every run in one of those states, oldest first."""
+        with transaction(self._engine) as t:
+            return t.all(Run, sa.select(RUNS).where(RUNS.c.state.in_(states)).order_by(RUNS.c.id))
+
+    def objects_of(self, run_id: int) -> tuple[ResultObject, ...]:
+        """The objects of a run."""
+        with transaction(self._engine) as t:
+            return t.all(ResultObject, sa.select(OBJECTS).where(OBJECTS.c.run_id == run_id).order_by(OBJECTS.c.id))
+
+    def deliveries_of(self, run_id: int) -> tuple[Delivery, ...]:
+        """The deliveries of a run."""
+        with transaction(self._engine) as t:
+            of_run = sa.select(DELIVERIES).where(DELIVERIES.c.run_id == run_id)
+            return t.all(Delivery, of_run.order_by(DELIVERIES.c.id))
+
+    def events_of(self, study_uid: str) -> tuple[Event, ...]:
+        """What happened to a study, oldest first."""
+        with transaction(self._engine) as t:
+            return t.all(Event, sa.select(EVENTS).where(EVENTS.c.study_uid == study_uid).order_by(EVENTS.c.id))
+
+    def events(self, limit: int = 100) -> tuple[Event, ...]:
+        """What happened lately on the whole node, newest first."""
+        with transaction(self._engine) as t:
+            return t.all(Event, sa.select(EVENTS).order_by(EVENTS.c.id.desc()).limit(limit))
+
+    def is_result(self, sop_instance_uid: str) -> bool:
+        """Whether an object of that UID was made here."""
+        with transaction(self._engine) as t:
+            return (
+                t.execute(sa.select(OBJECTS.c.id).where(OBJECTS.c.sop_instance_uid == sop_instance_uid)).first()
+                is not None
+            )
+
+    def instance(self, sop_instance_uid: str) -> Instance | None:
+        """The stored instance of that UID, if there is one."""
+        with transaction(self._engine) as t:
+            return t.one(Instance, sa.select(INSTANCES).where(INSTANCES.c.sop_instance_uid == sop_instance_uid))
+
+    def study_to_assemble(self) -> Study | None:
+        """The study, waiting longest, that has new instances and no series RECEIVING."""
+        receiving = sa.exists().where(
+            SERIES.c.study_uid == STUDIES.c.study_uid, SERIES.c.state == SeriesState.RECEIVING
+        )
+        with transaction(self._engine) as t:
+            return t.one(
+                Study,
+                sa.select(STUDIES)
+                .where(STUDIES.c.instances > STUDIES.c.assembled_instances, ~receiving)
+                .order_by(STUDIES.c.last_at, STUDIES.c.study_uid)
+                .limit(1),
+            )

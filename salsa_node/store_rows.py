@@ -1,0 +1,399 @@
+"""What the store remembers: the rows as frozen values, the tables behind them, and the states a row may take.
+
+Rows hold UIDs, counts, times and reasons; of the patient only the identifiers that a person needs to
+find the study again (`Study.patient_id`, `Study.accession_number`), and those never enter an event.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import Enum
+from typing import Final
+
+import sqlalchemy as sa
+
+
+class SeriesState(Enum):
+    """Is a series still arriving?"""
+
+    RECEIVING = "RECEIVING"
+    COMPLETE = "COMPLETE"
+    REJECTED = "REJECTED"
+
+
+class RunState(Enum):
+    """How far one pipeline is with one study."""
+
+    QUEUED = "QUEUED"
+    RUNNING = "RUNNING"
+    PRODUCED = "PRODUCED"
+    FAILED = "FAILED"
+    CANCELLED = "CANCELLED"
+    SUPERSEDED = "SUPERSEDED"
+
+
+class DeliveryState(Enum):
+    """How far one object is on its way to one destination."""
+
+    PENDING = "PENDING"
+    SENT = "SENT"
+    VERIFIED = "VERIFIED"
+    GAVE_UP = "GAVE_UP"
+    WITHDRAWN = "WITHDRAWN"
+
+
+State = SeriesState | RunState | DeliveryState
+
+TRANSITIONS: Final[Mapping[State, frozenset[State]]] = {
+    SeriesState.RECEIVING: frozenset({SeriesState.COMPLETE}),
+    SeriesState.COMPLETE: frozenset({SeriesState.REJECTED, SeriesState.RECEIVING}),
+    SeriesState.REJECTED: frozenset({SeriesState.RECEIVING}),
+    RunState.QUEUED: frozenset({RunState.RUNNING, RunState.CANCELLED}),
+    RunState.RUNNING: frozenset({RunState.PRODUCED, RunState.QUEUED, RunState.FAILED, RunState.CANCELLED}),
+    RunState.PRODUCED: frozenset({RunState.SUPERSEDED}),
+    RunState.FAILED: frozenset(),
+    RunState.CANCELLED: frozenset(),
+    RunState.SUPERSEDED: frozenset(),
+    DeliveryState.PENDING: frozenset(
+        {DeliveryState.SENT, DeliveryState.PENDING, DeliveryState.GAVE_UP, DeliveryState.WITHDRAWN}
+    ),
+    DeliveryState.SENT: frozenset({DeliveryState.VERIFIED, DeliveryState.PENDING}),
+    DeliveryState.VERIFIED: frozenset({DeliveryState.PENDING}),
+    DeliveryState.GAVE_UP: frozenset({DeliveryState.PENDING}),
+    DeliveryState.WITHDRAWN: frozenset(),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Study:
+    """One study as it arrived.
+
+    calling_ae: the AE title that sent the newest instance; "sender" destinations go back there.
+    study_date: as in the data set (YYYYMMDD), "" where absent.
+    instances: how many instances are stored; assembled_instances: how many there were when the
+        study was last looked at for something to analyse.
+    """
+
+    study_uid: str
+    calling_ae: str
+    accession_number: str
+    patient_id: str
+    study_date: str
+    first_at: datetime
+    last_at: datetime
+    instances: int
+    assembled_instances: int
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """One series of a study; `reason` says why it is REJECTED, "" otherwise.
+
+    duplicates: how often an instance came again with the same content.
+    """
+
+    series_uid: str
+    study_uid: str
+    modality: str
+    series_number: int | None
+    state: SeriesState
+    reason: str
+    instances: int
+    duplicates: int
+    last_instance_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Instance:
+    """One stored file.
+
+    path: relative to the data folder, with forward slashes.
+    sha256: of the data set as received, without the file meta information.
+    size_bytes: of the file.
+    """
+
+    sop_instance_uid: str
+    series_uid: str
+    study_uid: str
+    sop_class_uid: str
+    transfer_syntax_uid: str
+    path: str
+    sha256: str
+    size_bytes: int
+    received_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class NewInstance:
+    """An instance that lies on disk and asks for its row; fields as in `Instance`, `Series` and `Study`."""
+
+    sop_instance_uid: str
+    series_uid: str
+    study_uid: str
+    sop_class_uid: str
+    transfer_syntax_uid: str
+    path: str
+    sha256: str
+    size_bytes: int
+    calling_ae: str
+    modality: str = ""
+    series_number: int | None = None
+    accession_number: str = ""
+    patient_id: str = ""
+    study_date: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """What became of an instance: a new row, or (`is_new` false) the row of the same content that was there."""
+
+    instance: Instance
+    is_new: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One series through one pipeline once.
+
+    refusal: why nothing can be analysed; the worker then only writes a "not analysed" report.
+    source_digest: what decides the input; see `salsa_node.series.Series.source_digest`.
+    forced: a person asked for it, so assembly must not take its own last run for outdated.
+    attempt: how often it was claimed.
+    outcome: "lesions", "no_candidate" or "not_analysed" once PRODUCED.
+    findings: the numbers that `show` prints.
+    digest: the findings' run digest, from which the UIDs of the objects derive.
+    """
+
+    id: int
+    study_uid: str
+    series_uid: str | None
+    pipeline: str
+    masks_path: str | None
+    masks_sha256: str | None
+    options: Mapping[str, object]
+    refusal: str | None
+    source_digest: str
+    forced: bool
+    state: RunState
+    attempt: int
+    lease_owner: str | None
+    lease_until: datetime | None
+    not_before: datetime | None
+    queued_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+    error: str | None
+    supersedes_id: int | None
+    outcome: str | None
+    findings: Mapping[str, object] | None
+    digest: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class NewObject:
+    """A result file that lies on disk; kind is "SEG" or "SR", path is relative to the data folder."""
+
+    kind: str
+    sop_instance_uid: str
+    sop_class_uid: str
+    path: str
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class ResultObject:
+    """A result file of a run; fields as in `NewObject`."""
+
+    id: int
+    run_id: int
+    kind: str
+    sop_instance_uid: str
+    sop_class_uid: str
+    path: str
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """One object on its way to one destination.
+
+    attempt: how often it was claimed since it was last asked for.
+    last_status: the DIMSE status of the last answer; last_error: the last failure or the peer's warning.
+    """
+
+    id: int
+    object_id: int
+    run_id: int
+    destination: str
+    state: DeliveryState
+    attempt: int
+    not_before: datetime | None
+    last_status: int | None
+    last_error: str | None
+    sent_at: datetime | None
+    lease_owner: str | None
+    lease_until: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that happened; never holds patient identity.
+
+    subject: "study", "series", "run", "delivery", "instance" or "node"; subject_id: its UID or number.
+    name: subject and what happened, as in "series.complete".
+    """
+
+    id: int
+    at: datetime
+    study_uid: str | None
+    subject: str
+    subject_id: str
+    name: str
+    detail: str
+
+
+class UtcDateTime(sa.TypeDecorator[datetime]):
+    """An aware datetime, kept as UTC; a naive one is refused."""
+
+    impl = sa.DateTime
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:  # noqa: ARG002
+        """To the database: UTC without its zone."""
+        if value is None:
+            return None
+        if value.tzinfo is None:
+            raise ValueError("expected an aware datetime, found a naive one")
+        return value.astimezone(UTC).replace(tzinfo=None)
+
+    def process_result_value(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:  # noqa: ARG002
+        """From the database: aware UTC."""
+        return None if value is None else value.replace(tzinfo=UTC)
+
+
+def _state(kind: type[Enum]) -> sa.Enum:
+    return sa.Enum(kind, native_enum=False, length=16, create_constraint=False)
+
+
+METADATA = sa.MetaData(
+    naming_convention={
+        "pk": "pk_%(table_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_name)s",
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+    }
+)
+
+STUDIES = sa.Table(
+    "studies",
+    METADATA,
+    sa.Column("study_uid", sa.String(64), primary_key=True),
+    sa.Column("calling_ae", sa.String(16), nullable=False),
+    sa.Column("accession_number", sa.String(64), nullable=False, index=True),
+    sa.Column("patient_id", sa.String(64), nullable=False),
+    sa.Column("study_date", sa.String(8), nullable=False),
+    sa.Column("first_at", UtcDateTime, nullable=False),
+    sa.Column("last_at", UtcDateTime, nullable=False, index=True),
+    sa.Column("instances", sa.Integer, nullable=False),
+    sa.Column("assembled_instances", sa.Integer, nullable=False),
+)
+
+SERIES = sa.Table(
+    "series",
+    METADATA,
+    sa.Column("series_uid", sa.String(64), primary_key=True),
+    sa.Column("study_uid", sa.ForeignKey("studies.study_uid"), nullable=False, index=True),
+    sa.Column("modality", sa.String(16), nullable=False),
+    sa.Column("series_number", sa.Integer),
+    sa.Column("state", _state(SeriesState), nullable=False, index=True),
+    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("instances", sa.Integer, nullable=False),
+    sa.Column("duplicates", sa.Integer, nullable=False),
+    sa.Column("last_instance_at", UtcDateTime, nullable=False),
+)
+
+INSTANCES = sa.Table(
+    "instances",
+    METADATA,
+    sa.Column("sop_instance_uid", sa.String(64), primary_key=True),
+    sa.Column("series_uid", sa.ForeignKey("series.series_uid"), nullable=False, index=True),
+    sa.Column("study_uid", sa.ForeignKey("studies.study_uid"), nullable=False, index=True),
+    sa.Column("sop_class_uid", sa.String(64), nullable=False),
+    sa.Column("transfer_syntax_uid", sa.String(64), nullable=False),
+    sa.Column("path", sa.Text, nullable=False),
+    sa.Column("sha256", sa.String(64), nullable=False),
+    sa.Column("size_bytes", sa.Integer, nullable=False),
+    sa.Column("received_at", UtcDateTime, nullable=False),
+)
+
+RUNS = sa.Table(
+    "runs",
+    METADATA,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("study_uid", sa.ForeignKey("studies.study_uid"), nullable=False, index=True),
+    sa.Column("series_uid", sa.ForeignKey("series.series_uid")),
+    sa.Column("pipeline", sa.String(64), nullable=False),
+    sa.Column("masks_path", sa.Text),
+    sa.Column("masks_sha256", sa.String(64)),
+    sa.Column("options", sa.JSON, nullable=False),
+    sa.Column("refusal", sa.Text),
+    sa.Column("source_digest", sa.String(64), nullable=False),
+    sa.Column("forced", sa.Boolean, nullable=False),
+    sa.Column("state", _state(RunState), nullable=False, index=True),
+    sa.Column("attempt", sa.Integer, nullable=False),
+    sa.Column("lease_owner", sa.String(128)),
+    sa.Column("lease_until", UtcDateTime),
+    sa.Column("not_before", UtcDateTime),
+    sa.Column("queued_at", UtcDateTime, nullable=False),
+    sa.Column("started_at", UtcDateTime),
+    sa.Column("finished_at", UtcDateTime),
+    sa.Column("error", sa.Text),
+    sa.Column("supersedes_id", sa.ForeignKey("runs.id")),
+    sa.Column("outcome", sa.String(32)),
+    sa.Column("findings", sa.JSON(none_as_null=True)),
+    sa.Column("digest", sa.String(64)),
+)
+
+OBJECTS = sa.Table(
+    "objects",
+    METADATA,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("run_id", sa.ForeignKey("runs.id"), nullable=False, index=True),
+    sa.Column("kind", sa.String(16), nullable=False),
+    sa.Column("sop_instance_uid", sa.String(64), nullable=False, index=True),
+    sa.Column("sop_class_uid", sa.String(64), nullable=False),
+    sa.Column("path", sa.Text, nullable=False),
+    sa.Column("sha256", sa.String(64), nullable=False),
+)
+
+DELIVERIES = sa.Table(
+    "deliveries",
+    METADATA,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("object_id", sa.ForeignKey("objects.id"), nullable=False),
+    sa.Column("run_id", sa.ForeignKey("runs.id"), nullable=False, index=True),
+    sa.Column("destination", sa.String(64), nullable=False),
+    sa.Column("state", _state(DeliveryState), nullable=False, index=True),
+    sa.Column("attempt", sa.Integer, nullable=False),
+    sa.Column("not_before", UtcDateTime),
+    sa.Column("last_status", sa.Integer),
+    sa.Column("last_error", sa.Text),
+    sa.Column("sent_at", UtcDateTime),
+    sa.Column("lease_owner", sa.String(128)),
+    sa.Column("lease_until", UtcDateTime),
+    sa.UniqueConstraint("object_id", "destination"),
+)
+
+EVENTS = sa.Table(
+    "events",
+    METADATA,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("at", UtcDateTime, nullable=False),
+    sa.Column("study_uid", sa.String(64), index=True),
+    sa.Column("subject", sa.String(16), nullable=False),
+    sa.Column("subject_id", sa.String(128), nullable=False),
+    sa.Column("name", sa.String(64), nullable=False),
+    sa.Column("detail", sa.Text, nullable=False),
+)

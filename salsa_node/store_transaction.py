@@ -1,0 +1,271 @@
+"""One transaction on the store's database: rows read as frozen values, states changed only along the drawing.
+
+`connect` opens the database so that writers take turns (BEGIN IMMEDIATE), a commit survives a power
+cut (WAL, synchronous=FULL) and a row cannot point at one that is not there (foreign keys).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import sqlalchemy as sa
+from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.pool import ConnectionPoolEntry
+
+from salsa_node.errors import ConfigError, IllegalTransition, LeaseLost, StoreError, UnknownStudy
+from salsa_node.store_rows import (
+    DELIVERIES,
+    EVENTS,
+    RUNS,
+    SERIES,
+    STUDIES,
+    TRANSITIONS,
+    Delivery,
+    DeliveryState,
+    Event,
+    Run,
+    RunState,
+    Series,
+    SeriesState,
+    State,
+    Study,
+)
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+_Row = TypeVar("_Row")
+
+
+@dataclass(frozen=True, slots=True)
+class StoreSettings:
+    """Where the record is kept.
+
+    url: "sqlite:////absolute/file.sqlite3"; other databases are refused for now.
+    busy_timeout_s: how long a writer waits for its turn.
+    """
+
+    url: str
+    busy_timeout_s: float = 10.0
+
+
+def settings_for(file: Path, busy_timeout_s: float = 10.0) -> StoreSettings:
+    """The settings of a SQLite store in that file."""
+    return StoreSettings(url=f"sqlite:///{file}", busy_timeout_s=busy_timeout_s)
+
+
+def connect(settings: StoreSettings, *, create: bool) -> sa.Engine:
+    """The database behind those settings. Raises ConfigError for what is not a SQLite file, StoreError where there is none.
+
+    create: make the file (readable by its owner alone) where it is absent; its folder must exist.
+    """
+    file = _sqlite_file(settings.url)
+    if create:
+        try:
+            os.close(os.open(file, os.O_RDWR | os.O_CREAT, 0o600))
+        except OSError as error:
+            raise ConfigError(
+                f"the store cannot be kept in {file}: {error.strerror}; name a file in a folder that exists and that "
+                "this user can write to"
+            ) from error
+    elif not file.is_file():
+        raise StoreError(f"there is no store at {file}; start the node once to make it, or correct the store's url")
+    engine = sa.create_engine(settings.url, connect_args={"timeout": settings.busy_timeout_s}, hide_parameters=True)
+    sa.event.listen(engine, "connect", _prepare)
+    sa.event.listen(engine, "begin", _begin)
+    return engine
+
+
+def _sqlite_file(url: str) -> Path:
+    try:
+        parsed = sa.make_url(url)
+    except ArgumentError as error:
+        raise ConfigError("the store's url cannot be read; expected sqlite:////absolute/file.sqlite3") from error
+    if parsed.get_backend_name() != "sqlite" or parsed.database in {None, "", ":memory:"}:
+        raise ConfigError(
+            f"the store's url names {parsed.get_backend_name()!r} and no file; expected sqlite:////absolute/file.sqlite3"
+        )
+    return Path(str(parsed.database))
+
+
+def _prepare(connection: DBAPIConnection, _entry: ConnectionPoolEntry) -> None:
+    setattr(connection, "isolation_level", None)  # noqa: B010 - sqlite3's own name; transactions begin in _begin alone
+    cursor = connection.cursor()
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+def _begin(connection: sa.Connection) -> None:
+    connection.exec_driver_sql(str(connection.get_execution_options().get("begin", "BEGIN")))
+
+
+@contextmanager
+def transaction(engine: sa.Engine) -> Iterator[Transaction]:
+    """One transaction: committed at the end, rolled back on any error. Raises StoreError for the database's own."""
+    try:
+        with engine.begin() as connection:
+            yield Transaction(connection)
+    except SQLAlchemyError as error:
+        cause = getattr(error, "orig", None) or error
+        text = str(cause).splitlines()[0] if str(cause) else ""
+        raise StoreError(f"the store answered {type(cause).__name__}: {text}") from error
+
+
+def columns(row: DataclassInstance) -> dict[str, object]:
+    """The fields of a row as column values."""
+    return {field.name: getattr(row, field.name) for field in dataclasses.fields(row)}
+
+
+class Transaction:
+    """What can be done with rows between BEGIN and COMMIT."""
+
+    def __init__(self, connection: sa.Connection) -> None:
+        self.connection = connection
+
+    def execute(self, statement: sa.Executable) -> sa.CursorResult[tuple[object, ...]]:
+        """Run a statement."""
+        return self.connection.execute(statement)
+
+    def insert(self, table: sa.Table, **values: object) -> int:
+        """Add a row to a numbered table; returns its number."""
+        made = self.connection.execute(sa.insert(table).values(**values)).inserted_primary_key
+        if made is None:
+            raise StoreError(f"a row of {table.name} was stored but got no number")
+        return int(made[0])
+
+    def one(self, kind: type[_Row], query: sa.Select[*tuple[object, ...]]) -> _Row | None:
+        """The first row that the query finds."""
+        found = self.connection.execute(query).mappings().first()
+        return None if found is None else kind(**found)
+
+    def all(self, kind: type[_Row], query: sa.Select[*tuple[object, ...]]) -> tuple[_Row, ...]:
+        """Every row that the query finds."""
+        return tuple(kind(**found) for found in self.connection.execute(query).mappings())
+
+    def study(self, study_uid: str) -> Study:
+        """Raises UnknownStudy."""
+        return self._known(
+            "study", study_uid, self.one(Study, sa.select(STUDIES).where(STUDIES.c.study_uid == study_uid))
+        )
+
+    def series(self, series_uid: str) -> Series:
+        """Raises UnknownStudy."""
+        found = self.one(Series, sa.select(SERIES).where(SERIES.c.series_uid == series_uid))
+        return self._known("series", series_uid, found)
+
+    def run(self, run_id: int) -> Run:
+        """Raises UnknownStudy."""
+        return self._known("run", run_id, self.one(Run, sa.select(RUNS).where(RUNS.c.id == run_id)))
+
+    def delivery(self, delivery_id: int) -> Delivery:
+        """Raises UnknownStudy."""
+        found = self.one(Delivery, sa.select(DELIVERIES).where(DELIVERIES.c.id == delivery_id))
+        return self._known("delivery", delivery_id, found)
+
+    def leased_run(self, run_id: int, owner: str) -> Run:
+        """The RUNNING run that `owner` holds. Raises LeaseLost, UnknownStudy."""
+        run = self.run(run_id)
+        if run.state is not RunState.RUNNING or run.lease_owner != owner:
+            raise LeaseLost(
+                f"run {run_id} is {run.state.value} and not leased to {owner} any more; its work is dropped"
+            )
+        return run
+
+    def leased_delivery(self, delivery_id: int, owner: str) -> Delivery:
+        """The PENDING delivery that `owner` holds. Raises LeaseLost, UnknownStudy."""
+        delivery = self.delivery(delivery_id)
+        if delivery.state is not DeliveryState.PENDING or delivery.lease_owner != owner:
+            raise LeaseLost(f"delivery {delivery_id} is {delivery.state.value} and not leased to {owner} any more")
+        return delivery
+
+    def event(
+        self, at: datetime, study_uid: str | None, subject: str, subject_id: str | int, name: str, detail: str
+    ) -> Event:
+        """Write down what happened."""
+        values = {
+            "at": at,
+            "study_uid": study_uid,
+            "subject": subject,
+            "subject_id": str(subject_id),
+            "name": name,
+            "detail": detail,
+        }
+        number = self.insert(EVENTS, **values)
+        return self._known("event", number, self.one(Event, sa.select(EVENTS).where(EVENTS.c.id == number)))
+
+    def become_series(
+        self, series: Series, state: SeriesState, now: datetime, detail: str, **changes: object
+    ) -> Series:
+        """Change the state, with an event. Raises IllegalTransition."""
+        self._allowed(f"series {series.series_uid}", series.state, state)
+        where = SERIES.c.series_uid == series.series_uid
+        self.execute(sa.update(SERIES).where(where).values(state=state, **changes))
+        name = f"series.{state.value.lower()}"
+        self.event(now, series.study_uid, "series", series.series_uid, name, detail)
+        return self.series(series.series_uid)
+
+    def become_run(self, run: Run, state: RunState, now: datetime, detail: str, **changes: object) -> Run:
+        """Change the state, with an event; only RUNNING keeps a lease. Raises IllegalTransition."""
+        self._allowed(f"run {run.id}", run.state, state)
+        lease = {} if state is RunState.RUNNING else {"lease_owner": None, "lease_until": None}
+        self.execute(sa.update(RUNS).where(RUNS.c.id == run.id).values(state=state, **lease, **changes))
+        self.event(now, run.study_uid, "run", run.id, f"run.{state.value.lower()}", detail)
+        return self.run(run.id)
+
+    def become_delivery(
+        self, delivery: Delivery, state: DeliveryState, now: datetime, detail: str, **changes: object
+    ) -> Delivery:
+        """Change the state, with an event; the lease ends. Raises IllegalTransition."""
+        self._allowed(f"delivery {delivery.id}", delivery.state, state)
+        free = {"lease_owner": None, "lease_until": None}
+        where = DELIVERIES.c.id == delivery.id
+        self.execute(sa.update(DELIVERIES).where(where).values(state=state, **free, **changes))
+        study_uid = self.run(delivery.run_id).study_uid
+        detail = f"{delivery.destination}: {detail}" if detail else delivery.destination
+        self.event(now, study_uid, "delivery", delivery.id, f"delivery.{state.value.lower()}", detail)
+        return self.delivery(delivery.id)
+
+    def new_deliveries(self, run: Run, object_id: int, destinations: Sequence[str], now: datetime) -> None:
+        """One PENDING delivery of that object to each destination."""
+        for destination in dict.fromkeys(destinations):
+            number = self.insert(
+                DELIVERIES,
+                object_id=object_id,
+                run_id=run.id,
+                destination=destination,
+                state=DeliveryState.PENDING,
+                attempt=0,
+            )
+            self.event(now, run.study_uid, "delivery", number, "delivery.pending", destination)
+
+    def withdraw_superseded(self, now: datetime) -> None:
+        """What of a superseded result has not gone out, and is not going out right now, is WITHDRAWN."""
+        idle = sa.or_(DELIVERIES.c.lease_until.is_(None), DELIVERIES.c.lease_until <= now)
+        stale = (
+            sa.select(DELIVERIES)
+            .join(RUNS, RUNS.c.id == DELIVERIES.c.run_id)
+            .where(DELIVERIES.c.state == DeliveryState.PENDING, RUNS.c.state == RunState.SUPERSEDED, idle)
+        )
+        for delivery in self.all(Delivery, stale):
+            self.become_delivery(delivery, DeliveryState.WITHDRAWN, now, "a newer result took its place")
+
+    @staticmethod
+    def _known(kind: str, name: str | int, found: _Row | None) -> _Row:
+        if found is None:
+            raise UnknownStudy(f"the store holds no {kind} {name}")
+        return found
+
+    @staticmethod
+    def _allowed(what: str, found: State, wanted: State) -> None:
+        if wanted not in TRANSITIONS[found]:
+            allowed = ", ".join(sorted(state.value for state in TRANSITIONS[found])) or "nothing"
+            raise IllegalTransition(f"{what} is {found.value}, which leads to {allowed}, not to {wanted.value}")
