@@ -24,7 +24,7 @@ network, the store or the config file; the plumbing wing never hears of voxels. 
     findings               <- errors uids criteria volume pipelines
     dicom_result           <- errors uids volume findings pipelines codes
     dicom_seg              <- errors uids volume findings pipelines codes dicom_result
-    dicom_sr               <- errors uids volume findings pipelines codes dicom_result
+    dicom_sr               <- errors uids criteria volume findings pipelines codes dicom_result dicom_seg
     dicom_ct               <- errors uids volume
     picture                <- volume findings
     phantom                <- uids volume dicom_ct nifti

@@ -1,0 +1,271 @@
+"""What every result object shares: whose it is, when and by what it was made, and the guards on all that.
+
+A result carries the patient and the study of its source as they stand there, character set
+included; our own words are ASCII, which every character set holds. Nothing is drawn at random:
+UIDs derive from the run, dates from `produced_at`, so the same run gives the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
+from typing import Final
+
+import numpy as np
+from pydicom.dataset import Dataset
+from pydicom.uid import UID
+
+from salsa_node import __version__, uids
+from salsa_node.errors import EncodingError
+from salsa_node.pipelines import Provenance
+from salsa_node.volume import Grid
+
+LO_CHARS: Final = 64  # longest Long String (PS3.5 6.2)
+SH_CHARS: Final = 16  # longest Short String
+CAVEAT: Final = "AI candidate findings. Not a diagnosis."
+IMPLEMENTATION_CLASS_UID: Final = uids.derive("implementation class", "salsa_node")
+_SIMPLER: Final = {"–": "-", "—": "-", "‘": "'", "’": "'", "“": '"', "”": '"', "≥": ">=", "≤": "<=", "×": "x", "³": "3"}
+GRID_TOLERANCE: Final = 0.1  # of the smallest voxel side: less than any measurement can show
+
+# Type 2 in every composite IOD: present, if need be without a value.
+_REQUIRED = (
+    "PatientName",
+    "PatientID",
+    "PatientBirthDate",
+    "PatientSex",
+    "StudyDate",
+    "StudyTime",
+    "AccessionNumber",
+    "ReferringPhysicianName",
+    "StudyID",
+)
+# The rest of the Patient, General Study, Patient Study and Clinical Trial modules (PS3.3 C.7.1, C.7.2).
+_OPTIONAL = (
+    "IssuerOfPatientID",
+    "IssuerOfPatientIDQualifiersSequence",
+    "TypeOfPatientID",
+    "PatientBirthTime",
+    "OtherPatientIDs",
+    "OtherPatientIDsSequence",
+    "OtherPatientNames",
+    "EthnicGroup",
+    "PatientComments",
+    "QualityControlSubject",
+    "PatientIdentityRemoved",
+    "DeidentificationMethod",
+    "DeidentificationMethodCodeSequence",
+    "StudyDescription",
+    "IssuerOfAccessionNumberSequence",
+    "ReferringPhysicianIdentificationSequence",
+    "PhysiciansOfRecord",
+    "NameOfPhysiciansReadingStudy",
+    "RequestingService",
+    "ReferencedStudySequence",
+    "ProcedureCodeSequence",
+    "PatientAge",
+    "PatientSize",
+    "PatientWeight",
+    "AdmissionID",
+    "IssuerOfAdmissionIDSequence",
+    "AdditionalPatientHistory",
+    "AdmittingDiagnosesDescription",
+    "ClinicalTrialSponsorName",
+    "ClinicalTrialProtocolID",
+    "ClinicalTrialProtocolName",
+    "ClinicalTrialSiteID",
+    "ClinicalTrialSiteName",
+    "ClinicalTrialSubjectID",
+    "ClinicalTrialSubjectReadingID",
+    "ClinicalTrialTimePointID",
+    "ClinicalTrialTimePointDescription",
+)
+# What says whose an object is; a difference in any of them stops the object (see `same_patient_and_study`).
+_WHOSE = ("PatientName", "PatientID", "PatientBirthDate", "StudyInstanceUID", "AccessionNumber", "SpecificCharacterSet")
+# What the segmentation's own headers are made from.
+_IMAGE = (
+    "SOPClassUID",
+    "SOPInstanceUID",
+    "StudyInstanceUID",
+    "SeriesInstanceUID",
+    "Modality",
+    "Rows",
+    "Columns",
+    "ImagePositionPatient",
+    "ImageOrientationPatient",
+    "PixelSpacing",
+    "SliceThickness",
+    "FrameOfReferenceUID",
+    "PositionReferenceIndicator",
+    "LossyImageCompression",
+    "LossyImageCompressionRatio",
+    "LossyImageCompressionMethod",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """The equipment that signs the results, and where their series stand in the study.
+
+    All text is ASCII, at most 64 characters (station_name 16). institution_name may be empty.
+    """
+
+    manufacturer: str = "salsa_node"
+    model_name: str = "salsa_node"
+    device_serial_number: str = "1"
+    station_name: str = "SALSA_NODE"
+    institution_name: str = ""
+    seg_series_number: int = 9001
+    sr_series_number: int = 9002
+    software_version: str = __version__
+
+    def __post_init__(self) -> None:
+        for name, limit in (
+            ("manufacturer", LO_CHARS),
+            ("model_name", LO_CHARS),
+            ("device_serial_number", LO_CHARS),
+            ("institution_name", LO_CHARS),
+            ("software_version", LO_CHARS),
+            ("station_name", SH_CHARS),
+        ):
+            text = getattr(self, name)
+            if len(text) > limit or plain(text) != text or "\\" in text:
+                raise ValueError(f"{name} must be at most {limit} ASCII characters without a backslash, found {text!r}")
+        for name in ("seg_series_number", "sr_series_number"):
+            number = getattr(self, name)
+            if not 1 <= number < 2**31:
+                raise ValueError(f"{name} must be a positive 32-bit number, found {number}")
+        if self.seg_series_number == self.sr_series_number:
+            raise ValueError(f"two series of one study need two numbers, found {self.sr_series_number} twice")
+
+    @property
+    def device_uid(self) -> str:
+        """The same for the same device, whatever it reports on."""
+        return uids.derive("device", self.manufacturer, self.model_name, self.device_serial_number, self.station_name)
+
+
+def plain(text: str) -> str:
+    """`text` in printable ASCII and line breaks: dashes and quotes simplified, anything else as "?"."""
+    simpler = "".join(_SIMPLER.get(c, c) for c in text)
+    return "".join(c if c == "\n" or " " <= c <= "~" else "?" for c in simpler)
+
+
+def line(*parts: str, chars: int = LO_CHARS) -> str:
+    """The non-empty parts as one Long String, joined by " - "; what is too long ends in "..."."""
+    text = " - ".join(plain(part).replace("\\", "/").replace("\n", " ") for part in parts if part)
+    return text if len(text) <= chars else text[: chars - 3] + "..."
+
+
+def weights(provenance: Provenance) -> tuple[str, ...]:
+    """One line for each weight file: its name and the first 12 digits of its SHA-256."""
+    return tuple(plain(f"{name} sha256:{digest[:12]}") for name, digest in sorted(provenance.weights_sha256.items()))
+
+
+def check_source(source: Sequence[Dataset], grid: Grid) -> None:
+    """Raises EncodingError unless `source[k]` is slice k of `grid`, all of one patient, study and series."""
+    if len(source) != grid.shape[0]:
+        raise EncodingError(f"{len(source)} source images for a grid of {grid.shape[0]} slices")
+    first = source[0]
+    named = first.get("FrameOfReferenceUID")
+    if grid.frame_of_reference_uid and named and grid.frame_of_reference_uid != named:
+        raise EncodingError(
+            f"the findings lie in frame of reference {grid.frame_of_reference_uid}, the source in {named}"
+        )
+    allowed_mm = GRID_TOLERANCE * min(grid.spacing_mm)
+    rows, columns = grid.shape[1:]
+    for k, ds in enumerate(source):
+        for keyword in (*_WHOSE, "SeriesInstanceUID", "FrameOfReferenceUID"):
+            if ds.get(keyword) != first.get(keyword):
+                raise EncodingError(f"source images 0 and {k} differ in {keyword}: they are not one series")
+        if (ds.get("Rows"), ds.get("Columns")) != (rows, columns):
+            raise EncodingError(
+                f"source image {k} has {ds.get('Rows')} x {ds.get('Columns')} pixels, not {rows} x {columns}"
+            )
+        apart_mm = _corners_apart_mm(ds, grid, k)
+        if apart_mm > allowed_mm:
+            raise EncodingError(
+                f"source image {k} lies {apart_mm:.3f} mm from slice {k} of the findings' grid, "
+                f"allowed are {allowed_mm:.3f} mm"
+            )
+
+
+def _corners_apart_mm(ds: Dataset, grid: Grid, k: int) -> float:
+    for keyword in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"):
+        if ds.get(keyword) is None:
+            raise EncodingError(f"source image {k} has no {keyword}")
+    position = np.array(ds.ImagePositionPatient, dtype=float)
+    orientation = np.array(ds.ImageOrientationPatient, dtype=float)
+    between_rows, between_columns = (float(mm) for mm in ds.PixelSpacing)
+    worst = 0.0
+    for row in (0, grid.shape[1] - 1):
+        for column in (0, grid.shape[2] - 1):
+            here = position + column * between_columns * orientation[:3] + row * between_rows * orientation[3:]
+            worst = max(worst, float(np.linalg.norm(here - np.array(grid.to_lps_mm((k, row, column))))))
+    return worst
+
+
+def reference(ds: Dataset) -> Dataset:
+    """What a result needs of a source header, nameless: type 2 patient and study attributes are empty.
+
+    Names and dates are put in afterwards by `sign`, so a value that breaks its own
+    representation in the source cannot stop the result.
+    """
+    stand_in = Dataset()
+    for keyword in _IMAGE:
+        if keyword in ds:
+            stand_in.add(deepcopy(ds[keyword]))
+    for keyword in ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID"):
+        if not stand_in.get(keyword):
+            raise EncodingError(f"the source header has no {keyword}")
+    for keyword in _REQUIRED:
+        setattr(stand_in, keyword, None)
+    return stand_in
+
+
+def sign(obj: Dataset, source: Dataset, identity: Identity, produced_at: datetime) -> None:
+    """Put the source's patient and study, the equipment and the time of production into `obj`.
+
+    produced_at: aware. Written as the source's own Timezone Offset From UTC says, else in the
+    time zone that `produced_at` is given in.
+    Raises ValueError for a naive `produced_at`, EncodingError where `obj` ends up with another patient or study.
+    """
+    obj.pop("SpecificCharacterSet", None)
+    for keyword in ("SpecificCharacterSet", "TimezoneOffsetFromUTC", *_REQUIRED, *_OPTIONAL):
+        obj.pop(keyword, None)
+        if keyword in source:
+            obj.add(deepcopy(source[keyword]))
+        elif keyword in _REQUIRED:
+            setattr(obj, keyword, None)
+    when = local(produced_at, source)
+    obj.InstanceCreationDate = obj.ContentDate = obj.SeriesDate = when.strftime("%Y%m%d")
+    obj.InstanceCreationTime = obj.ContentTime = obj.SeriesTime = when.strftime("%H%M%S.%f")
+    obj.Manufacturer = identity.manufacturer
+    obj.ManufacturerModelName = identity.model_name
+    obj.DeviceSerialNumber = identity.device_serial_number
+    obj.SoftwareVersions = identity.software_version
+    obj.StationName = identity.station_name
+    if identity.institution_name:
+        obj.InstitutionName = identity.institution_name
+    meta = obj.file_meta
+    meta.ImplementationClassUID = UID(IMPLEMENTATION_CLASS_UID)
+    meta.ImplementationVersionName = f"SALSA_NODE_{__version__}"[:SH_CHARS]
+    same_patient_and_study(obj, source)
+
+
+def local(produced_at: datetime, source: Dataset) -> datetime:
+    """`produced_at` in the time zone that the source's dates are in, where the source says which."""
+    if produced_at.tzinfo is None:
+        raise ValueError("produced_at must be an aware datetime")
+    offset = str(source.get("TimezoneOffsetFromUTC") or "")
+    if len(offset) != 5 or offset[0] not in "+-" or not offset[1:].isdigit():
+        return produced_at
+    away = timedelta(hours=int(offset[1:3]), minutes=int(offset[3:]))
+    return produced_at.astimezone(timezone(-away if offset[0] == "-" else away))
+
+
+def same_patient_and_study(obj: Dataset, source: Dataset) -> None:
+    """Raises EncodingError, naming the attribute and never its value, where `obj` is not of the source's study."""
+    for keyword in _WHOSE:
+        if (obj.get(keyword) or "") != (source.get(keyword) or ""):
+            raise EncodingError(f"the result differs from its source in {keyword}: it is kept, not sent")

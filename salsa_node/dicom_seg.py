@@ -1,0 +1,198 @@
+"""Findings -> DICOM Segmentation: the lesions by class, on the grid of their source images.
+
+BINARY and uncompressed, because every viewer tried shows that; empty frames are left out; each
+frame takes its position, word for word, from the source image it refers to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Final
+
+import highdicom as hd
+import numpy as np
+import numpy.typing as npt
+from pydicom.dataset import Dataset
+from pydicom.sr.coding import Code
+from pydicom.uid import ExplicitVRLittleEndian
+
+from salsa_node import codes, uids
+from salsa_node.dicom_result import CAVEAT, Identity, check_source, line, plain, reference, sign, weights
+from salsa_node.errors import EncodingError
+from salsa_node.findings import Disease, Findings
+from salsa_node.pipelines import Provenance
+
+Labels = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """How a segment is named, coded and coloured."""
+
+    label: str
+    category: Code
+    property_type: Code
+    regions: tuple[Code, ...]
+    rgb: tuple[int, int, int]
+
+
+_LESIONS: Final = {
+    Disease.MEASURABLE: _Kind(
+        "Measurable lesions", codes.ABNORMAL_STRUCTURE, codes.LESION, (codes.LIVER,), (255, 60, 60)
+    ),
+    Disease.NON_MEASURABLE: _Kind(
+        "Non-measurable lesions", codes.ABNORMAL_STRUCTURE, codes.LESION, (codes.LIVER,), (255, 220, 0)
+    ),
+}
+_ORGAN: Final = _Kind("Liver", codes.ANATOMICAL_STRUCTURE, codes.LIVER, (), (221, 130, 101))
+
+
+def build(
+    findings: Findings,
+    source: Sequence[Dataset],
+    identity: Identity,
+    produced_at: datetime,
+    *,
+    include_organ: bool = False,
+) -> Dataset | None:
+    """A valid Segmentation, or None where there is nothing to show.
+
+    source: the headers of the images the findings were made from, in slice order along the grid.
+    produced_at: aware; becomes the object's dates.
+    include_organ: add the liver as the last segment, where the findings have it.
+    Segments: "Measurable lesions", then "Non-measurable lesions"; an absent class has no segment.
+    A source without Frame of Reference UID gets one that derives from its series, in the result alone.
+    Raises EncodingError where source and findings do not lie on the same grid, slice by slice.
+    """
+    check_source(source, findings.lesion_labels.grid)
+    _check_lesions(findings, source)
+    kinds, pixels = _segments(findings, include_organ=include_organ)
+    if not kinds:
+        return None
+    parts = (findings.run_digest, "SEG", "with organ" if _ORGAN in kinds else "lesions")
+    try:
+        seg = _segmentation(kinds, pixels, findings, source, identity, parts)
+    except (ValueError, TypeError, AttributeError) as exc:
+        raise EncodingError(f"the segmentation could not be put together ({type(exc).__name__})") from exc
+    seg.BodyPartExamined = source[0].get("BodyPartExamined") or "ABDOMEN"
+    _fix_dimension_uid(seg, uids.derive(*parts, "dimensions"))
+    sign(seg, source[0], identity, produced_at)
+    return seg
+
+
+def segment_numbers(seg: Dataset) -> dict[str, int]:
+    """Segment label -> segment number, of a segmentation made by `build`."""
+    return {str(item.SegmentLabel): int(item.SegmentNumber) for item in seg.SegmentSequence}
+
+
+def label_of(disease: Disease) -> str:
+    """The label of the segment that holds the lesions of this class."""
+    return _LESIONS[disease].label
+
+
+def _segmentation(
+    kinds: Sequence[_Kind],
+    pixels: Labels,
+    findings: Findings,
+    source: Sequence[Dataset],
+    identity: Identity,
+    uid_parts: tuple[str, ...],
+) -> Dataset:
+    spacing_mm, row_mm, column_mm = findings.lesion_labels.grid.spacing_mm
+    notice = findings.provenance.notice
+    algorithm = _algorithm(findings.provenance, identity)
+    return hd.seg.Segmentation(
+        source_images=_references(source),
+        pixel_array=pixels,
+        segmentation_type=hd.seg.SegmentationTypeValues.BINARY,
+        segment_descriptions=[_describe(n, kind, algorithm, notice) for n, kind in enumerate(kinds, start=1)],
+        # One voxel reaches halfway to its neighbours: never the source's nominal Slice Thickness.
+        pixel_measures=hd.PixelMeasuresSequence((row_mm, column_mm), spacing_mm, spacing_mm),
+        series_instance_uid=uids.derive(*uid_parts, "series"),
+        series_number=identity.seg_series_number,
+        sop_instance_uid=uids.derive(*uid_parts),
+        instance_number=1,
+        manufacturer=identity.manufacturer,
+        manufacturer_model_name=identity.model_name,
+        software_versions=identity.software_version,
+        device_serial_number=identity.device_serial_number,
+        content_label="LIVER_LESIONS",
+        content_description=line("AI candidate lesions", notice),
+        content_creator_name=f"{identity.manufacturer}^",
+        transfer_syntax_uid=ExplicitVRLittleEndian,
+        omit_empty_frames=True,
+        series_description=line("AI liver lesions SEG", notice),
+    )
+
+
+def _segments(findings: Findings, *, include_organ: bool) -> tuple[list[_Kind], Labels]:
+    """The kinds at hand, and (slices, rows, columns): segment number, or with the organ one more axis of 0 and 1."""
+    present = [disease for disease in _LESIONS if any(lesion.disease is disease for lesion in findings.lesions)]
+    segment_of = np.zeros(len(findings.lesions) + 1, dtype=np.uint8)
+    for lesion in findings.lesions:
+        segment_of[lesion.number] = present.index(lesion.disease) + 1
+    kinds = [_LESIONS[disease] for disease in present]
+    pixels: Labels = segment_of[findings.lesion_labels.labels]
+    if not include_organ or findings.organ is None or not findings.organ.labels.any():
+        return kinds, pixels
+    planes = [pixels == n for n in range(1, len(kinds) + 1)] + [findings.organ.labels == 1]
+    return [*kinds, _ORGAN], np.stack(planes, axis=-1).astype(np.uint8)
+
+
+def _check_lesions(findings: Findings, source: Sequence[Dataset]) -> None:
+    numbers = [lesion.number for lesion in findings.lesions]
+    if numbers != list(range(1, len(numbers) + 1)):
+        raise EncodingError(f"lesions must be numbered 1 to {len(numbers)} in order, found {numbers}")
+    counts = np.bincount(findings.lesion_labels.labels.ravel(), minlength=len(numbers) + 1)
+    if len(counts) > len(numbers) + 1:
+        raise EncodingError(f"the label map holds the value {len(counts) - 1}, but there are {len(numbers)} lesions")
+    for lesion in findings.lesions:
+        if counts[lesion.number] != lesion.voxels:
+            raise EncodingError(
+                f"lesion {lesion.number} has {lesion.voxels} voxels, the label map shows {counts[lesion.number]}"
+            )
+        if lesion.slice_sop_uid not in ("", source[lesion.slice_index].SOPInstanceUID):
+            raise EncodingError(f"lesion {lesion.number} names another image than source image {lesion.slice_index}")
+
+
+def _describe(
+    number: int, kind: _Kind, algorithm: hd.AlgorithmIdentificationSequence, notice: str
+) -> hd.seg.SegmentDescription:
+    description = hd.seg.SegmentDescription(
+        segment_number=number,
+        segment_label=kind.label,
+        segmented_property_category=kind.category,
+        segmented_property_type=kind.property_type,
+        algorithm_type=hd.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
+        algorithm_identification=algorithm,
+        anatomic_regions=list(kind.regions) or None,
+        display_color=hd.color.CIELabColor.from_rgb(*kind.rgb),
+    )
+    description.SegmentDescription = plain(" ".join(part for part in (CAVEAT, notice) if part))
+    return description
+
+
+def _algorithm(provenance: Provenance, identity: Identity) -> hd.AlgorithmIdentificationSequence:
+    return hd.AlgorithmIdentificationSequence(
+        name=line(provenance.pipeline),
+        family=codes.ARTIFICIAL_INTELLIGENCE,
+        version=line(provenance.version),
+        source=identity.manufacturer,
+        parameters={"weights": "; ".join(weights(provenance))} if provenance.weights_sha256 else None,
+    )
+
+
+def _references(source: Sequence[Dataset]) -> list[Dataset]:
+    references = [reference(ds) for ds in source]
+    for ds in references:
+        if not ds.get("FrameOfReferenceUID"):
+            ds.FrameOfReferenceUID = uids.derive("frame of reference", ds.SeriesInstanceUID)
+    return references
+
+
+def _fix_dimension_uid(seg: Dataset, uid: str) -> None:
+    """Put a derived UID where highdicom draws a random one."""
+    for item in (*seg.DimensionOrganizationSequence, *seg.DimensionIndexSequence):
+        item.DimensionOrganizationUID = uid
