@@ -52,11 +52,14 @@ class Masks:
     organ: 1 = liver; None where the pipeline (or the person) gave none.
     lesions: 0 = background; every other value is a lesion, and touching voxels of different values
         are different lesions.
+    lesion_per_value: a value is one lesion even where its voxels are not connected (a person numbered
+        them); False: each 26-connected part is a lesion.
     """
 
     organ: LabelVolume | None
     lesions: LabelVolume
     provenance: Provenance
+    lesion_per_value: bool = False
 
     def __post_init__(self) -> None:
         if self.organ is not None and not self.organ.grid.matches(self.lesions.grid):
