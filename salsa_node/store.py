@@ -57,7 +57,7 @@ from salsa_node.store_rows import (
     SeriesState,
     Study,
 )
-from salsa_node.store_transaction import StoreSettings, Transaction, columns, connect, settings_for, transaction
+from salsa_node.store_transaction import Transaction, columns, connect, transaction, writer
 
 __all__ = [
     "Arrival",
@@ -73,9 +73,8 @@ __all__ = [
     "Series",
     "SeriesState",
     "Store",
-    "StoreSettings",
     "Study",
-    "settings_for",
+    "open_store",
 ]
 
 _UNDER_WAY = (RunState.QUEUED, RunState.RUNNING)
@@ -86,24 +85,7 @@ class Store(Queries):
 
     def __init__(self, engine: sa.Engine) -> None:
         super().__init__(engine)
-        self._writer = engine.execution_options(begin="BEGIN IMMEDIATE")
-
-    @classmethod
-    def open(cls, settings: StoreSettings, *, create: bool = False) -> Store:
-        """The store behind those settings.
-
-        create: make a store that is absent and bring an older one up to date; the node's start does
-        so, everything else opens what is there. Raises ConfigError for an unusable url, StoreError
-        where the store is absent, of another version, or no store.
-        """
-        engine = connect(settings, create=create)
-        try:
-            with transaction(engine.execution_options(begin="BEGIN IMMEDIATE") if create else engine) as t:
-                _check_version(t.connection, create=create)
-        except BaseException:
-            engine.dispose()
-            raise
-        return cls(engine)
+        self._writer = writer(engine)
 
     def close(self) -> None:
         """Close every connection."""
@@ -363,11 +345,18 @@ class Store(Queries):
                 run, RunState.PRODUCED, now, detail, outcome=outcome, findings=findings, digest=digest, finished_at=now
             )
 
-    def return_run(self, run_id: int, owner: str, error: str, not_before: datetime, now: datetime) -> Run:
-        """The run goes back to the queue, to be tried again from `not_before` on. Raises LeaseLost."""
+    def return_run(
+        self, run_id: int, owner: str, error: str, not_before: datetime, now: datetime, *, counts: bool = True
+    ) -> Run:
+        """The run goes back to the queue, to be tried again from `not_before` on. Raises LeaseLost.
+
+        counts: False where the attempt was not the run's fault; it is then taken back.
+        """
         with transaction(self._writer) as t:
             run = t.leased_run(run_id, owner)
-            return t.become_run(run, RunState.QUEUED, now, error, error=error, not_before=not_before)
+            attempt = run.attempt if counts else run.attempt - 1
+            changes = {"error": error, "not_before": not_before, "attempt": attempt}
+            return t.become_run(run, RunState.QUEUED, now, error, **changes)
 
     def fail_run(self, run_id: int, owner: str, error: str, now: datetime) -> Run:
         """The run FAILED; a person decides. Raises LeaseLost."""
@@ -476,6 +465,24 @@ class Store(Queries):
 
 def _asked(run: Run) -> tuple[str, str, dict[str, object], str | None]:
     return run.source_digest, run.pipeline, dict(run.options), run.masks_sha256
+
+
+def open_store(url: str, *, create: bool = False, busy_timeout_s: float = 10.0) -> Store:
+    """The store behind `url`, "sqlite:////absolute/file.sqlite"; other databases are refused for now.
+
+    create: make a store that is absent and bring an older one up to date; the node's start does so,
+    everything else opens what is there. busy_timeout_s: how long a writer waits for its turn.
+    Raises ConfigError for an unusable url, StoreError where the store is absent, of another version,
+    or no store.
+    """
+    engine = connect(url, busy_timeout_s, create=create)
+    try:
+        with transaction(writer(engine) if create else engine) as t:
+            _check_version(t.connection, create=create)
+    except BaseException:
+        engine.dispose()
+        raise
+    return Store(engine)
 
 
 def _check_version(connection: sa.Connection, *, create: bool) -> None:
