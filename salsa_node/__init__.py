@@ -26,7 +26,7 @@ network, the store or the config file; the plumbing wing never hears of voxels. 
     dicom_seg              <- errors uids volume findings pipelines codes dicom_result
     dicom_sr               <- errors uids criteria volume findings pipelines codes dicom_result dicom_seg
     dicom_ct               <- errors uids volume
-    picture                <- volume findings
+    picture                <- volume findings dicom_result
     phantom                <- uids volume dicom_ct nifti
     store                  <- errors settings
     listener               <- errors settings store

@@ -14,6 +14,7 @@ from datetime import datetime, timedelta, timezone
 from typing import Final
 
 import numpy as np
+from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
 from pydicom.uid import UID
 
@@ -27,7 +28,7 @@ SH_CHARS: Final = 16  # longest Short String
 CAVEAT: Final = "AI candidate findings. Not a diagnosis."
 IMPLEMENTATION_CLASS_UID: Final = uids.derive("implementation class", "salsa_node")
 _SIMPLER: Final = {"–": "-", "—": "-", "‘": "'", "’": "'", "“": '"', "”": '"', "≥": ">=", "≤": "<=", "×": "x", "³": "3"}
-GRID_TOLERANCE: Final = 0.1  # of the smallest voxel side: less than any measurement can show
+GRID_TOLERANCE: Final = 0.5  # of the smallest voxel side: beyond it another voxel would be the nearest
 
 # Type 2 in every composite IOD: present, if need be without a value.
 _REQUIRED = (
@@ -230,11 +231,11 @@ def sign(obj: Dataset, source: Dataset, identity: Identity, produced_at: datetim
     time zone that `produced_at` is given in.
     Raises ValueError for a naive `produced_at`, EncodingError where `obj` ends up with another patient or study.
     """
-    obj.pop("SpecificCharacterSet", None)
     for keyword in ("SpecificCharacterSet", "TimezoneOffsetFromUTC", *_REQUIRED, *_OPTIONAL):
         obj.pop(keyword, None)
-        if keyword in source:
-            obj.add(deepcopy(source[keyword]))
+        element = _element(source, keyword)
+        if element is not None:
+            obj.add(deepcopy(element))
         elif keyword in _REQUIRED:
             setattr(obj, keyword, None)
     when = local(produced_at, source)
@@ -251,6 +252,18 @@ def sign(obj: Dataset, source: Dataset, identity: Identity, produced_at: datetim
     meta.ImplementationClassUID = UID(IMPLEMENTATION_CLASS_UID)
     meta.ImplementationVersionName = f"SALSA_NODE_{__version__}"[:SH_CHARS]
     same_patient_and_study(obj, source)
+
+
+def _element(source: Dataset, keyword: str) -> DataElement | None:
+    """The source's attribute, or None where it has none or an optional one that cannot be read."""
+    if keyword not in source:
+        return None
+    try:
+        return source[keyword]
+    except (ValueError, TypeError, OverflowError, NotImplementedError) as exc:
+        if keyword in _OPTIONAL:
+            return None
+        raise EncodingError(f"the source's {keyword} cannot be read ({type(exc).__name__})") from None
 
 
 def local(produced_at: datetime, source: Dataset) -> datetime:

@@ -262,9 +262,7 @@ def _document(
     provenance: Provenance | None,
 ) -> Dataset:
     notice = provenance.notice if provenance is not None else ""
-    scheme = CodingSchemeIdentificationItem(
-        codes.PRIVATE_SCHEME, name=codes.PRIVATE_SCHEME_NAME, responsible_organization=codes.PRIVATE_SCHEME_OWNER
-    )
+    private = any(element.value == codes.PRIVATE_SCHEME for element in content.iterall())
     try:
         document: Dataset = sr.Comprehensive3DSR(
             evidence=evidence,
@@ -278,9 +276,15 @@ def _document(
             is_final=False,
             is_verified=False,
             series_description=line("AI liver lesions report", notice),
-            coding_schemes=[scheme],
+            coding_schemes=[_private_scheme()] if private else None,
         )
     except (ValueError, TypeError, AttributeError) as exc:
         raise EncodingError(f"the report could not be put together ({type(exc).__name__})") from exc
     sign(document, source, identity, produced_at)
     return document
+
+
+def _private_scheme() -> CodingSchemeIdentificationItem:
+    return CodingSchemeIdentificationItem(
+        codes.PRIVATE_SCHEME, name=codes.PRIVATE_SCHEME_NAME, responsible_organization=codes.PRIVATE_SCHEME_OWNER
+    )
