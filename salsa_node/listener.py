@@ -171,9 +171,9 @@ class Listener:
 
     def _on_requested(self, event: evt.Event) -> None:
         """Reject an association that the settings do not allow (pynetdicom lets EVT_REQUESTED do so)."""
-        calling, address = event.assoc.requestor.ae_title.strip(), event.assoc.requestor.address
-        request = event.assoc.requestor.primitive
-        called = request.called_ae_title.strip() if isinstance(request, A_ASSOCIATE) else ""
+        request, address = event.assoc.requestor.primitive, event.assoc.requestor.address
+        assert isinstance(request, A_ASSOCIATE), "pynetdicom triggers EVT_REQUESTED with the request at hand"
+        calling, called = request.calling_ae_title.strip(), request.called_ae_title.strip()
         if not any(_is_from(peer, calling, address) for peer in self._settings.allowed):
             answer, why = _CALLING_NOT_RECOGNISED, "not in listener.allowed"
         elif called != self._settings.ae_title.strip() and not self._settings.any_called_ae_title:

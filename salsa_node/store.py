@@ -210,8 +210,7 @@ class Store(Queries):
             series = t.one(Series, quiet)
             if series is None:
                 return None
-            detail = f"{series.instances} instances"
-            return t.become_series(series, SeriesState.COMPLETE, now, detail)
+            return t.become_series(series, SeriesState.COMPLETE, now, f"{series.instances} instances")
 
     def reject_series(self, series_uid: str, reason: str, now: datetime) -> Series:
         """A COMPLETE series becomes REJECTED for that reason. Raises UnknownStudy, IllegalTransition."""
@@ -256,7 +255,11 @@ class Store(Queries):
             runs = t.all(Run, sa.select(RUNS).where(RUNS.c.study_uid == study_uid).order_by(RUNS.c.id.desc()))
             asked = (source_digest, pipeline, dict(options or {}), masks_sha256)
             last = next((run for run in runs if not run.forced), None)
-            if not force and last is not None and asked == _asked(last):
+            if (
+                not force
+                and last is not None
+                and asked == (last.source_digest, last.pipeline, dict(last.options), last.masks_sha256)
+            ):
                 return last
             current = next((run for run in runs if run.state is RunState.PRODUCED), None)
             number = t.insert(
@@ -423,8 +426,7 @@ class Store(Queries):
         """The delivery is not tried again until a person asks. Raises LeaseLost."""
         with transaction(self._writer) as t:
             delivery = t.leased_delivery(delivery_id, owner)
-            changes = {"last_status": status, "last_error": error}
-            return t.become_delivery(delivery, DeliveryState.GAVE_UP, now, error, **changes)
+            return t.become_delivery(delivery, DeliveryState.GAVE_UP, now, error, last_status=status, last_error=error)
 
     def resend(self, study_uid: str, destination: str | None, now: datetime) -> tuple[Delivery, ...]:
         """The deliveries of the study's current result are due again, to one destination or to all it had.
@@ -461,10 +463,6 @@ class Store(Queries):
         """Note something that changes no state; fields as in `Event`, without patient identity."""
         with transaction(self._writer) as t:
             return t.event(now, study_uid, subject, subject_id, name, detail)
-
-
-def _asked(run: Run) -> tuple[str, str, dict[str, object], str | None]:
-    return run.source_digest, run.pipeline, dict(run.options), run.masks_sha256
 
 
 def open_store(url: str, *, create: bool = False, busy_timeout_s: float = 10.0) -> Store:
