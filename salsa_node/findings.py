@@ -111,7 +111,7 @@ def measure(ct: CtVolume, masks: Masks, criteria: Criteria) -> Findings:
     Raises PipelineError where the masks do not lie on the CT's grid.
     """
     if not masks.lesions.grid.matches(ct.grid):
-        raise PipelineError(f"the masks lie on {_describe(masks.lesions.grid)}, the CT on {_describe(ct.grid)}")
+        raise PipelineError(f"the masks lie on {masks.lesions.grid}, the CT on {ct.grid}")
     run_digest = digest(ct.source_digest, masks.provenance.digest, _fingerprint(criteria))
     box = _box_around(masks.lesions.labels)
     components = _components(masks.lesions.labels[box], masks.lesion_per_value)
@@ -174,12 +174,6 @@ def table(findings: Findings) -> list[dict[str, str | int | float | bool]]:
 
 def _fingerprint(criteria: Criteria) -> str:
     return json.dumps(asdict(criteria) | {"rule": criteria.rule.value}, sort_keys=True)
-
-
-def _describe(grid: Grid) -> str:
-    spacing = " x ".join(f"{mm:.4g}" for mm in grid.spacing_mm)
-    origin = ", ".join(f"{mm:.2f}" for mm in grid.to_lps_mm((0, 0, 0)))
-    return f"a grid of {' x '.join(map(str, grid.shape))} voxels of {spacing} mm that starts at ({origin})"
 
 
 def _components(labels: npt.NDArray[np.unsignedinteger], lesion_per_value: bool) -> Components:

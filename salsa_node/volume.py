@@ -44,6 +44,13 @@ class Grid:
         object.__setattr__(self, "affine_lps_mm", affine)
         object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
 
+    def __str__(self) -> str:
+        """Size, spacing and first voxel in words, for messages."""
+        size = " x ".join(map(str, self.shape))
+        spacing = " x ".join(f"{mm:.4g}" for mm in self.spacing_mm)
+        origin = ", ".join(f"{mm:.2f}" for mm in self.to_lps_mm((0, 0, 0)))
+        return f"a grid of {size} (slices, rows, columns) at {spacing} mm from ({origin})"
+
     @property
     def spacing_mm(self) -> tuple[float, float, float]:
         """Distance between neighbouring voxel centres along (slice, row, column)."""

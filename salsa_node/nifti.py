@@ -1,0 +1,115 @@
+"""NIfTI files <-> volumes: RAS becomes LPS, and (x, y, z) storage becomes (slice, row, column).
+
+The slice axis is the stored axis that lies closest to the patient's z; of the other two, the later
+stored one is the row axis. For the usual file (third axis towards the head) that is plain reversal:
+k -> slice, j -> row, i -> column. No axis is flipped; the affine says where each voxel lies.
+"""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import numpy.typing as npt
+from nibabel.filebasedimages import ImageFileError
+from nibabel.nifti1 import Nifti1Image, Nifti1Pair
+from nibabel.spatialimages import HeaderDataError
+
+from salsa_node.errors import SeriesRejected
+from salsa_node.volume import Affine, CtVolume, Grid, LabelVolume
+
+_RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
+_UNREADABLE = (ImageFileError, HeaderDataError, OSError, EOFError, ValueError, zlib.error)
+
+Numbers = npt.NDArray[np.generic]
+
+
+def read_ct(path: Path) -> CtVolume:
+    """A CT in Hounsfield units: int16 where every value is a whole number that fits, float32 otherwise.
+
+    Raises SeriesRejected where the file is no 3-D volume of finite numbers, does not say where it
+    lies, or cannot hold Hounsfield units (unsigned without an intercept).
+    """
+    voxels, grid, stored = _read(path)
+    if np.issubdtype(stored, np.unsignedinteger) and voxels.min() >= 0:
+        raise SeriesRejected(
+            f"unsigned values from {voxels.min():g} to {voxels.max():g}: no Hounsfield units, which reach below zero"
+        )
+    limits = np.iinfo(np.int16)
+    whole = voxels.min() >= limits.min and voxels.max() <= limits.max and _all_whole(voxels)
+    if whole:
+        return CtVolume(np.ascontiguousarray(voxels, dtype=np.int16), grid)
+    return CtVolume(np.ascontiguousarray(voxels, dtype=np.float32), grid)
+
+
+def read_labels(path: Path) -> LabelVolume:
+    """A label map; labels written as floating-point whole numbers are taken as the integers they are.
+
+    Raises SeriesRejected where the file is no 3-D volume, does not say where it lies, or holds
+    anything but whole numbers from 0 to 65535.
+    """
+    voxels, grid, _ = _read(path)
+    if not _all_whole(voxels) or voxels.min() < 0 or voxels.max() > np.iinfo(np.uint16).max:
+        raise SeriesRejected(
+            f"values from {voxels.min():g} to {voxels.max():g} are no label map; expected whole numbers from 0 to 65535"
+        )
+    dtype = np.uint8 if voxels.max() <= np.iinfo(np.uint8).max else np.uint16
+    return LabelVolume(np.ascontiguousarray(voxels, dtype=dtype), grid)
+
+
+def write_labels(labels: LabelVolume, path: Path) -> None:
+    """Writes a label map to `path` (.nii or .nii.gz), stored as (column, row, slice) with its affine in RAS."""
+    affine = _RAS_TO_LPS @ labels.grid.affine_lps_mm[:, [2, 1, 0, 3]]
+    # nibabel types its modules but not these functions.
+    image = Nifti1Image(labels.labels.transpose(2, 1, 0), affine)  # type: ignore[no-untyped-call]
+    image.set_sform(affine, code=1)  # type: ignore[no-untyped-call]  # 1: scanner coordinates
+    image.set_qform(affine, code=1)  # type: ignore[no-untyped-call]
+    image.header.set_xyzt_units("mm")  # type: ignore[no-untyped-call]
+    nib.save(image, path)
+
+
+def _read(path: Path) -> tuple[Numbers, Grid, np.dtype[np.generic]]:
+    """Scaled voxels as (slice, row, column), their grid, and the number type they were stored in."""
+    try:
+        image = nib.load(path)
+        if not isinstance(image, Nifti1Pair):
+            raise SeriesRejected(f"a {type(image).__name__} file; expected NIfTI (.nii or .nii.gz)")
+        header = image.header
+        stored = np.dtype(header.get_data_dtype())  # type: ignore[no-untyped-call]
+        if stored.kind not in "iuf":
+            raise SeriesRejected(f"voxels of type {stored}; expected one real number each")
+        if header["qform_code"] == 0 and header["sform_code"] == 0:
+            raise SeriesRejected("the file does not say where it lies: neither qform nor sform is set")
+        unit = header.get_xyzt_units()[0]  # type: ignore[no-untyped-call]
+        if unit not in {"mm", "unknown"}:
+            raise SeriesRejected(f"lengths in {unit}; expected mm")
+        affine = np.asarray(image.affine, dtype=np.float64)
+        voxels: Numbers = np.asanyarray(image.dataobj)
+    except _UNREADABLE as exc:
+        raise SeriesRejected(f"the file cannot be read as NIfTI ({type(exc).__name__}): truncated or damaged") from exc
+    while voxels.ndim > 3 and voxels.shape[-1] == 1:
+        voxels = voxels[..., 0]
+    if voxels.ndim != 3 or 0 in voxels.shape:
+        raise SeriesRejected(f"an image of shape {voxels.shape}; expected three dimensions")
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+        raise SeriesRejected("the affine is not finite or does not span space")
+    odd = voxels.size - int(np.count_nonzero(np.isfinite(voxels)))
+    if odd:
+        raise SeriesRejected(f"{odd} of {voxels.size} voxels are not finite numbers")
+    order = _slice_row_column(affine)
+    shape = voxels.shape[order[0]], voxels.shape[order[1]], voxels.shape[order[2]]
+    return voxels.transpose(order), Grid(shape, _RAS_TO_LPS @ affine[:, [*order, 3]]), stored
+
+
+def _slice_row_column(affine: Affine) -> tuple[int, int, int]:
+    """The stored axes that become slice, row and column."""
+    directions = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    slice_axis = int(np.argmax(np.abs(directions[2])))
+    column, row = (axis for axis in range(3) if axis != slice_axis)
+    return slice_axis, row, column
+
+
+def _all_whole(voxels: Numbers) -> bool:
+    return not np.issubdtype(voxels.dtype, np.floating) or bool((voxels == np.rint(voxels)).all())
