@@ -21,7 +21,7 @@ from salsa_node.errors import EncodingError
 from salsa_node.uids import derive
 from salsa_node.volume import CtVolume, Grid
 
-IMPLEMENTATION_CLASS_UID = derive("salsa_node", "implementation")
+IMPLEMENTATION_CLASS_UID = UID(derive("salsa_node", "implementation"))
 _ORTHOGONAL_TOLERANCE = 1e-3  # of a cosine; a DS of 16 characters carries far more
 
 

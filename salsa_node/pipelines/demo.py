@@ -1,0 +1,140 @@
+"""The demo pipeline: liver, then lesions in two stages as SALSA does it, with small models trained on phantoms.
+
+It shows the whole street on any machine in seconds. Its weights never saw a patient: what it finds in a real CT
+means nothing, and every object made from it says so.
+"""
+
+from __future__ import annotations
+
+import cc3d
+import numpy as np
+import numpy.typing as npt
+from scipy.ndimage import maximum_filter, minimum_filter
+
+from salsa_node import __version__
+from salsa_node.errors import ConfigError, OrganNotFound
+from salsa_node.models import ModelFolder, demo_models_dir
+from salsa_node.pipelines import DEMO_NOTICE, Masks, PipelineSettings, Provenance
+from salsa_node.pipelines.nnunet import Network, choose_device
+from salsa_node.volume import CtVolume, Grid, LabelVolume
+
+OUTSIDE_HU = -1024
+MIN_LIVER_ML = 50.0
+STAGES = {
+    "liver": "liver/nnUNetTrainer__nnUNetPlans__3d_fullres",
+    "lowres": "salsa/nnUNetTrainer__nnUNetPlans__3d_lowres",
+    "cascade": "salsa/nnUNetTrainer__nnUNetPlans__3d_cascade_fullres",
+}
+CLOSING_MM = 9.0
+DILATION_MM = 4.0
+MARGIN_MM = 6.0
+MIN_COMPONENT_MM3 = 30.0
+
+Mask = npt.NDArray[np.bool_]
+
+
+class DemoPipeline:
+    """Liver and lesions by the packaged demo models.
+
+    Takes its models from `settings.models_dir`/demo where that folder exists, else from the package.
+    `settings.options`: "mirroring" (false) and "precision" ("auto"), as `Network` has them.
+    Raises WeightsMissing where a model folder is incomplete, ConfigError for an unknown option or device.
+    """
+
+    def __init__(self, settings: PipelineSettings) -> None:
+        unknown = sorted(set(settings.options) - {"mirroring", "precision"})
+        if unknown:
+            raise ConfigError(f"the demo pipeline has no option {unknown[0]!r}; it has mirroring and precision")
+        mirroring = settings.options.get("mirroring", False)
+        precision = settings.options.get("precision", "auto")
+        if not isinstance(mirroring, bool) or not isinstance(precision, str):
+            raise ConfigError("the demo pipeline's mirroring must be true or false and its precision a word")
+        root = demo_models_dir()
+        if settings.models_dir is not None and (settings.models_dir / "demo").is_dir():
+            root = settings.models_dir / "demo"
+        device = choose_device(settings.device)
+        folders = {stage: ModelFolder(root / name) for stage, name in STAGES.items()}
+        self._liver = Network(folders["liver"], device, precision=precision)
+        self._lowres = Network(folders["lowres"], device, mirroring=mirroring, precision=precision)
+        self._cascade = Network(folders["cascade"], device, mirroring=mirroring, precision=precision)
+        hashes = {f"{stage}/{name}": sha for stage, folder in folders.items() for name, sha in folder.sha256().items()}
+        parameters = {
+            "mirroring": mirroring,
+            "precision": "bfloat16" if self._liver.bfloat16 else "mixed" if device.type == "cuda" else "float32",
+            "min_liver_ml": MIN_LIVER_ML,
+            "closing_mm": CLOSING_MM,
+            "dilation_mm": DILATION_MM,
+            "min_component_mm3": MIN_COMPONENT_MM3,
+        }
+        self._provenance = Provenance("demo", __version__, hashes, parameters, str(device), DEMO_NOTICE)
+
+    @property
+    def provenance(self) -> Provenance:
+        """Which weights and parameters."""
+        return self._provenance
+
+    def segment(self, ct: CtVolume) -> Masks:
+        """Liver and lesions on `ct.grid`. Raises OrganNotFound below 50 ml of liver, DeviceExhausted."""
+        liver = find_liver(self._liver, ct)
+        crop, box = liver_only(ct, liver)
+        lowres = self._lowres.predict(crop)
+        found = self._cascade.predict(crop, previous=lowres)
+        lesions = np.zeros(ct.grid.shape, dtype=np.uint8)
+        lesions[box] = without_specks(found.labels == 1, ct.grid, MIN_COMPONENT_MM3)
+        organ = liver | (lesions > 0)
+        return Masks(
+            LabelVolume(organ.astype(np.uint8), ct.grid), LabelVolume(lesions, ct.grid), self._provenance
+        )  # fmt: skip
+
+
+def find_liver(network: Network, ct: CtVolume) -> Mask:
+    """The largest connected piece of label 1. Raises OrganNotFound where it is smaller than a liver can be."""
+    found = network.predict(ct).labels == 1
+    pieces = cc3d.connected_components(found, connectivity=6)
+    sizes = np.bincount(pieces.ravel())[1:]
+    largest_ml = float(sizes.max()) * ct.grid.voxel_volume_mm3 / 1000 if len(sizes) else 0.0
+    if largest_ml < MIN_LIVER_ML:
+        raise OrganNotFound(f"found {largest_ml:.0f} ml of liver; at least {MIN_LIVER_ML:.0f} ml are needed to go on")
+    largest: Mask = pieces == 1 + int(np.argmax(sizes))
+    return largest
+
+
+def liver_only(ct: CtVolume, liver: Mask) -> tuple[CtVolume, tuple[slice, slice, slice]]:
+    """The box around the liver, all else at -1024 HU, and where that box lies in `ct`.
+
+    The liver is closed and then widened by a few millimetres first, so that lesions at its rim stay inside.
+    """
+    spacing_mm = ct.grid.spacing_mm
+    box = _box(liver, spacing_mm, CLOSING_MM + DILATION_MM + MARGIN_MM)
+    room = [(_voxels(CLOSING_MM + DILATION_MM, mm),) * 2 for mm in spacing_mm]  # the edge of the scan closes nothing
+    padded = np.pad(liver[box], room).view(np.uint8)
+    widened = maximum_filter(padded, size=[2 * _voxels(CLOSING_MM + DILATION_MM, mm) + 1 for mm in spacing_mm])
+    closed = minimum_filter(widened, size=[2 * _voxels(CLOSING_MM, mm) + 1 for mm in spacing_mm])
+    seen = closed[tuple(slice(before, -after or None) for before, after in room)] > 0
+    voxels_hu = np.where(seen, ct.voxels_hu[box], np.array(OUTSIDE_HU, dtype=ct.voxels_hu.dtype))
+    affine = ct.grid.affine_lps_mm.copy()
+    affine[:3, 3] = ct.grid.to_lps_mm((box[0].start, box[1].start, box[2].start))
+    shape = (seen.shape[0], seen.shape[1], seen.shape[2])
+    return CtVolume(voxels_hu, Grid(shape, affine, ct.grid.frame_of_reference_uid)), box
+
+
+def without_specks(mask: Mask, grid: Grid, min_mm3: float) -> Mask:
+    """The mask without 26-connected pieces smaller than `min_mm3`."""
+    pieces = cc3d.connected_components(mask, connectivity=26)
+    large = np.bincount(pieces.ravel()) * grid.voxel_volume_mm3 >= min_mm3
+    large[0] = False
+    kept: Mask = large[pieces]
+    return kept
+
+
+def _voxels(length_mm: float, spacing_mm: float) -> int:
+    return round(length_mm / spacing_mm)
+
+
+def _box(mask: Mask, spacing_mm: tuple[float, float, float], margin_mm: float) -> tuple[slice, slice, slice]:
+    bounds = []
+    for axis, (count, mm) in enumerate(zip(mask.shape, spacing_mm, strict=True)):
+        inside = np.flatnonzero(mask.any(axis=tuple(n for n in range(3) if n != axis)))
+        margin = _voxels(margin_mm, mm)
+        bounds.append(slice(max(0, int(inside[0]) - margin), min(count, int(inside[-1]) + 1 + margin)))
+    return bounds[0], bounds[1], bounds[2]

@@ -1,0 +1,295 @@
+"""One trained nnU-Net v2 network: a CT volume in, labels on the same grid out, all in memory.
+
+The only room that knows nnU-Net. It builds the network from the plans and reads the weights as plain tensors,
+so that no code of a model folder is ever run and no trainer is searched for. nnU-Net's convention, channel first
+and (z, y, x), is met here: every volume is turned to one orientation first, whatever way it was stored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import os
+import pickle
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import permutations
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from salsa_node.errors import ConfigError, DeviceExhausted, PipelineError
+from salsa_node.models import ModelFolder
+from salsa_node.volume import CtVolume, Grid, LabelVolume
+
+os.environ.setdefault("nnUNet_def_n_proc", str(max(1, min(8, os.cpu_count() or 1))))  # read once, at nnU-Net's import
+
+_Voxel = TypeVar("_Voxel", bound=np.generic)
+_NETWORK_SOURCES = ("dynamic_network_architectures.", "torch.nn.")
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """How an array is turned so that its axes run to the head, the front and the right (S, A, R).
+
+    That is a NIfTI in RAS as nnU-Net reads it: (z, y, x). On an oblique grid each axis goes to the nearest
+    direction, so nothing is interpolated.
+
+    order: the source axis that becomes slice, row and column. flipped: the turned axes that run backwards.
+    """
+
+    order: tuple[int, int, int]
+    flipped: tuple[int, ...]
+
+    @classmethod
+    def of(cls, grid: Grid) -> Turn:
+        """The turn that suits this grid."""
+        cosines = grid.affine_lps_mm[:3, :3] / np.array(grid.spacing_mm)
+        wanted = np.array([[0, 0, 1], [0, -1, 0], [-1, 0, 0]]) @ cosines  # (wanted axis, source axis)
+        best = max(permutations(range(3)), key=lambda order: sum(abs(wanted[n, axis]) for n, axis in enumerate(order)))
+        flipped = tuple(n for n, axis in enumerate(best) if wanted[n, axis] < 0)
+        return cls((best[0], best[1], best[2]), flipped)
+
+    def apply(self, array: npt.NDArray[_Voxel]) -> npt.NDArray[_Voxel]:
+        """The turned array, a view."""
+        return np.flip(array.transpose(self.order), self.flipped)
+
+    def undo(self, array: npt.NDArray[_Voxel]) -> npt.NDArray[_Voxel]:
+        """The array as it was stored, a view."""
+        back = np.argsort(self.order)
+        return np.flip(array, self.flipped).transpose(*back)
+
+
+def choose_device(wanted: str) -> torch.device:
+    """The device that "auto", "cpu" or "cuda:N" names. Raises ConfigError where there is no such device."""
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if wanted == "auto":
+        return torch.device("cuda:0")
+    kind, _, number = wanted.partition(":")
+    index = int(number) if number.isdecimal() else 0
+    if kind != "cuda" or (number and not number.isdecimal()):
+        raise ConfigError(f"device must be auto, cpu or cuda:N; found {wanted!r}")
+    if index >= torch.cuda.device_count():
+        raise ConfigError(f"device {wanted} was asked for, but torch sees {torch.cuda.device_count()} CUDA devices")
+    return torch.device("cuda", index)
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware; elsewhere it is slower than float32, not faster."""
+    probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return bool(probe is not None and probe())
+
+
+class Network:
+    """A trained configuration of nnU-Net v2, in memory.
+
+    device: see `choose_device`. mirroring: average over flips where the checkpoint allows it; slower.
+    tile_step: overlap of the sliding window, as a share of the patch.
+    precision: "auto" takes bfloat16 on CPUs that have it; "float32" never. A GPU always runs mixed precision.
+
+    Raises WeightsMissing where the folder is incomplete, PipelineError where it cannot be used.
+    """
+
+    def __init__(
+        self,
+        folder: ModelFolder,
+        device: torch.device,
+        *,
+        mirroring: bool = False,
+        tile_step: float = 0.5,
+        precision: str = "auto",
+    ) -> None:
+        if precision not in ("auto", "float32", "bfloat16"):
+            raise ConfigError(f"precision must be auto, float32 or bfloat16; found {precision!r}")
+        wants_bfloat16 = precision == "bfloat16" or (precision == "auto" and cpu_has_bfloat16())
+        self.bfloat16 = device.type == "cpu" and wants_bfloat16
+        self.folder = folder
+        self.device = device
+        with _quiet():
+            _define_missing_torchvision_operators()
+            self._predictor = _build_predictor(folder, device, mirroring, tile_step)
+
+    @property
+    def is_cascade(self) -> bool:
+        """Whether it needs the labels of a previous stage."""
+        return self._predictor.configuration_manager.previous_stage_name is not None
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """The network itself: channels of normalised patches in, logits out."""
+        module: torch.nn.Module = self._predictor.network
+        return module
+
+    @property
+    def patch_size(self) -> tuple[int, int, int]:
+        """What the network sees at once, in its own voxels (slice, row, column)."""
+        size = self._predictor.configuration_manager.patch_size
+        return int(size[0]), int(size[1]), int(size[2])
+
+    def predict(self, ct: CtVolume, previous: LabelVolume | None = None) -> LabelVolume:
+        """Labels on `ct.grid`.
+
+        previous: for a cascade, what the stage before found, on the same grid.
+        Raises DeviceExhausted where memory runs out.
+        """
+        if self.is_cascade != (previous is not None):
+            raise PipelineError(f"{self.folder.path.name}: a previous stage is needed by a cascade and by nothing else")
+        if previous is not None and not previous.grid.matches(ct.grid):
+            raise PipelineError(f"{self.folder.path.name}: the previous stage lies on another grid than the CT")
+        turn = Turn.of(ct.grid)
+        image = turn.apply(ct.voxels_hu)[None].astype(np.float32)
+        stage = (
+            None if previous is None else turn.apply(previous.labels)[None].astype(np.int16)
+        )  # nnU-Net writes -1 into it
+        spacing_mm = [ct.grid.spacing_mm[axis] for axis in turn.order]
+        try:
+            with _quiet():
+                found = self._run(image, stage, spacing_mm)
+        except (torch.OutOfMemoryError, MemoryError) as exc:
+            raise DeviceExhausted(f"{self.device} ran out of memory on a volume of {ct.grid.shape}: {exc}") from exc
+        except RuntimeError as exc:
+            if "can't allocate memory" in str(exc) or "out of memory" in str(exc).lower():
+                raise DeviceExhausted(f"{self.device} ran out of memory on a volume of {ct.grid.shape}: {exc}") from exc
+            raise
+        return LabelVolume(np.ascontiguousarray(turn.undo(found)), ct.grid)
+
+    def preprocess(
+        self, image: npt.NDArray[np.float32], stage: npt.NDArray[np.int16] | None, spacing_mm: list[float]
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int8], dict[str, Any]]:
+        """What the network sees of (1, z, y, x) arrays: channels and labels at its spacing, and the way back.
+
+        `stage` comes back in the labels: the truth in training, the previous stage in a cascade.
+        """
+        predictor = self._predictor
+        properties: dict[str, Any] = {"spacing": list(spacing_mm)}
+        preprocessor = predictor.configuration_manager.preprocessor_class(verbose=False)
+        channels, labels, properties = preprocessor.run_case_npy(
+            image, stage, properties, predictor.plans_manager, predictor.configuration_manager, predictor.dataset_json
+        )
+        return channels, labels, properties
+
+    def _run(
+        self, image: npt.NDArray[np.float32], stage: npt.NDArray[np.int16] | None, spacing_mm: list[float]
+    ) -> npt.NDArray[np.unsignedinteger[Any]]:
+        from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
+        from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
+
+        predictor = self._predictor
+        channels, labels, properties = self.preprocess(image, stage, spacing_mm)
+        if stage is not None:
+            classes = predictor.label_manager.foreground_labels
+            channels = np.vstack((channels, convert_labelmap_to_one_hot(labels[0], classes, channels.dtype)))
+        seen = torch.from_numpy(np.ascontiguousarray(channels, dtype=np.float32))
+        with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.bfloat16):
+            logits = predictor.predict_sliding_window_return_logits(seen)
+        found: npt.NDArray[np.unsignedinteger[Any]] = convert_predicted_logits_to_segmentation_with_correct_shape(
+            logits.float().cpu(), predictor.plans_manager, predictor.configuration_manager, predictor.label_manager,
+            properties, num_threads_torch=torch.get_num_threads(),
+        )  # fmt: skip
+        return found
+
+
+def _build_predictor(folder: ModelFolder, device: torch.device, mirroring: bool, tile_step: float) -> Any:
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+    from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+    from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    checkpoints = [_read_checkpoint(file) for file in folder.checkpoints]
+    dataset = folder.dataset
+    try:
+        plans = PlansManager(folder.plans)
+        configuration = plans.get_configuration(checkpoints[0]["init_args"]["configuration"])
+        source = configuration.network_arch_class_name
+        if not source.startswith(_NETWORK_SOURCES):
+            raise PipelineError(f"{folder.path.name} asks for the network {source}; only nnU-Net's own are built")
+        network = get_network_from_plans(
+            source,
+            configuration.network_arch_init_kwargs,
+            configuration.network_arch_init_kwargs_req_import,
+            determine_num_input_channels(plans, configuration, dataset),
+            plans.get_label_manager(dataset).num_segmentation_heads,
+            allow_init=False,
+            deep_supervision=False,
+        )
+        weights = [checkpoint["network_weights"] for checkpoint in checkpoints]
+        network.load_state_dict(weights[0])
+    except (KeyError, TypeError, RuntimeError) as exc:
+        raise PipelineError(f"{folder.path.name}: plans and weights do not fit together ({exc})") from exc
+    network.eval()
+    if device.type == "cpu":
+        network = network.to(memory_format=torch.channels_last_3d)
+    predictor = nnUNetPredictor(
+        tile_step_size=tile_step,
+        use_mirroring=mirroring,
+        perform_everything_on_device=device.type != "cpu",
+        device=device,
+        allow_tqdm=False,
+    )
+    axes = checkpoints[0].get("inference_allowed_mirroring_axes")
+    predictor.manual_initialization(
+        network, plans, configuration, weights, dataset, checkpoints[0].get("trainer_name", "nnUNetTrainer"), axes
+    )
+    network.to(device)
+    _use_all_threads(predictor.configuration_manager.configuration)
+    return predictor
+
+
+def _read_checkpoint(file: Path) -> dict[str, Any]:
+    """The tensors and plain values of a checkpoint. Raises PipelineError where it holds anything that could run."""
+    # numpy's scalars are in the training log that nnU-Net keeps beside the weights, under its old name and its new.
+    scalar: Callable[..., Any] = np.float64(0).__reduce__()[0]  # type: ignore[assignment]
+    allowed: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [np.dtype]
+    allowed += [type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64)]
+    allowed += [(scalar, f"{package}.multiarray.scalar") for package in ("numpy.core", "numpy._core")]
+    try:
+        with torch.serialization.safe_globals(allowed):
+            found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as exc:
+        raise PipelineError(
+            f"{file.parent.parent.name}/{file.parent.name}/{file.name} cannot be read as plain tensors; a checkpoint "
+            f"that carries code, or is damaged, is refused ({str(exc).splitlines()[0]})"
+        ) from exc
+    if not isinstance(found, dict) or not {"network_weights", "init_args"} <= found.keys():
+        raise PipelineError(f"{file.name} is no nnU-Net v2 checkpoint: network_weights and init_args were expected")
+    return found
+
+
+def _use_all_threads(configuration: dict[str, Any]) -> None:
+    """nnU-Net's torch resampling takes 4 threads whatever the machine has; this gives it torch's own count."""
+    for kind in ("data", "seg", "probabilities"):
+        if configuration.get(f"resampling_fn_{kind}") == "resample_torch_fornnunet":
+            configuration[f"resampling_fn_{kind}_kwargs"]["num_threads"] = torch.get_num_threads()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """nnU-Net prints; a node does not."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
+
+
+_torchvision_operators: list[torch.library.Library] = []
+
+
+def _define_missing_torchvision_operators() -> None:
+    """Lets `import torchvision` succeed beside a CPU-only torch.
+
+    PyPI's torchvision is built for CUDA. Beside a CPU torch its operators cannot be loaded, and the import
+    fails on the two that it registers without asking (nms, qnms). Networks from timm need that import.
+    """
+    spec = importlib.util.find_spec("torchvision")
+    if _torchvision_operators or spec is None or spec.origin is None or hasattr(torch.ops.torchvision, "nms"):
+        return
+    try:
+        torch.ops.load_library(str(Path(spec.origin).parent / "_C.so"))  # type: ignore[no-untyped-call]
+    except OSError:
+        library = torch.library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")  # type: ignore[no-untyped-call]
+        _torchvision_operators.append(library)
