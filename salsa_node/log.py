@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import traceback
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TextIO
 
 _OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
@@ -22,6 +24,16 @@ def start(level: str, form: str, stream: TextIO | None = None) -> None:
     root.handlers[:] = [sink]
     root.setLevel(level.upper())
     root.propagate = False
+
+
+def unforeseen(error: BaseException) -> str:
+    """What an exception that nobody planned for is called and where it arose.
+
+    Its own words are left out: a foreign library may quote the data set, and with it the patient.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    places = [f"{Path(frame.filename).stem}:{frame.lineno} in {frame.name}" for frame in frames[-3:]]
+    return f"unforeseen {type(error).__name__} at {' < '.join(reversed(places))}"
 
 
 def _keys(record: logging.LogRecord) -> dict[str, object]:

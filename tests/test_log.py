@@ -45,3 +45,12 @@ def test_an_exception_stays_within_its_record():
     except ValueError:
         logging.getLogger("salsa_node.x").exception("it broke")
     assert "boom" in json.loads(stream.getvalue())["traceback"]
+
+
+def test_an_unforeseen_error_tells_its_place_and_keeps_the_words_of_others_to_itself():
+    try:
+        int("Doe^Jane")
+    except ValueError as error:
+        told = log.unforeseen(error)
+    assert told.startswith("unforeseen ValueError at test_log:")
+    assert "Doe" not in told

@@ -1,0 +1,289 @@
+"""The commands of `salsa-node`: each takes its settings from a file, asks one room, prints, and ends with a code.
+
+Rooms that import arrays, networks or the DICOM protocol are imported inside the command that needs them,
+so that asking for status stays quick.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from salsa_node import __version__, config, console, errors
+
+if TYPE_CHECKING:
+    from salsa_node.store import StoreSettings
+
+app = typer.Typer(
+    help="A DICOM node that finds liver lesions on CT. Research software, not a medical device.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+config_app = typer.Typer(help="The settings.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", help=f"Settings file; without it ${config.ENVIRONMENT} names one, else the defaults hold."
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON document instead of tables.")]
+StudyName = Annotated[
+    str, typer.Argument(metavar="STUDY", help="Study Instance UID, a unique beginning of one, or an accession number.")
+]
+
+EXIT_NO = 1  # done, and the answer is no
+_EXIT_CODES = (
+    (errors.ConfigError, 3),
+    (errors.UnknownStudy, 4),
+    (errors.StoreError, 5),
+    (errors.DeliveryError, 6),
+    (errors.SalsaNodeError, 7),
+)
+
+
+def main() -> None:
+    """The entry point: an error that we raise on purpose becomes one line and an exit code."""
+    try:
+        app()
+    except errors.SalsaNodeError as error:
+        sys.stderr.write(f"salsa-node: {error}\n")
+        raise SystemExit(next(code for kind, code in _EXIT_CODES if isinstance(error, kind))) from None
+    except BrokenPipeError:
+        sys.stderr.close()
+        raise SystemExit(EXIT_NO) from None
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        console.put(f"salsa_node {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_version, help="Say which.")] = False,
+) -> None:
+    del version
+
+
+@app.command()
+def serve(config_file: ConfigFile = None) -> None:
+    """Run the node until SIGTERM or Ctrl-C."""
+    settings = config.load(config_file)
+    from salsa_node import log, node
+
+    log.start(settings.node.log_level, settings.node.log_format)
+    node.serve(settings, config_file)
+
+
+@app.command(hidden=True)
+def work(owner: Annotated[str, typer.Option()], config_file: ConfigFile = None) -> None:
+    """Carry runs until standard input closes; `serve` starts this."""
+    settings = config.load(config_file)
+    from salsa_node import log, worker
+
+    log.start(settings.node.log_level, settings.node.log_format)
+    worker.work(settings, owner)
+
+
+@app.command()
+def studies(
+    config_file: ConfigFile = None,
+    as_json: AsJson = False,
+    limit: Annotated[int, typer.Option(min=1, help="How many, newest first.")] = 50,
+) -> None:
+    """List the studies, newest first."""
+    from salsa_node import overview, store
+
+    with store.Store.open(_record(config.load(config_file))) as record:
+        rows = [overview.row(overview.glance(record, study)) for study in record.studies(limit)]
+    if as_json:
+        console.put_json(rows)
+    else:
+        console.put_studies(rows)
+
+
+@app.command()
+def show(study: StudyName, config_file: ConfigFile = None, as_json: AsJson = False) -> None:
+    """Show one study: series, runs, findings, deliveries, time line."""
+    from salsa_node import overview, store
+
+    with store.Store.open(_record(config.load(config_file))) as record:
+        page = overview.detail(record, overview.glance(record, record.study(study)))
+    if as_json:
+        console.put_json(page)
+    else:
+        console.put_detail(page)
+
+
+@app.command()
+def rerun(
+    study: StudyName,
+    config_file: ConfigFile = None,
+    pipeline: Annotated[str, typer.Option(help="Another pipeline than the configured one.")] = "",
+    masks: Annotated[
+        Path | None,
+        typer.Option(help="A label map that a person made (NIfTI or DICOM SEG); supersedes the AI's result."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Analyse a study again; the node carries it out, and the new result supersedes the old one."""
+    settings = config.load(config_file)
+    from salsa_node import assembly, store
+
+    if masks and pipeline not in ("", "given_masks"):
+        raise typer.BadParameter(f"--masks goes with the pipeline given_masks, not with {pipeline}")
+    with store.Store.open(_record(settings)) as record:
+        wanted = record.study(study)
+        kept = _keep_masks(settings, masks) if masks else None
+        run = assembly.queue_again(
+            record,
+            settings.node.data_dir,
+            wanted,
+            "given_masks" if masks else pipeline or settings.pipeline.name,
+            settings.pipeline.options,
+            _now(),
+            masks=kept,
+        )
+    if as_json:
+        console.put_json({"run": run.id, "study_uid": run.study_uid, "pipeline": run.pipeline})
+    else:
+        console.put(f"run {run.id} is queued; follow it with: salsa-node show {run.study_uid}")
+
+
+def _keep_masks(settings: config.Config, masks: Path) -> tuple[str, str]:
+    """Copy a person's masks below the data folder; the path there and the SHA-256."""
+    from salsa_node import durable
+
+    try:
+        content = masks.read_bytes()
+    except OSError as exc:
+        raise errors.ConfigError(f"--masks: {masks} cannot be read ({exc.strerror})") from exc
+    sha256 = hashlib.sha256(content).hexdigest()
+    suffix = ".nii.gz" if masks.name.endswith(".nii.gz") else masks.suffix
+    kept = Path("masks") / f"{sha256}{suffix}"
+    durable.write(settings.node.data_dir / kept, [content])
+    return kept.as_posix(), sha256
+
+
+@app.command()
+def resend(
+    study: StudyName,
+    config_file: ConfigFile = None,
+    to: Annotated[str, typer.Option(help="A destination by name; without it all that the result went to.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Send the current result of a study again: the same objects."""
+    settings = config.load(config_file)
+    from salsa_node import store
+
+    if to and to != config.SENDER:
+        settings.destination_named(to)
+    with store.Store.open(_record(settings)) as record:
+        due = record.resend(record.study(study).study_uid, to or None, _now())
+    if as_json:
+        console.put_json([{"delivery": item.id, "destination": item.destination} for item in due])
+    else:
+        console.put(f"{len(due)} deliveries are due again; a running node sends them")
+
+
+@app.command()
+def echo(
+    destination: Annotated[str, typer.Argument(metavar="DESTINATION")],
+    config_file: ConfigFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """C-ECHO to a destination of the config."""
+    settings = config.load(config_file)
+    named = settings.destination_named(destination)
+    from salsa_node import delivery
+
+    delivery.echo(named, settings.delivery)
+    told = {
+        "destination": named.name,
+        "ae_title": named.ae_title,
+        "host": named.host,
+        "port": named.port,
+        "answer": "0x0000",
+    }
+    if as_json:
+        console.put_json(told)
+    else:
+        console.put(f"{named.name} ({named.ae_title} at {named.host}:{named.port}) answered 0x0000")
+
+
+@config_app.command("check")
+def config_check(config_file: ConfigFile = None, as_json: AsJson = False) -> None:
+    """Say whether a node can start with these settings, and what to mend when not."""
+    settings = config.load(config_file)
+    from salsa_node import preflight
+
+    checks = preflight.checks(settings)
+    if as_json:
+        console.put_json([{"check": c.name, "ok": c.ok, "detail": c.detail} for c in checks])
+    else:
+        for check in checks:
+            console.put(f"{'ok  ' if check.ok else 'FAIL'}  {check.name}: {check.detail}")
+    if not all(check.ok for check in checks):
+        raise SystemExit(3)
+
+
+@app.command()
+def run(
+    paths: Annotated[list[Path], typer.Argument(metavar="PATH…", help="DICOM folders or NIfTI files.")],
+    output: Annotated[Path, typer.Option(help="Folder for the results; made when absent.")] = Path("salsa-results"),
+    config_file: ConfigFile = None,
+    pipeline: Annotated[str, typer.Option(help="Another pipeline than the configured one.")] = "",
+    masks: Annotated[Path | None, typer.Option(help="A label map that a person made, instead of a network.")] = None,
+    rule: Annotated[str, typer.Option(help="diameter or volume, instead of the configured rule.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Analyse a DICOM folder or a NIfTI file without any network."""
+    settings = config.load(config_file)
+    from salsa_node import offline
+
+    wanted = offline.Wanted(output, "given_masks" if masks else pipeline or settings.pipeline.name, masks, rule or None)
+    results = offline.run(paths, wanted, settings, progress=lambda text: sys.stderr.write(f"{text}\n"))
+    if as_json:
+        console.put_json([result.as_json() for result in results])
+    else:
+        for result in results:
+            console.put_lesions(result.lesions, f"{result.path}: {result.told}")
+            console.put(f"{result.path}: {result.told}; see {result.folder}")
+    if not all(result.analysed for result in results):
+        raise SystemExit(EXIT_NO)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for everything that comes out; made when absent.")] = Path(
+        "demo-output"
+    ),
+    seed: Annotated[int, typer.Option(help="Which synthetic patient.")] = 2026,
+    as_json: AsJson = False,
+) -> None:
+    """Send a phantom study through a real node and show what comes back beside the truth."""
+    from salsa_node import demo as demonstration
+
+    outcome = demonstration.run(output, seed, quiet=as_json)
+    if as_json:
+        console.put_json(outcome.as_json())
+    if not outcome.passed:
+        raise SystemExit(EXIT_NO)
+
+
+def _record(settings: config.Config) -> StoreSettings:
+    from salsa_node.store import StoreSettings
+
+    return StoreSettings(settings.store_url)
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)

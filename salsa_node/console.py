@@ -1,0 +1,117 @@
+"""What the command line prints: tables for people, one JSON document for machines."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+NEXT = {
+    "failed": "salsa-node rerun STUDY, once the cause is mended",
+    "not delivered": "salsa-node echo DESTINATION, then salsa-node resend STUDY",
+}
+
+
+def put_json(value: object) -> None:
+    """One JSON document on standard output."""
+    sys.stdout.write(json.dumps(value, indent=2, default=str) + "\n")
+
+
+def put(text: str = "") -> None:
+    """A line for people on standard output."""
+    sys.stdout.write(text + "\n")
+
+
+def put_table(columns: Mapping[str, str], rows: Sequence[Mapping[str, object]], title: str = "") -> None:
+    """Rows under headings; columns: key -> heading, right-aligned where the heading starts with ">"."""
+    table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in columns.values():
+        right = heading.startswith(">")
+        table.add_column(heading.lstrip(">"), justify="right" if right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(_cell(row.get(key)) for key in columns))
+    console = Console(soft_wrap=False, width=None if sys.stdout.isatty() else 160, highlight=False, markup=False)
+    console.print(table)
+
+
+def put_studies(rows: Sequence[Mapping[str, object]]) -> None:
+    """The table of `studies`, and what to do about those that need a person."""
+    if not rows:
+        put("no study has arrived yet")
+        return
+    columns = {
+        "last_at": "last image",
+        "study_uid": "study",
+        "accession_number": "accession",
+        "from": "from",
+        "series": ">series",
+        "instances": ">images",
+        "standing": "standing",
+        "outcome": "outcome",
+    }
+    put_table(columns, rows)
+    for standing in sorted({str(row["standing"]) for row in rows} & set(NEXT)):
+        put(f"{standing}: {NEXT[standing]}")
+
+
+def put_lesions(lesions: Sequence[Mapping[str, object]], title: str = "") -> None:
+    """A findings table."""
+    columns = {
+        "lesion": ">lesion",
+        "disease": "RECIST 1.1",
+        "volume_ml": ">volume ml",
+        "long_axis_mm": ">long axis mm",
+        "short_axis_mm": ">short axis mm",
+        "mean_hu": ">mean HU",
+        "slice_index": ">slice",
+    }
+    put_table(columns, lesions, title)
+
+
+def put_detail(study: Mapping[str, object]) -> None:
+    """The page of `show`."""
+    put(f"study {study['study_uid']}: {study['standing']}")
+    if str(study["standing"]) in NEXT:
+        put(f"next: {NEXT[str(study['standing'])]}")
+    put_table(
+        {"series_number": ">number", "modality": "modality", "instances": ">images", "state": "state",
+         "reason": "reason", "series_uid": "series"},
+        _rows(study["series"]),
+        "Series",
+    )  # fmt: skip
+    runs = _rows(study["runs"])
+    put_table(
+        {"id": ">run", "pipeline": "pipeline", "state": "state", "attempt": ">attempt", "outcome": "outcome",
+         "error": "error", "finished_at": "finished"},
+        runs,
+        "Runs",
+    )  # fmt: skip
+    for run in runs:
+        findings = run.get("findings")
+        if isinstance(findings, Mapping) and run["state"] == "PRODUCED":
+            put_lesions(_rows(findings.get("lesions", [])), f"Run {run['id']}: AI candidate findings, not a diagnosis")
+            if findings.get("reason"):
+                put(f"not analysed: {findings['reason']}")
+    deliveries = [delivery for run in runs for delivery in _rows(run["deliveries"])]
+    put_table(
+        {"run_id": ">run", "object_id": ">object", "destination": "destination", "state": "state",
+         "attempt": ">attempt", "last_error": "last error", "sent_at": "sent"},
+        deliveries,
+        "Deliveries",
+    )  # fmt: skip
+    put_table({"at": "at", "name": "event", "detail": "detail"}, _rows(study["events"]), "Time line")
+
+
+def _rows(value: object) -> Sequence[Mapping[str, object]]:
+    assert isinstance(value, list | tuple)
+    return value
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return ""
+    return f"{value:.1f}" if isinstance(value, float) else str(value)

@@ -1,0 +1,203 @@
+"""The long-running node: starts, watches and stops the listener, the loops and the worker process.
+
+The loops are threads that call a `step(...)` again and again and meet only in the store. Inference
+runs in a child process of its own process group: it can be killed without harm, and it ends by itself
+when the node is gone (its standard input closes).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from types import FrameType
+
+from salsa_node import assembly, delivery, durable, preflight
+from salsa_node.config import Config
+from salsa_node.errors import ConfigError, SalsaNodeError
+from salsa_node.listener import Listener
+from salsa_node.log import unforeseen
+from salsa_node.store import Store, StoreSettings
+
+log = logging.getLogger(__name__)
+
+RESTART_S = 1.0  # wait before a dead worker is started again, doubled each time ...
+RESTART_MAX_S = 60.0  # ... up to this
+STEADY_S = 30.0  # a worker that lived this long died by itself, not of its start: the wait begins anew
+
+
+def serve(config: Config, config_path: Path | None) -> None:
+    """Run a node until SIGTERM or SIGINT; what is unfinished goes on at the next start.
+
+    config_path: what the worker process reads its settings from; None for the defaults.
+    Raises ConfigError where the node cannot start: folder not writable or in use, port taken, weights missing.
+    """
+    stop = threading.Event()
+
+    def ask_to_stop(signum: int, _: FrameType | None) -> None:
+        log.info("stopping", extra={"event": "node.stopping", "signal": signal.Signals(signum).name})
+        stop.set()
+
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, ask_to_stop)
+    with ExitStack() as stack:
+        stack.enter_context(only_node(config.node.data_dir))
+        preflight.require(config)
+        store = stack.enter_context(Store.open(StoreSettings(config.store_url), create=True))
+        left = durable.sweep(config.node.data_dir)
+        log.info("record open", extra={"event": "node.record", "interrupted_writes_removed": left})
+        worker = WorkerProcess(store, config, config_path)
+        loops = _loops(store, config, worker)
+        host = socket.gethostname()
+        with Listener(config.listener, store, config.node.data_dir) as listener:
+            for loop in loops:
+                loop.start()
+            store.add_event("node", host, "node.started", f"port {listener.port}", _now())
+            log.info("ready", extra={"event": "node.ready", "port": listener.port, "pid": os.getpid()})
+            stop.wait()
+        for loop in loops:
+            loop.stop()
+        worker.stop()
+        store.add_event("node", host, "node.stopped", "", _now())
+        log.info("stopped", extra={"event": "node.stopped"})
+
+
+def _loops(store: Store, config: Config, worker: WorkerProcess) -> tuple[Loop, ...]:
+    data_dir = config.node.data_dir
+    owner = f"{socket.gethostname()}:{uuid.uuid4().hex[:12]}"
+
+    def assemble(now: datetime) -> object | None:
+        return assembly.step(store, data_dir, config.assembly, config.pipeline, now)
+
+    def deliver(now: datetime) -> object | None:
+        return delivery.step(store, config.delivery, config.destination, data_dir, owner, now)
+
+    return (
+        Loop("worker", worker.step, config.worker.poll_s),
+        Loop("assembly", assemble, config.assembly.poll_s),
+        Loop("delivery", deliver, config.delivery.poll_s),
+    )
+
+
+@contextmanager
+def only_node(data_dir: Path) -> Iterator[None]:
+    """Hold the data folder for this node alone. Raises ConfigError where it is not writable or held."""
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        lock = (data_dir / "node.lock").open("a")
+    except OSError as exc:
+        raise ConfigError(
+            f"node.data_dir: {data_dir} cannot be written ({exc.strerror}); choose a folder that this user may write"
+        ) from exc
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as exc:
+            raise ConfigError(
+                f"node.data_dir: {data_dir} is in use by another node; stop it or choose another folder"
+            ) from exc
+        yield
+
+
+class Loop(threading.Thread):
+    """Calls `step(now)` until stopped: at once again while it finds something to do, else after `poll_s`."""
+
+    def __init__(self, name: str, step: Callable[[datetime], object | None], poll_s: float) -> None:
+        super().__init__(name=name, daemon=True)
+        self._step = step
+        self._poll_s = poll_s
+        self._over = threading.Event()
+
+    def run(self) -> None:
+        """The loop."""
+        wait_s = 0.0
+        while not self._over.wait(wait_s):
+            try:
+                wait_s = self._poll_s if self._step(_now()) is None else 0.0
+            except SalsaNodeError as error:
+                log.error("step failed", extra={"event": "loop.failed", "loop": self.name, "error": str(error)})
+                wait_s = max(1.0, self._poll_s)
+            except Exception as error:  # noqa: BLE001 - a loop outlives what nobody foresaw
+                log.error("step failed", extra={"event": "loop.failed", "loop": self.name, "error": unforeseen(error)})
+                wait_s = max(1.0, self._poll_s)
+
+    def stop(self) -> None:
+        """End after the step under way."""
+        self._over.set()
+        self.join()
+
+
+class WorkerProcess:
+    """The child that carries runs: started, watched, started again, stopped."""
+
+    def __init__(self, store: Store, config: Config, config_path: Path | None) -> None:
+        self._store = store
+        self._config = config
+        self._command = [sys.executable, "-m", "salsa_node", "work"]
+        if config_path is not None:
+            self._command += ["--config", str(config_path)]
+        self._child: subprocess.Popen[bytes] | None = None
+        self._owner = ""
+        self._started_at = self._not_before = datetime.min.replace(tzinfo=UTC)
+        self._wait_s = RESTART_S
+
+    def step(self, now: datetime) -> str | None:
+        """Start the child when there is none; free what a dead one had leased."""
+        if self._child is None:
+            if now < self._not_before:
+                return None
+            self._owner = f"{socket.gethostname()}:{uuid.uuid4().hex[:12]}"
+            self._child = subprocess.Popen(
+                [*self._command, "--owner", self._owner], stdin=subprocess.PIPE, start_new_session=True
+            )
+            self._started_at = now
+            return "started"
+        code = self._child.poll()
+        if code is None:
+            return None
+        self._ended(code, now)
+        return "ended"
+
+    def stop(self) -> None:
+        """Ask the child to give its run back and end; kill its process group when it does not."""
+        if self._child is None:
+            return
+        self._child.terminate()
+        try:
+            self._child.wait(self._config.worker.stop_grace_s)
+        except subprocess.TimeoutExpired:
+            log.warning("worker did not stop in time and is killed", extra={"event": "worker.killed"})
+            os.killpg(self._child.pid, signal.SIGKILL)
+            self._child.wait()
+        self._release(_now())
+
+    def _ended(self, code: int, now: datetime) -> None:
+        told = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        log.error("worker ended", extra={"event": "worker.ended", "code": told, "again_in_s": self._wait_s})
+        self._store.add_event("node", self._owner, "worker.ended", told, now)
+        if now - self._started_at > timedelta(seconds=STEADY_S):
+            self._wait_s = RESTART_S
+        self._not_before = now + timedelta(seconds=self._wait_s)
+        self._wait_s = min(2 * self._wait_s, RESTART_MAX_S)
+        self._release(now)
+
+    def _release(self, now: datetime) -> None:
+        if self._child is not None and self._child.stdin is not None:
+            self._child.stdin.close()
+        self._child = None
+        for run in self._store.release_owner(self._owner, now):
+            log.info("run returned", extra={"event": "run.returned", "run": run.id})
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)

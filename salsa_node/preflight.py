@@ -1,0 +1,71 @@
+"""Can a node start with these settings? Each check says what it found and what to do."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from salsa_node import models, pipelines
+from salsa_node.config import SENDER, Config
+from salsa_node.errors import ConfigError, PipelineError
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that was looked at."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+def checks(config: Config) -> tuple[Check, ...]:
+    """Every check, failed ones included; quick, and beside a running node without harm."""
+    return (_data_dir(config.node.data_dir), _pipeline(config), _destinations(config))
+
+
+def require(config: Config) -> None:
+    """Raises ConfigError with the first check that fails."""
+    for check in checks(config):
+        if not check.ok:
+            raise ConfigError(f"{check.name}: {check.detail}")
+
+
+def _data_dir(data_dir: Path) -> Check:
+    """Writable, or can be made."""
+    name = "node.data_dir"
+    existing = next(folder for folder in (data_dir.absolute(), *data_dir.absolute().parents) if folder.exists())
+    if not existing.is_dir():
+        return Check(name, ok=False, detail=f"{existing} is not a folder; choose another place or move it away")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        return Check(name, ok=False, detail=f"{existing} cannot be written; choose a folder that this user may write")
+    return Check(name, ok=True, detail=f"{data_dir} {'exists' if existing == data_dir.absolute() else 'will be made'}")
+
+
+def _pipeline(config: Config) -> Check:
+    name = f"pipeline {config.pipeline.name}"
+    if config.pipeline.name not in pipelines.names():
+        detail = f"no such pipeline; pipeline.name may be {', '.join(pipelines.names())}"
+        return Check(name, ok=False, detail=detail)
+    if config.pipeline.name == "given_masks":
+        return Check(
+            name, ok=False, detail="needs a mask for each study: use salsa-node rerun STUDY --masks FILE instead"
+        )
+    try:
+        folders = models.folders_of(config.pipeline.name, config.pipeline.models_dir)
+    except PipelineError as missing:
+        return Check(name, ok=False, detail=str(missing))
+    return Check(name, ok=True, detail=f"{len(folders)} model folders are complete")
+
+
+def _destinations(config: Config) -> Check:
+    name = "delivery.to"
+    if not config.delivery.to:
+        return Check(name, ok=True, detail="empty: results stay on this machine")
+    if not config.destination:
+        detail = "no [[destination]] yet: results wait on this machine until one is added, then salsa-node resend STUDY"
+        return Check(name, ok=True, detail=detail)
+    known = ", ".join(f"{d.name} = {d.ae_title} at {d.host}:{d.port}" for d in config.destination)
+    sender = f" ({SENDER}: the one whose AE title sent the study)" if SENDER in config.delivery.to else ""
+    return Check(name, ok=True, detail=f"{', '.join(config.delivery.to)}{sender}; destinations: {known}")

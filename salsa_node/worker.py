@@ -1,0 +1,239 @@
+"""One run, from series to objects on disk: the only room beside assembly that knows both wings.
+
+A run is claimed by lease, carried while a heartbeat renews the lease, and written down in one
+transaction. A worker that dies says nothing; its lease runs out and the run is claimed again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from types import FrameType
+
+import pydicom
+
+from salsa_node import durable, pipelines
+from salsa_node.analysis import Analysis, analyse, refuse, summary
+from salsa_node.config import Config
+from salsa_node.dicom_result import Identity
+from salsa_node.errors import LeaseLost, SalsaNodeError, StoreError
+from salsa_node.log import unforeseen
+from salsa_node.pipelines import Pipeline, PipelineSettings
+from salsa_node.store import NewObject, Run, RunState, Store, StoreSettings
+
+log = logging.getLogger(__name__)
+
+
+class Worker:
+    """Carries runs one after the other, the pipelines it has used kept warm.
+
+    owner: unique to this process; the name on its leases.
+    clock: for the heartbeat, which runs beside a `step`.
+    """
+
+    def __init__(
+        self, store: Store, config: Config, owner: str, clock: Callable[[], datetime] = lambda: datetime.now(UTC)
+    ) -> None:
+        self._store = store
+        self._config = config
+        self._owner = owner
+        self._clock = clock
+        self._warm: dict[str, Pipeline] = {}
+
+    def step(self, now: datetime) -> Run | None:
+        """Claim one run and carry it to its end; the run as it then is, or None when there is nothing to do.
+
+        A failure is written against the run, never raised; SystemExit and the like give the run back first.
+        """
+        settings = self._config.worker
+        run = self._store.claim_run(self._owner, settings.lease_s, now)
+        if run is None:
+            return None
+        if run.attempt > settings.max_attempts:
+            text = f"given up after {settings.max_attempts} attempts; last: {run.error or 'the worker died'}"
+            return self._store.fail_run(run.id, self._owner, text, now)
+        try:
+            with self._heartbeat(run):
+                return self._carry(run)
+        except LeaseLost:
+            log.warning("run taken over", extra={"event": "run.lease_lost", "run": run.id})
+            return self._store.run(run.id)
+        except SalsaNodeError as error:
+            return self._failed(run, f"{type(error).__name__}: {error}", error.retryable)
+        except Exception as error:  # noqa: BLE001 - the loop's one broad except: it writes the failure down
+            return self._failed(run, unforeseen(error), retryable=False)
+        except BaseException:
+            self._give_back(run)
+            raise
+
+    def _carry(self, run: Run) -> Run:
+        result = self._analysis(run)
+        objects = self._earlier(run, result) or self._write(run, result)
+        findings = summary(result)
+        done = self._store.produce(
+            run.id,
+            self._owner,
+            objects,
+            self._config.delivery.to,
+            result.outcome.value,
+            findings,
+            result.run_digest,
+            self._clock(),
+        )
+        log.info("run produced", extra={"event": "run.produced", "run": run.id, "outcome": result.outcome.value})
+        return done
+
+    def _analysis(self, run: Run) -> Analysis:
+        data_dir = self._config.node.data_dir
+        results = self._config.results
+        identity = Identity(seg_series_number=results.seg_series_number, sr_series_number=results.sr_series_number)
+        paths = [data_dir / image.path for image in self._store.instances_of(run.study_uid, run.series_uid)]
+        if run.refusal is not None:
+            return refuse(paths, run.refusal, identity, run.queued_at)
+        return analyse(
+            paths,
+            self._pipeline(run),
+            self._config.criteria,
+            identity,
+            run.queued_at,
+            include_organ=results.include_liver,
+            progress=lambda stage: self._tell(run, stage),
+        )
+
+    def _pipeline(self, run: Run) -> Pipeline:
+        choice = self._config.pipeline
+        settings = PipelineSettings(
+            device=choice.device,
+            models_dir=Path(choice.models_dir) if choice.models_dir else None,
+            masks_path=self._config.node.data_dir / run.masks_path if run.masks_path else None,
+            options=run.options,
+        )
+        if settings.masks_path:
+            return pipelines.load(run.pipeline, settings)
+        key = json.dumps([run.pipeline, dict(run.options)], sort_keys=True)
+        if key not in self._warm:
+            self._tell(run, "loading")
+            self._warm[key] = pipelines.load(run.pipeline, settings)
+        return self._warm[key]
+
+    def _earlier(self, run: Run, result: Analysis) -> list[NewObject]:
+        """The objects of an earlier run that came to the very same result: they are sent again, no second ones made."""
+        for past in self._store.runs_of(run.study_uid):
+            if past.digest == result.run_digest and past.state in (RunState.PRODUCED, RunState.SUPERSEDED):
+                there = self._store.objects_of(past.id)
+                whole = all(_sha256(self._config.node.data_dir / item.path) == item.sha256 for item in there)
+                if there and whole:
+                    return [
+                        NewObject(item.kind, item.sop_instance_uid, item.sop_class_uid, item.path, item.sha256)
+                        for item in there
+                    ]
+        return []
+
+    def _write(self, run: Run, result: Analysis) -> list[NewObject]:
+        folder = Path("results") / run.study_uid / str(run.id)
+        objects = []
+        for kind, ds in (("SEG", result.seg), ("SR", result.report)):
+            if ds is None:
+                continue
+            content = encoded(ds)
+            path = folder / f"{kind.lower()}.dcm"
+            durable.write(self._config.node.data_dir / path, [content])
+            sha256 = hashlib.sha256(content).hexdigest()
+            objects.append(NewObject(kind, ds.SOPInstanceUID, ds.SOPClassUID, path.as_posix(), sha256))
+        return objects
+
+    def _failed(self, run: Run, text: str, retryable: bool) -> Run:
+        settings = self._config.worker
+        now = self._clock()
+        log.error("run failed", extra={"event": "run.failed", "run": run.id, "error": text})
+        try:
+            if retryable and run.attempt < settings.max_attempts:
+                wait = timedelta(seconds=settings.retry_s * 2 ** (run.attempt - 1))
+                return self._store.return_run(run.id, self._owner, text, now + wait, now)
+            return self._store.fail_run(run.id, self._owner, text, now)
+        except LeaseLost:
+            return self._store.run(run.id)
+
+    def _give_back(self, run: Run) -> None:
+        now = self._clock()
+        try:
+            self._store.return_run(run.id, self._owner, "the worker was stopped", now, now, counts=False)
+        except StoreError as error:
+            log.warning("run not given back, its lease will run out", extra={"run": run.id, "error": str(error)})
+
+    def _tell(self, run: Run, stage: str) -> None:
+        self._store.add_event("run", str(run.id), "run.stage", stage, self._clock(), study_uid=run.study_uid)
+
+    @contextmanager
+    def _heartbeat(self, run: Run) -> Iterator[None]:
+        settings = self._config.worker
+        over = threading.Event()
+
+        def beat() -> None:
+            while not over.wait(settings.heartbeat_s):
+                try:
+                    self._store.heartbeat(run.id, self._owner, settings.lease_s, self._clock())
+                except LeaseLost:
+                    return  # `produce` will say so
+                except StoreError as error:
+                    log.warning("heartbeat missed", extra={"run": run.id, "error": str(error)})
+
+        thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+
+def encoded(ds: pydicom.Dataset) -> bytes:
+    """A DICOM file (PS3.10) of that data set, as bytes."""
+    buffer = io.BytesIO()
+    ds.save_as(buffer, enforce_file_format=True)
+    return buffer.getvalue()
+
+
+def _sha256(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return ""
+
+
+def work(config: Config, owner: str) -> None:
+    """Carry runs until SIGTERM, or until standard input closes because the node is gone."""
+    threading.Thread(target=_end_with_the_node, name="node watch", daemon=True).start()
+    signal.signal(signal.SIGTERM, _leave)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches the whole group; the node decides
+    with Store.open(StoreSettings(config.store_url)) as store:
+        worker = Worker(store, config, owner)
+        while True:
+            try:
+                idle = worker.step(datetime.now(UTC)) is None
+            except StoreError as error:
+                log.error("step failed", extra={"event": "loop.failed", "loop": "worker", "error": str(error)})
+                idle = True
+            if idle:
+                time.sleep(config.worker.poll_s)
+
+
+def _leave(signum: int, _: FrameType | None) -> None:
+    raise SystemExit(128 + signum)
+
+
+def _end_with_the_node() -> None:
+    """The node holds the other end of standard input and never writes: the end of file means it died."""
+    sys.stdin.buffer.read()
+    os._exit(1)
