@@ -455,8 +455,6 @@ class Store(Queries):
                     t.new_deliveries(run, item.id, [destination], now)
             return t.all(Delivery, of_run)
 
-    # ---- noting ------------------------------------------------------------------------------------
-
     def add_event(
         self, subject: str, subject_id: str, name: str, detail: str, now: datetime, study_uid: str | None = None
     ) -> Event:
