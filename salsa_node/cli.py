@@ -10,14 +10,11 @@ import hashlib
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from salsa_node import __version__, config, console, errors
-
-if TYPE_CHECKING:
-    from salsa_node.store import StoreSettings
 
 app = typer.Typer(
     help="A DICOM node that finds liver lesions on CT. Research software, not a medical device.",
@@ -102,7 +99,7 @@ def studies(
     """List the studies, newest first."""
     from salsa_node import overview, store
 
-    with store.Store.open(_record(config.load(config_file))) as record:
+    with store.open_store(config.load(config_file).store_url) as record:
         rows = [overview.row(overview.glance(record, study)) for study in record.studies(limit)]
     if as_json:
         console.put_json(rows)
@@ -115,7 +112,7 @@ def show(study: StudyName, config_file: ConfigFile = None, as_json: AsJson = Fal
     """Show one study: series, runs, findings, deliveries, time line."""
     from salsa_node import overview, store
 
-    with store.Store.open(_record(config.load(config_file))) as record:
+    with store.open_store(config.load(config_file).store_url) as record:
         page = overview.detail(record, overview.glance(record, record.study(study)))
     if as_json:
         console.put_json(page)
@@ -140,7 +137,7 @@ def rerun(
 
     if masks and pipeline not in ("", "given_masks"):
         raise typer.BadParameter(f"--masks goes with the pipeline given_masks, not with {pipeline}")
-    with store.Store.open(_record(settings)) as record:
+    with store.open_store(settings.store_url) as record:
         wanted = record.study(study)
         kept = _keep_masks(settings, masks) if masks else None
         run = assembly.queue_again(
@@ -186,7 +183,7 @@ def resend(
 
     if to and to != config.SENDER:
         settings.destination_named(to)
-    with store.Store.open(_record(settings)) as record:
+    with store.open_store(settings.store_url) as record:
         due = record.resend(record.study(study).study_uid, to or None, _now())
     if as_json:
         console.put_json([{"delivery": item.id, "destination": item.destination} for item in due])
@@ -205,7 +202,7 @@ def echo(
     named = settings.destination_named(destination)
     from salsa_node import delivery
 
-    delivery.echo(named, settings.delivery)
+    delivery.echo(named, settings.delivery.timeout_s)
     told = {
         "destination": named.name,
         "ae_title": named.ae_title,
@@ -250,7 +247,7 @@ def run(
     from salsa_node import offline
 
     wanted = offline.Wanted(output, "given_masks" if masks else pipeline or settings.pipeline.name, masks, rule or None)
-    results = offline.run(paths, wanted, settings, progress=lambda text: sys.stderr.write(f"{text}\n"))
+    results = offline.run(paths, wanted, settings, progress=console.note)
     if as_json:
         console.put_json([result.as_json() for result in results])
     else:
@@ -277,12 +274,6 @@ def demo(
         console.put_json(outcome.as_json())
     if not outcome.passed:
         raise SystemExit(EXIT_NO)
-
-
-def _record(settings: config.Config) -> StoreSettings:
-    from salsa_node.store import StoreSettings
-
-    return StoreSettings(settings.store_url)
 
 
 def _now() -> datetime:

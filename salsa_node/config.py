@@ -178,7 +178,7 @@ def _check_together(config: Config) -> None:
 
 def _is_ae_title(text: str) -> bool:
     """PS3.5 6.2, value representation AE."""
-    return 1 <= len(text.strip()) and len(text) <= 16 and all(32 <= ord(c) < 127 and c != "\\" for c in text)
+    return len(text.strip()) >= 1 and len(text) <= 16 and all(32 <= ord(c) < 127 and c != "\\" for c in text)
 
 
 def _dotted(section: str, name: str) -> str:

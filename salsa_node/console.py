@@ -26,6 +26,11 @@ def put(text: str = "") -> None:
     sys.stdout.write(text + "\n")
 
 
+def note(text: str) -> None:
+    """A line about progress on standard error, out of the way of what is piped."""
+    sys.stderr.write(text + "\n")
+
+
 def put_table(columns: Mapping[str, str], rows: Sequence[Mapping[str, object]], title: str = "") -> None:
     """Rows under headings; columns: key -> heading, right-aligned where the heading starts with ">"."""
     table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)

@@ -25,7 +25,7 @@ from salsa_node.overview import Standing
 from salsa_node.pipelines import PipelineSettings
 from salsa_node.pipelines.given_masks import GivenMasksPipeline
 from salsa_node.series import inspect, read_volume
-from salsa_node.store import Store, StoreSettings
+from salsa_node.store import open_store
 
 MUST_FIND_MM = 10.0  # a lesion of this longest diameter may not be missed
 FINISH_S = 600.0
@@ -125,7 +125,7 @@ def run(output: Path, seed: int, quiet: bool = False) -> Demonstration:
         files = [*written.localizer, *written.axial]
         say(f"sending {len(files)} images by C-STORE to the node at 127.0.0.1:{port} ...")
         loopback.send(track(files, "sending", disable=quiet or not sys.stdout.isatty()), port)
-        _wait(StoreSettings(load(config_path).store_url), written.study_uid, say)
+        _wait(load(config_path).store_url, written.study_uid, say)
         seconds = time.monotonic() - begun
     ct = read_volume(inspect(written.axial))
     seg = next((path for path in received if path.name.startswith("SEG")), None)
@@ -207,19 +207,21 @@ def _missed_all(study: phantom.Phantom) -> list[Row]:
 def _reported(path: Path) -> dict[int, tuple[float, float]]:
     """(long axis in mm, volume in ml) of each lesion number, read from the report as it was received."""
     numbers = {}
-    for group in hd.sr.srread(path).content.get_volumetric_roi_measurement_groups():
-        number = int(group.tracking_identifier.split()[-1])
+    report = hd.sr.srread(path).content
+    assert isinstance(report, hd.sr.MeasurementReport), "a TID 1500 report"
+    for group in report.get_volumetric_roi_measurement_groups():
+        number = int(str(group.tracking_identifier).split()[-1])
         long_axis = group.get_measurements(name=codes.LONG_AXIS)[0].value
         volume = group.get_measurements(name=codes.VOLUME)[0].value
         numbers[number] = (float(long_axis), float(volume))
     return numbers
 
 
-def _wait(settings: StoreSettings, study_uid: str, say: Callable[[str], None]) -> None:
+def _wait(store_url: str, study_uid: str, say: Callable[[str], None]) -> None:
     """Until the study stands where it will stay, telling each change."""
     deadline = time.monotonic() + FINISH_S
     told = ""
-    with Store.open(settings) as store:
+    with open_store(store_url) as store:
         while time.monotonic() < deadline:
             seen = overview.glance(store, store.study(study_uid))
             stages = [event.detail for event in store.events_of(study_uid) if event.name == "run.stage"]

@@ -57,6 +57,7 @@ def receiver(port: int, folder: Path) -> Iterator[list[Path]]:
     for context in (_VERIFICATION, pydicom.uid.SegmentationStorage, pydicom.uid.Comprehensive3DSRStorage):
         ae.add_supported_context(context)
     server = ae.start_server(("127.0.0.1", port), block=False, evt_handlers=[(evt.EVT_C_STORE, keep)])
+    assert server is not None, "start_server gives a server when it does not block"
     try:
         yield received
     finally:

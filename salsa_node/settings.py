@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from salsa_node.criteria import Criteria
-
 
 @dataclass(frozen=True, slots=True)
 class NodeSettings:

@@ -48,7 +48,9 @@ def imports_of(path: Path) -> set[str]:
     return {room for room in found if room}
 
 
-SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if "migrations" not in path.parts and path.parent.name != "demo_models")
+SOURCES = sorted(
+    path for path in PACKAGE.rglob("*.py") if "migrations" not in path.parts and path.parent.name != "demo_models"
+)
 
 
 @pytest.mark.parametrize("path", [p for p in SOURCES if p != PACKAGE / "__init__.py"], ids=room_of)

@@ -25,7 +25,7 @@ from salsa_node.nifti import read_labels, write_labels
 from salsa_node.overview import Standing
 from salsa_node.regrid import onto
 from salsa_node.series import inspect, read_volume
-from salsa_node.store import Store, StoreSettings
+from salsa_node.store import open_store
 from salsa_node.volume import LabelVolume
 
 ROUTE = """
@@ -135,11 +135,11 @@ def reference_masks(testdata: Path, axial: list[Path], path: Path) -> tuple[np.n
     return labels, ct.grid.voxel_volume_mm3
 
 
-def wait_done(settings: StoreSettings, study_uid: str, runs: int) -> None:
+def wait_done(store_url: str, study_uid: str, runs: int) -> None:
     deadline = time.monotonic() + 300
     while True:
         try:
-            with Store.open(settings) as store:
+            with open_store(store_url) as store:
                 seen = overview.glance(store, store.study(study_uid))
             if len(seen.runs) == runs and seen.standing in (Standing.DONE, Standing.FAILED, Standing.NOT_DELIVERED):
                 assert seen.standing is Standing.DONE, (seen.latest, seen.deliveries)
@@ -184,7 +184,7 @@ host = "127.0.0.1"
 port = {dicom_port}
 """
     )  # delivery.to stays "sender": Orthanc sent the study, so Orthanc gets the results
-    settings = StoreSettings(f"sqlite:///{tmp_path / 'data' / 'salsa_node.sqlite'}")
+    store_url = f"sqlite:///{tmp_path / 'data' / 'salsa_node.sqlite'}"
 
     def cli(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "salsa_node", *arguments, "--config", str(config)]
@@ -196,7 +196,7 @@ port = {dicom_port}
             orthanc.upload(path)
 
         # the demo models never saw a real CT: whatever they find, a truthful report appears
-        wait_done(settings, study_uid, runs=1)
+        wait_done(store_url, study_uid, runs=1)
         (sr_id,) = orthanc.instances("SR", study_uid)
         report = judged(orthanc.fetch(sr_id, tmp_path), tool)
         assert "DEMO MODEL" in report.SeriesDescription
@@ -209,7 +209,7 @@ port = {dicom_port}
         # a person's masks: the reference liver, and two lesions drawn inside it
         labels, voxel_mm3 = reference_masks(testdata, axial, tmp_path / "masks.nii.gz")
         assert cli("rerun", study_uid, "--masks", str(tmp_path / "masks.nii.gz")).returncode == 0
-        wait_done(settings, study_uid, runs=2)
+        wait_done(store_url, study_uid, runs=2)
 
     (seg_id,) = set(orthanc.instances("SEG", study_uid)) - set(by_demo)
     (sr2_id,) = set(orthanc.instances("SR", study_uid)) - {sr_id}

@@ -1,0 +1,206 @@
+"""The same analysis on files: a DICOM folder or a NIfTI in, a folder of results out, no network and no store."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+
+from salsa_node import dicom_ct, nifti, picture, pipelines, selection
+from salsa_node.analysis import Analysis, Outcome, analyse, summary
+from salsa_node.config import Config
+from salsa_node.criteria import Criteria, Rule
+from salsa_node.dicom_result import Identity
+from salsa_node.errors import ConfigError, SalsaNodeError, SeriesRejected
+from salsa_node.findings import Disease, Findings, table
+from salsa_node.pipelines import Pipeline, PipelineSettings
+from salsa_node.uids import derive
+from salsa_node.volume import LabelVolume
+
+_TOLD = {
+    Outcome.LESIONS: "candidate lesions found",
+    Outcome.NO_CANDIDATE: "the algorithm found no candidate lesion",
+    Outcome.NOT_ANALYSED: "not analysed",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What was asked for on the command line.
+
+    rule: None for the configured one. masks: None for the pipeline's own eyes.
+    """
+
+    output: Path
+    pipeline: str
+    masks: Path | None = None
+    rule: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What became of one path, or of one study below it.
+
+    analysed: false where a verdict or an error stood in the way; `told` says which.
+    folder: where the results lie.
+    """
+
+    path: Path
+    folder: Path
+    analysed: bool
+    told: str
+    lesions: Sequence[Mapping[str, object]] = ()
+
+    def as_json(self) -> dict[str, object]:
+        """The same for machines."""
+        return {
+            "path": str(self.path),
+            "folder": str(self.folder),
+            "analysed": self.analysed,
+            "told": self.told,
+            "lesions": list(self.lesions),
+        }
+
+
+def run(
+    paths: Sequence[Path], wanted: Wanted, config: Config, progress: Callable[[str], None] = lambda _: None
+) -> list[Result]:
+    """Analyse each path; a bad one is told in its result and the rest go on.
+
+    Raises ConfigError and WeightsMissing where none could succeed.
+    """
+    criteria = _criteria(config.criteria, wanted.rule)
+    progress(f"loading the pipeline {wanted.pipeline} ...")
+    choice = config.pipeline
+    pipeline = pipelines.load(
+        wanted.pipeline,
+        PipelineSettings(
+            device=choice.device,
+            models_dir=Path(choice.models_dir) if choice.models_dir else None,
+            masks_path=wanted.masks,
+            options=choice.options if wanted.pipeline == choice.name else {},
+        ),
+    )
+    results = []
+    for number, path in enumerate(paths, start=1):
+        told = f"[{number}/{len(paths)}] {path}"
+        folder = wanted.output if len(paths) == 1 else wanted.output / f"{number:03d}-{_stem(path)}"
+        try:
+            for files, place in _studies(path, folder):
+                progress(f"{told}: {len(files)} slices ...")
+                results.append(_one(path, files, place, pipeline, criteria, config))
+        except SalsaNodeError as error:
+            results.append(Result(path, folder, analysed=False, told=str(error)))
+        except OSError as error:
+            reason = f"cannot be read or written ({error.strerror})"
+            results.append(Result(path, folder, analysed=False, told=reason))
+    return results
+
+
+def _studies(path: Path, folder: Path) -> list[tuple[Sequence[Path], Path]]:
+    """The files of each study at `path` and where its results go. Raises SeriesRejected."""
+    if path.is_dir():
+        return _dicom_studies(path, folder)
+    if not path.is_file():
+        raise SeriesRejected("no such file or folder")
+    if path.name.endswith((".nii", ".nii.gz")):
+        return [(_as_series(path, folder), folder)]
+    raise SeriesRejected("expected a DICOM folder or a .nii or .nii.gz file")
+
+
+def _dicom_studies(path: Path, folder: Path) -> list[tuple[Sequence[Path], Path]]:
+    candidates = [
+        selection.read_candidate(files)
+        for files in selection.by_series(sorted(p for p in path.rglob("*") if p.is_file())).values()
+    ]
+    if not candidates:
+        raise SeriesRejected("no DICOM file lies in this folder")
+    studies: dict[str, list[selection.Candidate]] = {}
+    for candidate in candidates:
+        studies.setdefault(candidate.study_uid, []).append(candidate)
+    found: list[tuple[Sequence[Path], Path]] = []
+    for number, (_, series) in enumerate(sorted(studies.items()), start=1):
+        choice = selection.choose(series)
+        place = folder if len(studies) == 1 else folder / f"study-{number}"
+        if choice.chosen is None:
+            reasons = "; ".join(verdict.reason for verdict in choice.verdicts)
+            raise SeriesRejected(f"no series of this study can be analysed: {reasons}")
+        found.append((choice.chosen.paths, place))
+    return found
+
+
+def _as_series(path: Path, folder: Path) -> Sequence[Path]:
+    """A NIfTI as a CT series of its own, for the SEG to refer to: no patient, a study named after the voxels."""
+    ct = nifti.read_ct(path)
+    if ct.voxels_hu.dtype != np.int16:
+        ct = replace(ct, voxels_hu=np.clip(np.rint(ct.voxels_hu), -32768, 32767).astype(np.int16))
+    study_uid = derive("nifti", ct.source_digest)
+    header = dicom_ct.CtHeader(
+        study_uid=study_uid,
+        series_uid=derive(study_uid, "series"),
+        patient_name="",
+        patient_id="",
+        acquired=datetime(1970, 1, 1, tzinfo=UTC),
+        series_description="from a NIfTI file",
+    )
+    return dicom_ct.write(ct, folder / "ct", header)
+
+
+def _one(
+    path: Path,
+    files: Sequence[Path],
+    folder: Path,
+    pipeline: Pipeline,
+    criteria: Criteria,
+    config: Config,
+) -> Result:
+    results = config.results
+    identity = Identity(seg_series_number=results.seg_series_number, sr_series_number=results.sr_series_number)
+    analysis = analyse(files, pipeline, criteria, identity, datetime.now(UTC), results.include_liver)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(analysis, folder)
+    told = f"{_TOLD[analysis.outcome]}{': ' + analysis.reason if analysis.reason else ''}"
+    lesions = table(analysis.findings) if analysis.findings else []
+    return Result(path, folder, analysis.outcome is not Outcome.NOT_ANALYSED, told, lesions)
+
+
+def _write(analysis: Analysis, folder: Path) -> None:
+    if analysis.seg is not None:
+        analysis.seg.save_as(folder / "seg.dcm", enforce_file_format=True)
+    analysis.report.save_as(folder / "sr.dcm", enforce_file_format=True)
+    (folder / "findings.json").write_text(json.dumps(summary(analysis), indent=2) + "\n")
+    if analysis.findings is None or analysis.ct is None:
+        return
+    rows = table(analysis.findings)
+    with (folder / "findings.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else ["lesion"])
+        writer.writeheader()
+        writer.writerows(rows)
+    nifti.write_labels(recist_labels(analysis.findings), folder / "labels.nii.gz")
+    picture.overlay(analysis.ct, analysis.findings, folder / "overlay.png")
+
+
+def recist_labels(findings: Findings) -> LabelVolume:
+    """1 = measurable, 2 = non-measurable lesion, on the CT's grid; as SALSA writes them."""
+    value = np.zeros(len(findings.lesions) + 1, dtype=np.uint8)
+    for lesion in findings.lesions:
+        value[lesion.number] = 1 if lesion.disease is Disease.MEASURABLE else 2
+    return LabelVolume(value[findings.lesion_labels.labels], findings.lesion_labels.grid)
+
+
+def _criteria(configured: Criteria, rule: str | None) -> Criteria:
+    if rule is None:
+        return configured
+    try:
+        return replace(configured, rule=Rule(rule))
+    except ValueError:
+        raise ConfigError(f"--rule: expected {' or '.join(r.value for r in Rule)}, found {rule!r}") from None
+
+
+def _stem(path: Path) -> str:
+    return path.name.removesuffix(".gz").removesuffix(".nii") or "scan"
