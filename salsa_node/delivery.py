@@ -64,9 +64,9 @@ def step(
     return tuple(outbox.done.values())
 
 
-def echo(destination: Destination, timeout_s: float = 10.0) -> None:
+def echo(destination: Destination, settings: DeliverySettings) -> None:
     """C-ECHO. Raises DeliveryError that says how far it came."""
-    with _associated(destination, {(_VERIFICATION, pydicom.uid.ImplicitVRLittleEndian)}, timeout_s) as assoc:
+    with _associated(destination, {(_VERIFICATION, pydicom.uid.ImplicitVRLittleEndian)}, settings.timeout_s) as assoc:
         if not assoc.accepted_contexts:
             raise DestinationRefused(f"{destination.name}: accepts the association but not C-ECHO")
         status = assoc.send_c_echo().get("Status")

@@ -57,7 +57,7 @@ from salsa_node.store_rows import (
     SeriesState,
     Study,
 )
-from salsa_node.store_transaction import Transaction, columns, connect, transaction, writer
+from salsa_node.store_transaction import StoreSettings, Transaction, columns, connect, transaction, writer
 
 __all__ = [
     "Arrival",
@@ -73,19 +73,36 @@ __all__ = [
     "Series",
     "SeriesState",
     "Store",
+    "StoreSettings",
     "Study",
-    "open_store",
 ]
 
 _UNDER_WAY = (RunState.QUEUED, RunState.RUNNING)
 
 
 class Store(Queries):
-    """An open store; made by `open_store`. Threads may share it, processes open their own."""
+    """An open store; made by `Store.open`. Threads may share it, processes open their own."""
 
     def __init__(self, engine: sa.Engine) -> None:
         super().__init__(engine)
         self._writer = writer(engine)
+
+    @classmethod
+    def open(cls, settings: StoreSettings, *, create: bool = False) -> Store:
+        """The store behind those settings.
+
+        create: make a store that is absent and bring an older one up to date; the node's start does
+        so, everything else opens what is there. Raises ConfigError for an unusable url, StoreError
+        where the store is absent, of another version, or no store.
+        """
+        engine = connect(settings, create=create)
+        try:
+            with transaction(writer(engine) if create else engine) as t:
+                _check_version(t.connection, create=create)
+        except BaseException:
+            engine.dispose()
+            raise
+        return cls(engine)
 
     def close(self) -> None:
         """Close every connection."""
@@ -461,24 +478,6 @@ class Store(Queries):
         """Note something that changes no state; fields as in `Event`, without patient identity."""
         with transaction(self._writer) as t:
             return t.event(now, study_uid, subject, subject_id, name, detail)
-
-
-def open_store(url: str, *, create: bool = False, busy_timeout_s: float = 10.0) -> Store:
-    """The store behind `url`, "sqlite:////absolute/file.sqlite"; other databases are refused for now.
-
-    create: make a store that is absent and bring an older one up to date; the node's start does so,
-    everything else opens what is there. busy_timeout_s: how long a writer waits for its turn.
-    Raises ConfigError for an unusable url, StoreError where the store is absent, of another version,
-    or no store.
-    """
-    engine = connect(url, busy_timeout_s, create=create)
-    try:
-        with transaction(writer(engine) if create else engine) as t:
-            _check_version(t.connection, create=create)
-    except BaseException:
-        engine.dispose()
-        raise
-    return Store(engine)
 
 
 def _check_version(connection: sa.Connection, *, create: bool) -> None:

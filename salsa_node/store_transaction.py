@@ -10,6 +10,7 @@ import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -44,12 +45,24 @@ if TYPE_CHECKING:
 _Row = TypeVar("_Row")
 
 
-def connect(url: str, busy_timeout_s: float, *, create: bool) -> sa.Engine:
-    """The database behind `url`. Raises ConfigError for what is no SQLite file, StoreError where none is.
+@dataclass(frozen=True, slots=True)
+class StoreSettings:
+    """Where the record is kept.
+
+    url: "sqlite:////absolute/file.sqlite"; other databases are refused for now.
+    busy_timeout_s: how long a writer waits for its turn.
+    """
+
+    url: str
+    busy_timeout_s: float = 10.0
+
+
+def connect(settings: StoreSettings, *, create: bool) -> sa.Engine:
+    """The database behind those settings. Raises ConfigError for what is no SQLite file, StoreError where none is.
 
     create: make the file (readable by its owner alone) where it is absent; its folder must exist.
     """
-    file = _sqlite_file(url)
+    file = _sqlite_file(settings.url)
     if create:
         try:
             os.close(os.open(file, os.O_RDWR | os.O_CREAT, 0o600))
@@ -60,7 +73,7 @@ def connect(url: str, busy_timeout_s: float, *, create: bool) -> sa.Engine:
             ) from error
     elif not file.is_file():
         raise StoreError(f"there is no store at {file}; start the node once to make it, or correct the store's url")
-    engine = sa.create_engine(url, connect_args={"timeout": busy_timeout_s}, hide_parameters=True)
+    engine = sa.create_engine(settings.url, connect_args={"timeout": settings.busy_timeout_s}, hide_parameters=True)
     sa.event.listen(engine, "connect", _prepare)
     sa.event.listen(engine, "begin", _begin)
     return engine

@@ -23,7 +23,7 @@ from salsa_node.store import (
     RunState,
     SeriesState,
     Store,
-    open_store,
+    StoreSettings,
 )
 from salsa_node.store_rows import TRANSITIONS
 from salsa_node.store_transaction import transaction
@@ -46,7 +46,7 @@ def url_of(folder: Path) -> str:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Store]:
-    with open_store(url_of(tmp_path), create=True) as opened:
+    with Store.open(StoreSettings(url_of(tmp_path)), create=True) as opened:
         yield opened
 
 
@@ -484,18 +484,18 @@ def test_the_file_is_durable_and_private(store: Store, tmp_path: Path) -> None:
 @pytest.mark.parametrize("url", ["", "postgresql://db/salsa", "sqlite://", "sqlite:///:memory:", "no url"])
 def test_other_databases_are_refused(url: str) -> None:
     with pytest.raises(ConfigError, match="expected sqlite:////"):
-        open_store(url)
+        Store.open(StoreSettings(url))
 
 
 def test_a_folder_that_is_none_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="cannot be kept in"):
-        open_store(f"sqlite:///{tmp_path}/file/record.sqlite", create=True)
+        Store.open(StoreSettings(f"sqlite:///{tmp_path}/file/record.sqlite"), create=True)
 
 
 def test_an_absent_store_is_not_made_by_asking(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="there is no store at"):
-        open_store(url_of(tmp_path))
+        Store.open(StoreSettings(url_of(tmp_path)))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -513,7 +513,7 @@ def test_a_broken_database_is_a_store_error_without_values(store: Store, tmp_pat
 
 
 def _claim_everything(url: str, owner: str, ready: Connection) -> None:
-    with open_store(url) as store:
+    with Store.open(StoreSettings(url)) as store:
         ready.send(None)
         ready.recv()
         claimed = []
@@ -523,7 +523,7 @@ def _claim_everything(url: str, owner: str, ready: Connection) -> None:
 
 
 def _claim_and_hang(url: str, ready: Connection) -> None:
-    with open_store(url) as store:
+    with Store.open(StoreSettings(url)) as store:
         run = store.claim_run("hangs", 60, T0)
         assert run is not None
         ready.send(run.id)
