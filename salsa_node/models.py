@@ -14,6 +14,11 @@ from pathlib import Path
 from salsa_node.errors import WeightsMissing
 
 CHECKPOINT = "checkpoint_final.pth"
+DEMO_STAGES = {
+    "liver": "liver/nnUNetTrainer__nnUNetPlans__3d_fullres",
+    "lowres": "salsa/nnUNetTrainer__nnUNetPlans__3d_lowres",
+    "cascade": "salsa/nnUNetTrainer__nnUNetPlans__3d_cascade_fullres",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +78,20 @@ class ModelFolder:
 def demo_models_dir() -> Path:
     """The folder of the packaged demo models; they are trained on phantoms alone and fit no clinical use."""
     return Path(str(resources.files("salsa_node"))) / "demo_models"
+
+
+def folders_of(pipeline: str, models_dir: Path | None) -> dict[str, ModelFolder]:
+    """Stage -> model folder of a pipeline; {} for one that needs no weights.
+
+    The demo models lie in `models_dir`/demo where that folder exists, else in the package.
+    Raises WeightsMissing where a folder is incomplete. Opens no weights, so it is quick.
+    """
+    if pipeline != "demo":
+        return {}
+    root = demo_models_dir()
+    if models_dir is not None and (models_dir / "demo").is_dir():
+        root = models_dir / "demo"
+    return {stage: ModelFolder(root / name) for stage, name in DEMO_STAGES.items()}
 
 
 def _has_content(file: Path) -> bool:

@@ -53,7 +53,8 @@ def _pipeline(config: Config) -> Check:
             name, ok=False, detail="needs a mask for each study: use salsa-node rerun STUDY --masks FILE instead"
         )
     try:
-        folders = models.folders_of(config.pipeline.name, config.pipeline.models_dir)
+        models_dir = Path(config.pipeline.models_dir) if config.pipeline.models_dir else None
+        folders = models.folders_of(config.pipeline.name, models_dir)
     except PipelineError as missing:
         return Check(name, ok=False, detail=str(missing))
     return Check(name, ok=True, detail=f"{len(folders)} model folders are complete")

@@ -13,18 +13,13 @@ from scipy.ndimage import maximum_filter, minimum_filter
 
 from salsa_node import __version__
 from salsa_node.errors import ConfigError, OrganNotFound
-from salsa_node.models import ModelFolder, demo_models_dir
+from salsa_node.models import folders_of
 from salsa_node.pipelines import DEMO_NOTICE, Masks, PipelineSettings, Provenance
 from salsa_node.pipelines.nnunet import Network, choose_device
 from salsa_node.volume import CtVolume, Grid, LabelVolume
 
 OUTSIDE_HU = -1024
 MIN_LIVER_ML = 50.0
-STAGES = {
-    "liver": "liver/nnUNetTrainer__nnUNetPlans__3d_fullres",
-    "lowres": "salsa/nnUNetTrainer__nnUNetPlans__3d_lowres",
-    "cascade": "salsa/nnUNetTrainer__nnUNetPlans__3d_cascade_fullres",
-}
 CLOSING_MM = 9.0
 DILATION_MM = 4.0
 MARGIN_MM = 6.0
@@ -49,11 +44,8 @@ class DemoPipeline:
         precision = settings.options.get("precision", "auto")
         if not isinstance(mirroring, bool) or not isinstance(precision, str):
             raise ConfigError("the demo pipeline's mirroring must be true or false and its precision a word")
-        root = demo_models_dir()
-        if settings.models_dir is not None and (settings.models_dir / "demo").is_dir():
-            root = settings.models_dir / "demo"
+        folders = folders_of("demo", settings.models_dir)
         device = choose_device(settings.device)
-        folders = {stage: ModelFolder(root / name) for stage, name in STAGES.items()}
         self._liver = Network(folders["liver"], device, precision=precision)
         self._lowres = Network(folders["lowres"], device, mirroring=mirroring, precision=precision)
         self._cascade = Network(folders["cascade"], device, mirroring=mirroring, precision=precision)
