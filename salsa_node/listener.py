@@ -33,6 +33,7 @@ from pynetdicom.transport import ThreadedAssociationServer
 
 from salsa_node import durable
 from salsa_node.errors import ConfigError, ContentConflict, StoreError
+from salsa_node.log import unforeseen
 from salsa_node.settings import ListenerSettings, Peer
 from salsa_node.store import NewInstance, Store
 
@@ -203,11 +204,11 @@ class Listener:
             status, reason = CONTENT_CONFLICT, "stored already under this UID with other content"
         except OSError as error:
             status, reason = OUT_OF_RESOURCES, f"cannot write: {error.strerror}"
-        except StoreError:
-            log.exception("store failed", extra={"event": "instance.failed"})
+        except StoreError as error:
+            log.error("instance failed", extra={"event": "instance.failed", "error": str(error)})
             status, reason = OUT_OF_RESOURCES, "the node's record cannot be written"
-        except Exception:  # the loop's one broad except: the sender must hear of it
-            log.exception("instance failed", extra={"event": "instance.failed"})
+        except Exception as error:  # noqa: BLE001 - whatever happens, the sender must hear of it
+            log.error("instance failed", extra={"event": "instance.failed", "error": unforeseen(error)})
             status, reason = NODE_FAILED, "unexpected failure, see the node's log"
         else:
             return SUCCESS
@@ -272,8 +273,8 @@ class Listener:
         log.warning(detail, extra={"event": name, "subject_id": subject_id})
         try:
             self._store.add_event(subject, subject_id, name, detail, self._clock(), study_uid)
-        except StoreError:
-            log.exception("event lost", extra={"event": name})
+        except StoreError as error:
+            log.error("event not kept", extra={"event": name, "error": str(error)})
 
 
 def _without_delay(event: evt.Event) -> None:

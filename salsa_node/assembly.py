@@ -1,0 +1,179 @@
+"""When a series and a study are whole, and what of it is analysed: the step between the door and the worker.
+
+A series is COMPLETE when nothing more came for `quiet_s`. A study none of whose series is still
+arriving is looked at once: the series that `selection` ranks first and that `series.inspect` accepts
+goes to the pipeline. Where there is none, a run with a refusal is queued, so that the reader hears why.
+A late instance opens all this again, and the new run supersedes the old result.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from pydicom.uid import CTImageStorage, EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage
+
+from salsa_node import series, store
+from salsa_node.errors import SeriesRejected
+from salsa_node.log import unforeseen
+from salsa_node.selection import Candidate, choose, read_candidate
+from salsa_node.settings import AssemblySettings, PipelineChoice
+from salsa_node.store import Run, SeriesState, Store, Study
+from salsa_node.uids import digest
+
+log = logging.getLogger(__name__)
+
+_Read = TypeVar("_Read")
+_CT = {CTImageStorage, EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage}
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """What of a study is analysed, or why nothing is.
+
+    series_uid: the series chosen; with a refusal, the one it is about, None where it is about all.
+    source_digest: changes when what would be analysed changes.
+    refused: series UID -> reason, of every CT series that cannot be analysed.
+    accepted: series UID -> how it ranked, of those that can.
+    """
+
+    series_uid: str | None
+    source_digest: str
+    refusal: str | None
+    refused: Mapping[str, str]
+    accepted: Mapping[str, str]
+
+
+def step(
+    record: Store, data_dir: Path, settings: AssemblySettings, pipeline: PipelineChoice, now: datetime
+) -> store.Series | Study | None:
+    """Complete one quiet series, or look at one whole study; what was done, or None when there is nothing to do.
+
+    A file that cannot be read is a verdict on its series, never an error here; only StoreError is raised.
+    """
+    complete = record.complete_series(now - timedelta(seconds=settings.quiet_s), now)
+    if complete is not None:
+        log.info("series complete", extra={"event": "series.complete", "series_uid": complete.series_uid})
+        return complete
+    study = record.study_to_assemble()
+    if study is None:
+        return None
+    found = examine(record, data_dir, study)
+    if found is None:
+        return record.study_assembled(study, "no CT image in this study; nothing to analyse", now)
+    _write_down(record, study, found, now)
+    run = record.queue_run(
+        study.study_uid,
+        pipeline.name,
+        found.source_digest,
+        now,
+        series_uid=found.series_uid,
+        options=pipeline.options,
+        refusal=found.refusal,
+    )
+    told = found.refusal or f"series {found.series_uid} goes to pipeline {pipeline.name}"
+    log.info("study assembled", extra={"event": "study.assembled", "study_uid": study.study_uid, "run": run.id})
+    return record.study_assembled(study, f"run {run.id}: {told}", now)
+
+
+def queue_again(
+    record: Store,
+    data_dir: Path,
+    study: Study,
+    pipeline: str,
+    options: Mapping[str, object],
+    now: datetime,
+    masks: tuple[str, str] | None = None,
+) -> Run:
+    """A new run of a study because a person asks, whatever ran before.
+
+    masks: path relative to the data folder and SHA-256 of a person's label map.
+    Raises SeriesRejected where the study holds no CT image.
+    """
+    found = examine(record, data_dir, study)
+    if found is None:
+        raise SeriesRejected("the study holds no CT image; there is nothing to analyse")
+    path, sha256 = masks or (None, None)
+    return record.queue_run(
+        study.study_uid,
+        pipeline,
+        found.source_digest,
+        now,
+        series_uid=found.series_uid,
+        masks_path=path,
+        masks_sha256=sha256,
+        options=options,
+        refusal=found.refusal,
+        force=True,
+    )
+
+
+def examine(record: Store, data_dir: Path, study: Study) -> Input | None:
+    """What of a study can be analysed; None where it holds no CT image. Reads headers, changes nothing."""
+    images = [image for image in record.instances_of(study.study_uid) if image.sop_class_uid in _CT]
+    if not images:
+        return None
+    paths: dict[str, list[Path]] = {}
+    for image in images:
+        paths.setdefault(image.series_uid, []).append(data_dir / image.path)
+    refused: dict[str, str] = {}
+    candidates: list[Candidate] = []
+    for uid, files in paths.items():
+        read = _or_reason(partial(read_candidate, files))
+        if isinstance(read, str):
+            refused[uid] = read
+        else:
+            candidates.append(replace(read, series_uid=uid))
+    best: str | None = None
+    while candidates:
+        choice = choose(candidates)
+        refused |= {verdict.series_uid: verdict.reason for verdict in choice.verdicts if not verdict.accepted}
+        if choice.chosen is None:
+            break
+        uid = choice.chosen.series_uid
+        source = _or_reason(partial(series.inspect, choice.chosen.paths))
+        if not isinstance(source, str):
+            passed = {verdict.series_uid: verdict.reason for verdict in choice.verdicts if verdict.accepted}
+            return Input(uid, source.source_digest, None, refused, passed)
+        refused[uid] = source
+        best = best or uid
+        candidates = [candidate for candidate in candidates if candidate is not choice.chosen]
+    refusal = refused[best] if best else _all_reasons(record, study, refused)
+    everything = sorted(image.sop_instance_uid for image in images)
+    return Input(best, digest("refused", refusal, *everything), refusal, refused, {})
+
+
+def _or_reason(read: Callable[[], _Read]) -> _Read | str:
+    """What `read` returns, or in words why it cannot be had."""
+    try:
+        return read()
+    except SeriesRejected as verdict:
+        return verdict.reason
+    except Exception as error:  # noqa: BLE001 - one odd file must not hold up every other study
+        log.error("series not examined", extra={"event": "series.unforeseen", "error": unforeseen(error)})
+        return f"the series cannot be examined ({type(error).__name__})"
+
+
+def _all_reasons(record: Store, study: Study, refused: Mapping[str, str]) -> str:
+    """Why no series can be analysed, each by its number."""
+    told = [
+        f"series {row.series_uid if row.series_number is None else row.series_number}: {refused[row.series_uid]}"
+        for row in record.series_of(study.study_uid)
+        if row.series_uid in refused
+    ]
+    return f"no series of this study can be analysed; {'; '.join(told)}"
+
+
+def _write_down(record: Store, study: Study, found: Input, now: datetime) -> None:
+    """Every CT series learns its verdict: REJECTED with the reason, or an event that says how it ranked."""
+    states = {row.series_uid: row.state for row in record.series_of(study.study_uid)}
+    for uid, reason in found.refused.items():
+        if states[uid] is SeriesState.COMPLETE:
+            record.reject_series(uid, reason, now)
+    for uid, reason in found.accepted.items():
+        record.add_event("series", uid, "series.ranked", reason, now, study.study_uid)
