@@ -11,12 +11,13 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from math import cos, inf, radians
 from pathlib import Path
 
 import pydicom
 from pydicom.errors import InvalidDicomError
-from pydicom.uid import CTImageStorage
+from pydicom.uid import CTImageStorage, MediaStorageDirectoryStorage
 
 from salsa_node.series import MIN_SLICES
 
@@ -58,7 +59,10 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Why a series was chosen, passed over or ruled out."""
+    """Why a series was chosen, passed over or ruled out.
+
+    accepted: it could be analysed, whether or not it was the one chosen.
+    """
 
     series_uid: str
     accepted: bool
@@ -76,7 +80,8 @@ class Choice:
 def by_series(paths: Iterable[Path]) -> dict[str, tuple[Path, ...]]:
     """Files sorted into series by their Series Instance UID, series and files in order of appearance.
 
-    Files that are not DICOM, or name no series (a DICOMDIR), are left out.
+    Files that are not DICOM and directories of media (DICOMDIR) are left out; images that name no
+    series are kept together under "", for a verdict of their own.
     """
     found: dict[str, list[Path]] = {}
     for path in paths:
@@ -84,8 +89,8 @@ def by_series(paths: Iterable[Path]) -> dict[str, tuple[Path, ...]]:
             ds = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["SeriesInstanceUID"])
         except _UNREADABLE:
             continue
-        if ds.get("SeriesInstanceUID"):
-            found.setdefault(str(ds.SeriesInstanceUID), []).append(path)
+        if ds.file_meta.get("MediaStorageSOPClassUID") != MediaStorageDirectoryStorage:
+            found.setdefault(str(ds.get("SeriesInstanceUID") or ""), []).append(path)
     return {uid: tuple(files) for uid, files in found.items()}
 
 
@@ -96,14 +101,16 @@ def read_candidate(paths: Sequence[Path]) -> Candidate:
     faults = []
     for n in sample:
         try:
-            images.append(pydicom.dcmread(paths[n], stop_before_pixels=True, specific_tags=_TAGS))
+            ds = pydicom.dcmread(paths[n], stop_before_pixels=True, specific_tags=_TAGS)
+            list(ds)  # pydicom converts a value when it is asked for, and raises then
+            images.append(ds)
         except _UNREADABLE:
             faults.append(f"file {n + 1} of {len(paths)} cannot be read as DICOM")
     faults += [fault for ds in images if (fault := _fault(ds))]
     if not faults and len(paths) < MIN_SLICES:
         faults.append(f"{len(paths)} image(s); a volume needs at least {MIN_SLICES}")
     first = images[0] if images else pydicom.Dataset()
-    number, thickness = first.get("SeriesNumber"), first.get("SliceThickness")
+    number, thickness = _number(first.get("SeriesNumber")), _number(first.get("SliceThickness"))
     return Candidate(
         study_uid=str(first.get("StudyInstanceUID", "")),
         series_uid=str(first.get("SeriesInstanceUID", "")),
@@ -111,7 +118,7 @@ def read_candidate(paths: Sequence[Path]) -> Candidate:
         paths=tuple(paths),
         image_types=frozenset(word for ds in images for word in _image_type(ds)),
         normal_lps=_normal(first),
-        slice_thickness_mm=None if thickness is None else float(thickness),
+        slice_thickness_mm=thickness,
         faults=tuple(dict.fromkeys(faults)),
     )
 
@@ -144,8 +151,14 @@ def _reason(candidate: Candidate, chosen: Candidate | None) -> str:
     return f"chosen: {facts}" if candidate is chosen else f"passed over for a series that ranks higher: {facts}"
 
 
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float | Decimal) else None
+
+
 def _fault(ds: pydicom.Dataset) -> str | None:
     """Why an image cannot be a slice of an axial CT volume."""
+    if not ds.get("SeriesInstanceUID"):
+        return "no Series Instance UID"
     if ds.get("Modality") != "CT":
         return f"modality {str(ds.get('Modality') or 'unknown')[:16]}, expected CT"
     screens = _SCREENS & set(_image_type(ds))
@@ -169,10 +182,10 @@ def _image_type(ds: pydicom.Dataset) -> tuple[str, ...]:
 
 
 def _normal(ds: pydicom.Dataset) -> tuple[float, float, float] | None:
-    cosines = ds.get("ImageOrientationPatient")
-    if cosines is None or len(cosines) != 6:
+    cosines = [x for value in ds.get("ImageOrientationPatient") or () if (x := _number(value)) is not None]
+    if len(cosines) != 6:
         return None
-    (ax, ay, az), (bx, by, bz) = ([float(x) for x in cosines[:3]], [float(x) for x in cosines[3:]])
+    ax, ay, az, bx, by, bz = cosines
     x, y, z = ay * bz - az * by, az * bx - ax * bz, ax * by - ay * bx
     length = (x * x + y * y + z * z) ** 0.5
     return (x / length, y / length, z / length) if length > 0.5 else None

@@ -116,9 +116,7 @@ def inspect(paths: Iterable[Path]) -> Series:
     row, column = _directions(images)
     spacing_mm = _pixel_spacing(images)
     normal = np.cross(row, column)
-    positions = np.array([[float(x) for x in ds.ImagePositionPatient] for ds in images])
-    if not np.isfinite(positions).all():
-        raise SeriesRejected("Image Position (Patient) holds a value that is not a finite number")
+    positions = _numbers(images, "ImagePositionPatient")
     order = np.argsort(positions @ normal, kind="stable")
     positions = positions[order]
     step_mm = _check_regular(positions, normal, min(spacing_mm))
@@ -167,6 +165,7 @@ def _read_header(path: Path, which: str) -> pydicom.Dataset:
     try:
         with path.open("rb") as file:
             ds = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=_TAGS)
+            list(ds)  # pydicom converts a value when it is asked for, and raises then
             syntax = ds.file_meta.get("TransferSyntaxUID")
             missing = None if syntax == DeflatedExplicitVRLittleEndian else _what_is_missing(file, path, ds)
     except InvalidDicomError as exc:
@@ -191,8 +190,9 @@ def _what_is_missing(file: BinaryIO, path: Path, ds: pydicom.Dataset) -> str | N
     syntax = ds.file_meta.get("TransferSyntaxUID")
     if syntax not in _NATIVE or "Rows" not in ds:
         return None
+    found = rest - (8 if syntax == ImplicitVRLittleEndian else 12)  # less the element's own tag, VR and length
     expected = int(ds.Rows) * int(ds.Columns) * int(ds.get("BitsAllocated", 16)) // 8
-    return f"is truncated: {rest} bytes of pixel data, expected {expected}" if rest < expected else None
+    return f"is truncated: {found} bytes of pixel data, expected {expected}" if found < expected else None
 
 
 def _check_one_series(images: Sequence[pydicom.Dataset]) -> None:
@@ -255,9 +255,20 @@ def _check_present(images: Sequence[pydicom.Dataset]) -> None:
         )
 
 
+def _numbers(images: Sequence[pydicom.Dataset], keyword: str) -> npt.NDArray[np.float64]:
+    """(images, values) of an attribute with several numbers."""
+    try:
+        numbers = np.array([[float(x) for x in ds[keyword].value] for ds in images])
+    except (TypeError, ValueError):
+        numbers = np.array([[np.nan]])
+    if not np.isfinite(numbers).all():
+        raise SeriesRejected(f"{keyword} holds a value that is not a finite number")
+    return numbers
+
+
 def _directions(images: Sequence[pydicom.Dataset]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Unit vectors along a row and down a column, of all images alike."""
-    cosines = np.array([[float(x) for x in ds.ImageOrientationPatient] for ds in images])
+    cosines = _numbers(images, "ImageOrientationPatient")
     apart = np.abs(cosines - cosines[0]).max()
     if not apart <= DIRECTION_TOLERANCE:
         raise SeriesRejected(
@@ -274,12 +285,12 @@ def _directions(images: Sequence[pydicom.Dataset]) -> tuple[npt.NDArray[np.float
 
 def _pixel_spacing(images: Sequence[pydicom.Dataset]) -> tuple[float, float]:
     """Distance between rows and between columns in mm, of all images alike."""
-    spacings = np.array([[float(x) for x in ds.PixelSpacing] for ds in images])
+    spacings = _numbers(images, "PixelSpacing")
     apart = np.ptp(spacings, axis=0).max()
     if not apart <= PIXEL_SPACING_TOLERANCE_MM:
         raise SeriesRejected(f"images of different pixel spacings in one series (they differ by {apart:.4f} mm)")
     between_rows, between_columns = (float(x) for x in spacings[0])
-    if not (np.isfinite(spacings).all() and between_rows > 0 and between_columns > 0):
+    if between_rows <= 0 or between_columns <= 0:
         raise SeriesRejected(
             f"Pixel Spacing of {between_rows:g} and {between_columns:g} mm; expected two positive numbers"
         )
@@ -345,7 +356,10 @@ def _read_slice(
         raise SeriesRejected(f"{which} cannot be decoded ({_syntax(instance.path)}, {type(exc).__name__})") from exc
     if stored.shape != shape:
         raise SeriesRejected(f"{which} decodes to {stored.shape} pixels, expected {shape}")
-    hu = stored * float(ds.RescaleSlope) + float(ds.RescaleIntercept)
+    slope, intercept = float(ds.RescaleSlope), float(ds.RescaleIntercept)
+    if slope == 0:
+        raise SeriesRejected(f"{which} has a Rescale Slope of 0; expected another number")
+    hu = stored * slope + intercept
     if not np.isfinite(hu).all():
         raise SeriesRejected(f"{which} has a Rescale Slope or Intercept that is not a finite number")
     padding = [_signed_like(ds, ds[k].value) for k in ("PixelPaddingValue", "PixelPaddingRangeLimit") if k in ds]
