@@ -28,9 +28,12 @@ network, the store or the config file; the plumbing wing never hears of voxels. 
     dicom_ct               <- errors uids volume
     picture                <- volume findings dicom_result
     phantom                <- uids volume dicom_ct nifti
-    store                  <- errors settings
-    listener               <- errors settings store
-    assembly               <- errors settings store series selection
+    store_rows             <-
+    store_transaction      <- errors store_rows
+    store_queries          <- errors store_rows store_transaction
+    store                  <- errors store_rows store_transaction store_queries
+    listener               <- errors settings log durable store
+    assembly               <- errors settings log uids series selection store
     worker                 <- errors settings store uids volume series selection pipelines findings criteria dicom_result dicom_seg dicom_sr picture nifti dicom_ct
     delivery               <- errors settings store
     node                   <- errors settings config store listener assembly worker delivery
