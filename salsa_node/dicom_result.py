@@ -16,6 +16,7 @@ from typing import Final
 import numpy as np
 from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
+from pydicom.errors import BytesLengthException
 from pydicom.uid import UID
 
 from salsa_node import __version__, uids
@@ -96,7 +97,6 @@ _IMAGE = (
     "ImagePositionPatient",
     "ImageOrientationPatient",
     "PixelSpacing",
-    "SliceThickness",
     "FrameOfReferenceUID",
     "PositionReferenceIndicator",
     "LossyImageCompression",
@@ -241,6 +241,7 @@ def sign(obj: Dataset, source: Dataset, identity: Identity, produced_at: datetim
     when = local(produced_at, source)
     obj.InstanceCreationDate = obj.ContentDate = obj.SeriesDate = when.strftime("%Y%m%d")
     obj.InstanceCreationTime = obj.ContentTime = obj.SeriesTime = when.strftime("%H%M%S.%f")
+    obj.pop("ContributingEquipmentSequence", None)  # highdicom's own note on the scanner, dated by the wall clock
     obj.Manufacturer = identity.manufacturer
     obj.ManufacturerModelName = identity.model_name
     obj.DeviceSerialNumber = identity.device_serial_number
@@ -260,9 +261,10 @@ def _element(source: Dataset, keyword: str) -> DataElement | None:
         return None
     try:
         return source[keyword]
-    except (ValueError, TypeError, OverflowError, NotImplementedError) as exc:
+    except (BytesLengthException, ValueError, TypeError, OverflowError, NotImplementedError) as exc:
         if keyword in _OPTIONAL:
             return None
+        # Not `from exc`: its text would quote the value.
         raise EncodingError(f"the source's {keyword} cannot be read ({type(exc).__name__})") from None
 
 

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from pydicom.dataset import Dataset
 from pydicom.sr.coding import Code
 from pydicom.uid import ExplicitVRLittleEndian
+from pydicom.valuerep import DSfloat
 
 from salsa_node import codes, uids
 from salsa_node.dicom_result import CAVEAT, Identity, check_source, line, plain, reference, sign, weights
@@ -71,15 +72,20 @@ def build(
     kinds, pixels = _segments(findings, include_organ=include_organ)
     if not kinds:
         return None
-    parts = (findings.run_digest, "SEG", "with organ" if _ORGAN in kinds else "lesions")
+    uid = instance_uid(findings, with_organ=_ORGAN in kinds)
     try:
-        seg = _segmentation(kinds, pixels, findings, source, identity, parts)
+        seg = _segmentation(kinds, pixels, findings, source, identity, uid)
     except (ValueError, TypeError, AttributeError) as exc:
         raise EncodingError(f"the segmentation could not be put together ({type(exc).__name__})") from exc
     seg.BodyPartExamined = source[0].get("BodyPartExamined") or "ABDOMEN"
-    _fix_dimension_uid(seg, uids.derive(*parts, "dimensions"))
+    _fix_dimension_uid(seg, uids.derive(uid, "dimensions"))
     sign(seg, source[0], identity, produced_at)
     return seg
+
+
+def instance_uid(findings: Findings, *, with_organ: bool = False) -> str:
+    """The SOP Instance UID of the segmentation of these findings: other content, other UID."""
+    return uids.derive(findings.run_digest, "SEG", "with organ" if with_organ else "lesions")
 
 
 def segment_numbers(seg: Dataset) -> dict[str, int]:
@@ -98,21 +104,18 @@ def _segmentation(
     findings: Findings,
     source: Sequence[Dataset],
     identity: Identity,
-    uid_parts: tuple[str, ...],
+    uid: str,
 ) -> Dataset:
-    spacing_mm, row_mm, column_mm = findings.lesion_labels.grid.spacing_mm
     notice = findings.provenance.notice
     algorithm = _algorithm(findings.provenance, identity)
     return hd.seg.Segmentation(
-        source_images=_references(source),
+        source_images=_references(source, findings.lesion_labels.grid.spacing_mm[0]),
         pixel_array=pixels,
         segmentation_type=hd.seg.SegmentationTypeValues.BINARY,
         segment_descriptions=[_describe(n, kind, algorithm, notice) for n, kind in enumerate(kinds, start=1)],
-        # One voxel reaches halfway to its neighbours: never the source's nominal Slice Thickness.
-        pixel_measures=hd.PixelMeasuresSequence((row_mm, column_mm), spacing_mm, spacing_mm),
-        series_instance_uid=uids.derive(*uid_parts, "series"),
+        series_instance_uid=uids.derive(uid, "series"),
         series_number=identity.seg_series_number,
-        sop_instance_uid=uids.derive(*uid_parts),
+        sop_instance_uid=uid,
         instance_number=1,
         manufacturer=identity.manufacturer,
         manufacturer_model_name=identity.model_name,
@@ -184,9 +187,16 @@ def _algorithm(provenance: Provenance, identity: Identity) -> hd.AlgorithmIdenti
     )
 
 
-def _references(source: Sequence[Dataset]) -> list[Dataset]:
+def _references(source: Sequence[Dataset], step_mm: float) -> list[Dataset]:
+    """The source's headers as the segmentation copies them: one orientation, slices as thick as their step.
+
+    A voxel reaches halfway to its neighbours, so the nominal Slice Thickness of the source would
+    give a reader another volume than ours.
+    """
     references = [reference(ds) for ds in source]
     for ds in references:
+        ds.ImageOrientationPatient = references[0].ImageOrientationPatient
+        ds.SliceThickness = ds.SpacingBetweenSlices = DSfloat(step_mm, auto_format=True)
         if not ds.get("FrameOfReferenceUID"):
             ds.FrameOfReferenceUID = uids.derive("frame of reference", ds.SeriesInstanceUID)
     return references

@@ -18,8 +18,18 @@ from pydicom.sr.coding import Code
 
 from salsa_node import codes, uids
 from salsa_node.criteria import Criteria, Rule
-from salsa_node.dicom_result import CAVEAT, Identity, check_source, line, plain, reference, sign, weights
-from salsa_node.dicom_seg import label_of, segment_numbers
+from salsa_node.dicom_result import (
+    CAVEAT,
+    Identity,
+    check_source,
+    line,
+    plain,
+    reference,
+    same_patient_and_study,
+    sign,
+    weights,
+)
+from salsa_node.dicom_seg import instance_uid, label_of, segment_numbers
 from salsa_node.errors import EncodingError
 from salsa_node.findings import Disease, Findings, Lesion
 from salsa_node.pipelines import Provenance
@@ -43,7 +53,9 @@ def build(
     Raises EncodingError where findings, segmentation and source do not belong together.
     """
     check_source(source, findings.lesion_labels.grid)
-    _check_segmentation(findings, seg, source[0])
+    _check_segmentation(findings, seg)
+    if seg is not None:
+        same_patient_and_study(seg, source[0])
     groups = [_lesion_group(lesion, findings, seg, source) for lesion in findings.lesions if seg is not None]
     sentences = [_outcome(findings), *_remarks(findings)]
     content = _report(identity, groups, sentences, findings.provenance, findings.criteria)
@@ -237,19 +249,13 @@ def _observer(identity: Identity) -> sr.ObservationContext:
     return sr.ObservationContext(observer_device_context=context)
 
 
-def _check_segmentation(findings: Findings, seg: Dataset | None, source: Dataset) -> None:
+def _check_segmentation(findings: Findings, seg: Dataset | None) -> None:
     if seg is None:
         if findings.lesions:
             raise EncodingError(f"a report on {len(findings.lesions)} lesions needs their segmentation, found none")
         return
-    if seg.StudyInstanceUID != source.StudyInstanceUID:
-        raise EncodingError("the segmentation belongs to another study than the source images")
-    labels = segment_numbers(seg)
-    for lesion in findings.lesions:
-        if label_of(lesion.disease) not in labels:
-            raise EncodingError(
-                f"lesion {lesion.number} is {lesion.disease.value}, a segment that the segmentation lacks"
-            )
+    if seg.SOPInstanceUID not in {instance_uid(findings, with_organ=organ) for organ in (False, True)}:
+        raise EncodingError("the segmentation was made from other findings than the report")
 
 
 def _document(

@@ -1,0 +1,232 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import UTC, datetime
+from io import BytesIO
+
+import made_findings as made
+import pydicom
+import pytest
+from pydicom.dataset import Dataset
+from pydicom.uid import SecondaryCaptureImageStorage
+
+from salsa_node import dicom_sr
+from salsa_node.dicom_result import Identity, line, local, plain, same_patient_and_study
+from salsa_node.errors import EncodingError
+from salsa_node.pipelines import DEMO_NOTICE
+
+IDENTITY = Identity()
+
+
+def report(source: Dataset, produced_at: datetime = made.PRODUCED_AT, identity: Identity = IDENTITY) -> Dataset:
+    return dicom_sr.build_not_analysed("no suitable series", source, identity, produced_at, "run")
+
+
+def written(ds: Dataset) -> bytes:
+    buffer = BytesIO()
+    ds.save_as(buffer, enforce_file_format=True)
+    return buffer.getvalue()
+
+
+def reread(ds: Dataset) -> Dataset:
+    return pydicom.dcmread(BytesIO(written(ds)))
+
+
+def raw(ds: Dataset, keyword: str) -> bytes:
+    """The value's bytes as they stand in the file, without what ends them: padding, an empty group, an idle escape."""
+    return bytes(ds.get_item(keyword).value or b"").rstrip(b" =").removesuffix(b"\x1b(B")
+
+
+CHARACTER_SETS = {
+    "chrArab": "قباني^لنزار",
+    "chrFren": "Buc^Jérôme",
+    "chrGerm": "Äneas^Rüdiger",
+    "chrGreek": "Διονυσιος",
+    "chrH31": "Yamada^Tarou=山田^太郎=やまだ^たろう",
+    "chrH32": "ﾔﾏﾀﾞ^ﾀﾛｳ=山田^太郎=やまだ^たろう",
+    "chrHbrw": "שרון^דבורה",
+    "chrI2": "Hong^Gildong=洪^吉洞=홍^길동",
+    "chrJapMulti": "やまだ^たろう",
+    "chrJapMultiExplicitIR6": "やまだ^たろう",
+    "chrKoreanMulti": "김희중",
+    "chrRuss": "Люкceмбypг",
+    "chrX1": "Wang^XiaoDong=王^小東",
+    "chrX2": "Wang^XiaoDong=王^小东",
+}
+
+
+@pytest.mark.parametrize("name", CHARACTER_SETS)
+def test_names_survive_in_their_own_character_set(testdata, name):
+    path = testdata / "09_charsets_and_odd_ct" / "charset" / f"{name}.dcm"
+    result = reread(report(pydicom.dcmread(path, stop_before_pixels=True)))
+    untouched = pydicom.dcmread(path, stop_before_pixels=True)
+    assert raw(result, "PatientName") == raw(untouched, "PatientName")
+    assert str(result.PatientName) == CHARACTER_SETS[name]
+    assert result.get("SpecificCharacterSet") == untouched.get("SpecificCharacterSet")
+    assert result.StudyInstanceUID == untouched.StudyInstanceUID
+
+
+def test_the_study_is_carried_and_the_series_is_ours():
+    source = made.headers(made.grid())[0]
+    result = reread(report(source))
+    for keyword in (
+        "PatientID",
+        "PatientBirthDate",
+        "PatientSex",
+        "StudyDate",
+        "StudyTime",
+        "AccessionNumber",
+        "StudyID",
+    ):
+        assert result[keyword].value == source[keyword].value
+    assert result.PatientName == "Müller^Grün"
+    assert result.StudyDescription == "CT Oberbauch für Leber"
+    assert result.ReferringPhysicianName == "Arzt^Jürg"
+    assert result.SeriesInstanceUID != source.SeriesInstanceUID
+    assert (result.SeriesNumber, result.Manufacturer, result.StationName) == (9002, "salsa_node", "SALSA_NODE")
+    assert (result.ContentDate, result.ContentTime) == ("20261120", "223015.250000")
+    assert (result.SeriesDate, result.InstanceCreationTime) == ("20261120", "223015.250000")
+
+
+def test_dates_follow_the_offset_that_the_source_names():
+    source = made.headers(made.grid())[0]
+    source.TimezoneOffsetFromUTC = "+0200"
+    result = reread(report(source))
+    assert (result.ContentDate, result.ContentTime) == ("20261121", "003015.250000")
+    assert result.TimezoneOffsetFromUTC == "+0200"
+    source.TimezoneOffsetFromUTC = "-0330"
+    assert local(made.PRODUCED_AT, source).strftime("%H%M") == "1900"
+    source.TimezoneOffsetFromUTC = "nowhere"
+    assert local(made.PRODUCED_AT, source) == made.PRODUCED_AT
+
+
+def test_a_naive_time_is_refused():
+    with pytest.raises(ValueError, match="aware"):
+        report(made.headers(made.grid())[0], produced_at=datetime(2026, 11, 20))  # noqa: DTZ001
+
+
+def test_missing_type_2_attributes_become_empty():
+    source = made.headers(made.grid())[0]
+    required = (
+        "PatientName",
+        "PatientID",
+        "PatientBirthDate",
+        "PatientSex",
+        "StudyDate",
+        "StudyTime",
+        "AccessionNumber",
+    )
+    for keyword in (*required, "StudyID", "ReferringPhysicianName", "SpecificCharacterSet", "StudyDescription"):
+        del source[keyword]
+    result = reread(report(source))
+    assert all(keyword in result and not result[keyword].value for keyword in (*required, "StudyID"))
+    assert "StudyDescription" not in result
+
+
+def test_an_empty_patient_id_stays_empty():
+    source = made.headers(made.grid())[0]
+    source.PatientID = ""
+    result = reread(report(source))
+    assert not result.PatientID
+    assert result.PatientName == "Müller^Grün"
+
+
+def with_bytes(source: Dataset, old: bytes, new: bytes) -> Dataset:
+    """The source read back from a file in which some bytes were exchanged."""
+    file = BytesIO()
+    made.with_meta(source).save_as(file, implicit_vr=False, little_endian=True)
+    assert file.getvalue().count(old) == 1
+    assert len(old) == len(new)
+    return pydicom.dcmread(BytesIO(file.getvalue().replace(old, new)), force=True)
+
+
+def test_odd_values_in_the_source_are_carried_not_judged():
+    source = with_bytes(made.headers(made.grid())[0], b"DA\x08\x0019600102", b"DA\x08\x001960.1.2")
+    assert report(source).PatientBirthDate == "1960.1.2"
+    source = with_bytes(made.headers(made.grid())[0], b"CS\x02\x00F ", b"CS\x02\x00x ")
+    assert report(source).PatientSex == "x"
+
+
+def test_an_optional_attribute_that_cannot_be_read_is_left_out():
+    source = made.headers(made.grid())[0]
+    source.PatientWeight = "70.5"
+    result = report(with_bytes(source, b"DS\x04\x0070.5", b"FD\x04\x0070.5"))
+    assert "PatientWeight" not in result
+    assert result.PatientName == "Müller^Grün"
+
+
+def test_a_source_without_a_study_is_refused():
+    source = made.headers(made.grid())[0]
+    del source.StudyInstanceUID
+    with pytest.raises(EncodingError, match="no StudyInstanceUID"):
+        report(source)
+
+
+def test_any_kind_of_instance_can_stand_for_the_study():
+    source = made.headers(made.grid())[0]
+    source.SOPClassUID = SecondaryCaptureImageStorage
+    for keyword in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "FrameOfReferenceUID", "Rows"):
+        del source[keyword]
+    evidence = report(source).CurrentRequestedProcedureEvidenceSequence[0].ReferencedSeriesSequence[0]
+    assert evidence.ReferencedSOPSequence[0].ReferencedSOPClassUID == SecondaryCaptureImageStorage
+
+
+@pytest.mark.parametrize(
+    "keyword", ["PatientName", "PatientID", "PatientBirthDate", "StudyInstanceUID", "AccessionNumber"]
+)
+def test_the_guard_stops_another_patient_or_study_and_names_no_value(keyword):
+    source = made.headers(made.grid())[0]
+    result = report(source)
+    same_patient_and_study(result, source)
+    other = made.headers(made.grid())[0]
+    value = "19991231" if keyword == "PatientBirthDate" else "1.2.3"
+    setattr(other, keyword, value)
+    with pytest.raises(EncodingError, match=keyword) as caught:
+        same_patient_and_study(result, other)
+    assert value not in str(caught.value)
+    assert str(source[keyword].value) not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"manufacturer": "x" * 65},
+        {"station_name": "x" * 17},
+        {"institution_name": "Spital Zürich"},
+        {"model_name": "a\\b"},
+        {"seg_series_number": 0},
+        {"sr_series_number": 9001},
+    ],
+)
+def test_an_identity_that_no_object_can_carry_is_refused(wrong):
+    with pytest.raises(ValueError, match=r"characters|number"):
+        replace(IDENTITY, **wrong)
+
+
+def test_the_identity_is_in_the_object():
+    identity = Identity(institution_name="Ward 7", device_serial_number="42", sr_series_number=77)
+    result = report(made.headers(made.grid())[0], identity=identity)
+    assert (result.InstitutionName, result.DeviceSerialNumber, result.SeriesNumber) == ("Ward 7", "42", 77)
+    assert Identity().device_uid != identity.device_uid
+
+
+def test_our_words_are_ascii_and_fit():
+    assert plain(DEMO_NOTICE) == "DEMO MODEL - NOT FOR CLINICAL USE"
+    assert plain("≥ 10 mm³\x07 é") == ">= 10 mm3? ?"
+    assert line("a", "", "b\\c\nd") == "a - b/c d"
+    assert len(line("x" * 80)) == 64
+    assert line("x" * 80).endswith("...")
+
+
+def test_the_same_run_gives_the_same_bytes():
+    source = made.headers(made.grid())[0]
+    assert written(report(source)) == written(report(made.headers(made.grid())[0]))
+    later = datetime(2026, 11, 20, 22, 30, 16, tzinfo=UTC)
+    assert written(report(source)) != written(report(source, produced_at=later))
+
+
+def test_the_file_says_who_wrote_it():
+    meta = reread(report(made.headers(made.grid())[0])).file_meta
+    assert meta.ImplementationVersionName.startswith("SALSA_NODE_")
+    assert len(meta.ImplementationVersionName) <= 16
+    assert meta.TransferSyntaxUID == "1.2.840.10008.1.2.1"
