@@ -192,8 +192,7 @@ class Patient:
         self.aorta = (float(u(6, 14)) * size, float(u(22, 28)) * size, float(u(9, 12)) * size)
         self.spine = (0.0, 54.0 * size, 19.0 * size)
         self.vessels = self._grow_vessels(rng)
-        drawn = self._draw_lesions(rng, phase)
-        self.lesions = drawn if lesions is None else lesions
+        self.lesions = self._draw_lesions(rng, phase) if lesions is None else lesions
         self.true_lesions = tuple(self._truth(number, spec) for number, spec in enumerate(self.lesions, start=1))
 
     # -- the liver's shape, as a formula: below 1 is inside

@@ -99,7 +99,7 @@ def studies(
     """List the studies, newest first."""
     from salsa_node import overview, store
 
-    with store.open_store(config.load(config_file).store_url) as record:
+    with store.Store.open(store.StoreSettings(config.load(config_file).store_url)) as record:
         rows = [overview.row(overview.glance(record, study)) for study in record.studies(limit)]
     if as_json:
         console.put_json(rows)
@@ -112,7 +112,7 @@ def show(study: StudyName, config_file: ConfigFile = None, as_json: AsJson = Fal
     """Show one study: series, runs, findings, deliveries, time line."""
     from salsa_node import overview, store
 
-    with store.open_store(config.load(config_file).store_url) as record:
+    with store.Store.open(store.StoreSettings(config.load(config_file).store_url)) as record:
         page = overview.detail(record, overview.glance(record, record.study(study)))
     if as_json:
         console.put_json(page)
@@ -137,18 +137,12 @@ def rerun(
 
     if masks and pipeline not in ("", "given_masks"):
         raise typer.BadParameter(f"--masks goes with the pipeline given_masks, not with {pipeline}")
-    with store.open_store(settings.store_url) as record:
+    with store.Store.open(store.StoreSettings(settings.store_url)) as record:
         wanted = record.study(study)
         kept = _keep_masks(settings, masks) if masks else None
-        run = assembly.queue_again(
-            record,
-            settings.node.data_dir,
-            wanted,
-            "given_masks" if masks else pipeline or settings.pipeline.name,
-            settings.pipeline.options,
-            _now(),
-            masks=kept,
-        )
+        name = "given_masks" if masks else pipeline or settings.pipeline.name
+        options = settings.pipeline.options if name == settings.pipeline.name else {}
+        run = assembly.queue_again(record, settings.node.data_dir, wanted, name, options, _now(), masks=kept)
     if as_json:
         console.put_json({"run": run.id, "study_uid": run.study_uid, "pipeline": run.pipeline})
     else:
@@ -183,7 +177,7 @@ def resend(
 
     if to and to != config.SENDER:
         settings.destination_named(to)
-    with store.open_store(settings.store_url) as record:
+    with store.Store.open(store.StoreSettings(settings.store_url)) as record:
         due = record.resend(record.study(study).study_uid, to or None, _now())
     if as_json:
         console.put_json([{"delivery": item.id, "destination": item.destination} for item in due])
@@ -202,7 +196,7 @@ def echo(
     named = settings.destination_named(destination)
     from salsa_node import delivery
 
-    delivery.echo(named, settings.delivery.timeout_s)
+    delivery.echo(named, settings.delivery)
     told = {
         "destination": named.name,
         "ae_title": named.ae_title,

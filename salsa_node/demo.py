@@ -25,7 +25,7 @@ from salsa_node.overview import Standing
 from salsa_node.pipelines import PipelineSettings
 from salsa_node.pipelines.given_masks import GivenMasksPipeline
 from salsa_node.series import inspect, read_volume
-from salsa_node.store import open_store
+from salsa_node.store import Store, StoreSettings
 
 MUST_FIND_MM = 10.0  # a lesion of this longest diameter may not be missed
 FINISH_S = 600.0
@@ -221,7 +221,7 @@ def _wait(store_url: str, study_uid: str, say: Callable[[str], None]) -> None:
     """Until the study stands where it will stay, telling each change."""
     deadline = time.monotonic() + FINISH_S
     told = ""
-    with open_store(store_url) as store:
+    with Store.open(StoreSettings(store_url)) as store:
         while time.monotonic() < deadline:
             seen = overview.glance(store, store.study(study_uid))
             stages = [event.detail for event in store.events_of(study_uid) if event.name == "run.stage"]

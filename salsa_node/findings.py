@@ -182,7 +182,7 @@ def _components(labels: npt.NDArray[np.unsignedinteger], lesion_per_value: bool)
         values, numbers = np.unique(labels, return_inverse=True)
         first = 0 if values[0] == 0 else 1  # a box without background has no value 0
         return np.asarray(numbers.reshape(labels.shape) + first, dtype=np.uint32)
-    components: Components = cc3d.connected_components(np.ascontiguousarray(labels), connectivity=26)
+    components: Components = cc3d.connected_components(np.array(labels, order="C"), connectivity=26)
     return components
 
 

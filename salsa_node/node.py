@@ -27,7 +27,7 @@ from salsa_node.config import Config
 from salsa_node.errors import ConfigError, SalsaNodeError
 from salsa_node.listener import Listener
 from salsa_node.log import unforeseen
-from salsa_node.store import Store, open_store
+from salsa_node.store import Store, StoreSettings
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def serve(config: Config, config_path: Path | None) -> None:
     with ExitStack() as stack:
         stack.enter_context(only_node(config.node.data_dir))
         preflight.require(config)
-        store = stack.enter_context(open_store(config.store_url, create=True))
+        store = stack.enter_context(Store.open(StoreSettings(config.store_url), create=True))
         left = durable.sweep(config.node.data_dir)
         log.info("record open", extra={"event": "node.record", "interrupted_writes_removed": left})
         worker = WorkerProcess(store, config, config_path)

@@ -30,7 +30,7 @@ from salsa_node.dicom_result import Identity
 from salsa_node.errors import LeaseLost, SalsaNodeError, StoreError
 from salsa_node.log import unforeseen
 from salsa_node.pipelines import Pipeline, PipelineSettings
-from salsa_node.store import NewObject, Run, RunState, Store, open_store
+from salsa_node.store import NewObject, Run, RunState, Store, StoreSettings
 
 log = logging.getLogger(__name__)
 
@@ -217,7 +217,7 @@ def work(config: Config, owner: str) -> None:
     threading.Thread(target=_end_with_the_node, name="node watch", daemon=True).start()
     signal.signal(signal.SIGTERM, _leave)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches the whole group; the node decides
-    with open_store(config.store_url) as store:
+    with Store.open(StoreSettings(config.store_url)) as store:
         worker = Worker(store, config, owner)
         while True:
             try:

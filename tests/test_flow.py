@@ -16,7 +16,7 @@ import pytest
 
 from salsa_node import loopback, overview, phantom
 from salsa_node.overview import Standing
-from salsa_node.store import RunState, Store, open_store
+from salsa_node.store import RunState, Store, StoreSettings
 
 WAIT_S = 240.0
 
@@ -32,7 +32,7 @@ class Site:
 
     @property
     def store(self) -> Store:
-        return open_store(f"sqlite:///{self.folder / 'data' / 'salsa_node.sqlite'}")
+        return Store.open(StoreSettings(f"sqlite:///{self.folder / 'data' / 'salsa_node.sqlite'}"))
 
     def cli(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "salsa_node", *arguments, "--config", str(self.config)]

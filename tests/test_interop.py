@@ -25,7 +25,7 @@ from salsa_node.nifti import read_labels, write_labels
 from salsa_node.overview import Standing
 from salsa_node.regrid import onto
 from salsa_node.series import inspect, read_volume
-from salsa_node.store import open_store
+from salsa_node.store import Store, StoreSettings
 from salsa_node.volume import LabelVolume
 
 ROUTE = """
@@ -139,7 +139,7 @@ def wait_done(store_url: str, study_uid: str, runs: int) -> None:
     deadline = time.monotonic() + 300
     while True:
         try:
-            with open_store(store_url) as store:
+            with Store.open(StoreSettings(store_url)) as store:
                 seen = overview.glance(store, store.study(study_uid))
             if len(seen.runs) == runs and seen.standing in (Standing.DONE, Standing.FAILED, Standing.NOT_DELIVERED):
                 assert seen.standing is Standing.DONE, (seen.latest, seen.deliveries)
