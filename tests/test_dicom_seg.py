@@ -51,7 +51,8 @@ def frames(seg: Dataset):
         affine[:3, 1] = cosines[:3] * float(measures.PixelSpacing[1])
         affine[:3, 2] = [float(x) for x in item.PlanePositionSequence[0].ImagePositionPatient]
         image = item.DerivationImageSequence[0].SourceImageSequence[0].ReferencedSOPInstanceUID
-        yield int(item.SegmentIdentificationSequence[0].ReferencedSegmentNumber), mask, affine, str(image)
+        segment = (item if "SegmentIdentificationSequence" in item else shared).SegmentIdentificationSequence[0]
+        yield int(segment.ReferencedSegmentNumber), mask, affine, str(image)
 
 
 def positions(seg: Dataset, number: int) -> np.ndarray:
@@ -296,8 +297,21 @@ def test_dcmdump_reads_it(tool, tmp_path):
     assert not done.stderr
 
 
+def with_uids(folder: Path, into: Path) -> list[Path]:
+    """Copies of set 01, whose publisher emptied the UIDs."""
+    paths = []
+    for n, path in enumerate(sorted(folder.iterdir())):
+        ds = pydicom.dcmread(path)
+        ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID
+        ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID
+        ds.StudyInstanceUID, ds.SeriesInstanceUID = uids.derive("set 01", "study"), uids.derive("set 01", "series")
+        paths.append(into / f"{n}.dcm")
+        ds.save_as(paths[-1])
+    return paths
+
+
 def test_on_a_real_compressed_series(testdata, tool, tmp_path):
-    series = inspect(sorted((testdata / "01_abdomen_ct_siemens_j2k" / "example_ct_dicom").iterdir()))
+    series = inspect(with_uids(testdata / "01_abdomen_ct_siemens_j2k" / "example_ct_dicom", tmp_path))
     source = headers(series)
     drawn = np.zeros(series.grid.shape, dtype=np.uint8)
     drawn[8:14, 200:230, 150:170] = 1
