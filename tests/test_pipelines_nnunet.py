@@ -1,0 +1,211 @@
+"""The nnU-Net adapter: the same labels as nnU-Net's own loader, any orientation, and no code from model folders."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from salsa_node.errors import ConfigError, DeviceExhausted, PipelineError
+from salsa_node.models import CHECKPOINT, ModelFolder, demo_models_dir
+from salsa_node.phantom import Phantom, Recipe, make
+from salsa_node.models import DEMO_STAGES as STAGES
+from salsa_node.pipelines.nnunet import Network, Turn, choose_device
+from salsa_node.volume import CtVolume, LabelVolume
+
+CPU = torch.device("cpu")
+RECIPE = Recipe(11, (32, 48, 48), (6.0, 6.0, 6.0))
+
+
+@pytest.fixture(scope="module")
+def phantom() -> Phantom:
+    return make(RECIPE)
+
+
+@pytest.fixture
+def liver_copy(tmp_path: Path) -> Path:
+    return shutil.copytree(demo_models_dir() / STAGES["liver"], tmp_path / "liver")
+
+
+def network(stage: str) -> Network:
+    return Network(ModelFolder(demo_models_dir() / STAGES[stage]), CPU, precision="float32")
+
+
+@pytest.mark.parametrize("orientation", ["SPL", "IPL", "LSP", "AIR", "SAR", "PRI"])
+@pytest.mark.parametrize("rotation", [(0.0, 0.0, 0.0), (25.0, -10.0, 15.0)])
+def test_a_turned_array_runs_to_the_head_the_front_and_the_right(
+    orientation: str, rotation: tuple[float, float, float]
+) -> None:
+    grid = replace(RECIPE, shape=(4, 5, 6), orientation=orientation, rotation_deg=rotation).grid
+    indices = np.stack(np.meshgrid(*map(np.arange, grid.shape), indexing="ij"), axis=-1)
+    points = indices @ grid.affine_lps_mm[:3, :3].T + grid.affine_lps_mm[:3, 3]
+    turn = Turn.of(grid)
+    x, y, z = (turn.apply(np.ascontiguousarray(points[..., axis])) for axis in range(3))
+    assert (np.diff(z, axis=0) > 0).all()
+    assert (np.diff(y, axis=1) < 0).all()
+    assert (np.diff(x, axis=2) < 0).all()
+    assert np.array_equal(turn.undo(turn.apply(indices[..., 0])), indices[..., 0])
+
+
+def by_nnunet_itself(stage: str, ct: CtVolume, previous: LabelVolume | None) -> np.ndarray:
+    """nnU-Net's own way from a model folder to labels, turned by hand: "SPL" arrays become "SAR" ones."""
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        predictor = nnUNetPredictor(
+            use_mirroring=False, perform_everything_on_device=False, device=CPU, allow_tqdm=False
+        )
+        predictor.initialize_from_trained_model_folder(str(demo_models_dir() / STAGES[stage]), (0,))
+        image = ct.voxels_hu[None, :, ::-1, ::-1].astype(np.float32)
+        stage_before = None if previous is None else previous.labels[None, :, ::-1, ::-1].astype(np.int16)
+        labels: np.ndarray = predictor.predict_single_npy_array(
+            image, {"spacing": list(ct.grid.spacing_mm)}, stage_before, None, False
+        )
+    return labels[:, ::-1, ::-1]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_labels_are_those_of_nnunets_own_loader(phantom: Phantom) -> None:
+    ours = network("liver").predict(phantom.ct).labels
+    assert ours.sum() > 1000
+    assert np.array_equal(ours, by_nnunet_itself("liver", phantom.ct, None))
+    given = phantom.lesion_labels.labels > 0
+    previous = LabelVolume(given.astype(np.uint8), phantom.ct.grid)
+    cascade = network("cascade").predict(phantom.ct, previous).labels
+    assert np.array_equal(cascade, by_nnunet_itself("cascade", phantom.ct, previous))
+
+
+@pytest.mark.parametrize(
+    ("orientation", "turned"),
+    [
+        ("IPL", lambda array: array[::-1]),
+        ("SAR", lambda array: array[:, ::-1, ::-1]),
+        ("LSP", lambda array: array.transpose(2, 0, 1)),
+    ],
+)
+def test_the_way_a_volume_is_stored_changes_nothing(
+    phantom: Phantom, orientation: str, turned: Callable[[np.ndarray], np.ndarray]
+) -> None:
+    axial = network("liver").predict(phantom.ct).labels
+    stored = np.ascontiguousarray(turned(phantom.ct.voxels_hu))
+    grid = replace(RECIPE, orientation=orientation, shape=stored.shape).grid  # type: ignore[arg-type]
+    found = network("liver").predict(CtVolume(stored, grid))
+    assert found.grid is grid
+    assert np.array_equal(found.labels, turned(axial))
+
+
+def test_a_cascade_needs_the_stage_before_and_nothing_else_takes_one(phantom: Phantom) -> None:
+    with pytest.raises(PipelineError, match="a previous stage is needed by a cascade"):
+        network("cascade").predict(phantom.ct)
+    with pytest.raises(PipelineError, match="a previous stage is needed by a cascade"):
+        network("liver").predict(phantom.ct, phantom.liver)
+    other = replace(RECIPE, center_lps_mm=(0.0, 0.0, 3.0)).grid
+    with pytest.raises(PipelineError, match="lies on another grid"):
+        network("cascade").predict(phantom.ct, LabelVolume(phantom.liver.labels, other))
+
+
+class Trap:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, (str(self.mark),)
+
+
+def test_a_checkpoint_that_carries_code_is_refused_and_the_code_is_not_run(liver_copy: Path, tmp_path: Path) -> None:
+    file = liver_copy / "fold_0" / CHECKPOINT
+    torch.save(torch.load(file, weights_only=True) | {"logging": Trap(tmp_path / "sprung")}, file)
+    with pytest.raises(PipelineError, match="carries code, or is damaged, is refused"):
+        Network(ModelFolder(liver_copy), CPU)
+    assert not (tmp_path / "sprung").exists()
+    with contextlib.suppress(FileExistsError):
+        torch.load(file, weights_only=False)
+    assert (tmp_path / "sprung").exists()  # the trap was a real one
+
+
+def test_a_damaged_checkpoint_is_refused(liver_copy: Path) -> None:
+    file = liver_copy / "fold_0" / CHECKPOINT
+    file.write_bytes(file.read_bytes()[:5000])
+    with pytest.raises(PipelineError, match="carries code, or is damaged, is refused"):
+        Network(ModelFolder(liver_copy), CPU)
+
+
+def test_numbers_of_numpy_beside_the_weights_are_accepted(liver_copy: Path) -> None:
+    file = liver_copy / "fold_0" / CHECKPOINT
+    torch.save(torch.load(file, weights_only=True) | {"_best_ema": np.float64(0.9), "logging": [np.float32(1)]}, file)
+    Network(ModelFolder(liver_copy), CPU)
+
+
+def test_a_checkpoint_of_something_else_is_refused(liver_copy: Path) -> None:
+    torch.save({"state_dict": {}}, liver_copy / "fold_0" / CHECKPOINT)
+    with pytest.raises(PipelineError, match="no nnU-Net v2 checkpoint"):
+        Network(ModelFolder(liver_copy), CPU)
+
+
+def test_plans_that_name_foreign_code_or_other_weights_are_refused(liver_copy: Path) -> None:
+    plans = json.loads((liver_copy / "plans.json").read_text())
+    design = plans["configurations"]["3d_fullres"]["architecture"]
+    design["network_class_name"] = "subprocess.Popen"
+    (liver_copy / "plans.json").write_text(json.dumps(plans))
+    with pytest.raises(PipelineError, match=r"asks for the network subprocess\.Popen"):
+        Network(ModelFolder(liver_copy), CPU)
+    design["network_class_name"] = "dynamic_network_architectures.architectures.unet.PlainConvUNet"
+    design["arch_kwargs"]["features_per_stage"][0] = 24
+    (liver_copy / "plans.json").write_text(json.dumps(plans))
+    with pytest.raises(PipelineError, match="plans and weights do not fit together"):
+        Network(ModelFolder(liver_copy), CPU)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError("no room")])
+def test_exhausted_memory_is_a_retryable_error(
+    phantom: Phantom, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    liver = network("liver")
+
+    def exhausted(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr(liver, "_run", exhausted)
+    with pytest.raises(DeviceExhausted, match="cpu ran out of memory on a volume of") as caught:
+        liver.predict(phantom.ct)
+    assert caught.value.retryable
+
+
+@pytest.mark.parametrize(
+    ("wanted", "words"), [("tpu", "must be auto, cpu or cuda:N"), ("cuda:x", "must be auto"), ("cuda:99", "torch sees")]
+)
+def test_a_device_that_is_not_there_is_refused(wanted: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        choose_device(wanted)
+
+
+def test_a_precision_that_is_none_is_refused() -> None:
+    with pytest.raises(ConfigError, match="precision must be"):
+        Network(ModelFolder(demo_models_dir() / STAGES["liver"]), CPU, precision="half")
+
+
+def test_torchvision_imports_beside_a_cpu_torch_after_a_network_was_loaded() -> None:
+    code = (
+        "import torch\n"
+        "from salsa_node.models import ModelFolder, demo_models_dir\n"
+        "from salsa_node.models import DEMO_STAGES as STAGES\n"
+        "from salsa_node.pipelines.nnunet import Network\n"
+        "Network(ModelFolder(demo_models_dir() / STAGES['liver']), torch.device('cpu'))\n"
+        "import torchvision\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
