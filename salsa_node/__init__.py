@@ -3,43 +3,62 @@
 A CT comes in at the left door and findings leave at the right. A room knows the room it receives
 from, never the one it hands to. Two wings on one foundation: the science wing never hears of the
 network, the store or the config file; the plumbing wing never hears of voxels. They meet only in
-`assembly` and `worker`. The import map (a test reads it; a room may import what stands right of the arrow):
+`assembly` and in `worker`, through `analysis`. The import map (a test holds it against the code: a
+room imports exactly what stands right of its arrow):
 
+  the foundation
     errors                 <-
     uids                   <-
+    log                    <-
+    durable                <-
     criteria               <-
-    codes                  <-
     settings               <-
-    config                 <- errors settings criteria
+    config                 <- criteria errors settings
+
+  the science wing, in the order of the flow
     volume                 <- uids
-    series                 <- errors uids volume
-    selection              <- errors series
     regrid                 <- volume
     nifti                  <- errors volume
+    series                 <- errors uids volume
+    selection              <- series
     models                 <- errors
     pipelines              <- errors uids volume
-    pipelines.nnunet       <- errors volume models pipelines regrid
-    pipelines.demo         <- errors volume models pipelines pipelines.nnunet regrid
-    pipelines.given_masks  <- errors volume nifti pipelines regrid uids
-    findings               <- errors uids criteria volume pipelines
-    dicom_result           <- errors uids volume findings pipelines codes
-    dicom_seg              <- errors uids volume findings pipelines codes dicom_result
-    dicom_sr               <- errors uids criteria volume findings pipelines codes dicom_result dicom_seg
-    dicom_ct               <- errors uids volume
-    picture                <- volume findings dicom_result
-    phantom                <- uids volume dicom_ct nifti
+    pipelines.nnunet       <- errors models volume
+    pipelines.demo         <- errors models pipelines pipelines.nnunet volume
+    pipelines.given_masks  <- errors nifti pipelines regrid volume
+    findings               <- criteria errors pipelines uids volume
+    codes                  <-
+    dicom_result           <- errors pipelines uids volume
+    dicom_seg              <- codes dicom_result errors findings pipelines uids
+    dicom_sr               <- codes criteria dicom_result dicom_seg errors findings pipelines uids
+    picture                <- dicom_result findings volume
+    analysis               <- criteria dicom_result dicom_seg dicom_sr errors findings pipelines series uids volume
+
+  the plumbing wing
     store_rows             <-
     store_transaction      <- errors store_rows
     store_queries          <- errors store_rows store_transaction
-    store                  <- errors store_rows store_transaction store_queries
-    listener               <- errors settings log durable store
-    assembly               <- errors settings log uids series selection store
-    worker                 <- errors settings store uids volume series selection pipelines findings criteria dicom_result dicom_seg dicom_sr picture nifti dicom_ct
+    store                  <- errors store_queries store_rows store_transaction
+    listener               <- durable errors log settings store
     delivery               <- errors settings store
-    node                   <- errors settings config store listener assembly worker delivery
-    demo                   <- errors settings store phantom volume findings picture nifti series pipelines pipelines.given_masks
-    cli                    <- errors settings config criteria store node worker delivery demo pipelines uids findings
+
+  where they meet
+    assembly               <- errors log selection series settings store uids
+    worker                 <- analysis config dicom_result durable errors log pipelines store
+
+  on top
+    preflight              <- config errors models pipelines
+    node                   <- assembly config delivery durable errors listener log preflight store
+    overview               <- store
+    console                <-
+    dicom_ct               <- errors uids volume
+    offline                <- analysis config criteria dicom_ct dicom_result errors findings nifti picture pipelines selection uids volume
+    anatomy                <- volume
+    phantom                <- anatomy dicom_ct uids volume
+    loopback               <- errors
+    demo                   <- codes config console criteria errors findings loopback overview phantom picture pipelines pipelines.given_masks series store
+    cli                    <- assembly config console delivery demo durable errors log node offline overview preflight store worker
     __main__               <- cli
-"""
+"""  # noqa: E501 - one room, one line
 
 __version__ = "0.1.0"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import highdicom as hd
@@ -22,7 +22,7 @@ from salsa_node.criteria import Criteria
 from salsa_node.errors import DeliveryError, PipelineError
 from salsa_node.findings import Findings, measure
 from salsa_node.overview import Standing
-from salsa_node.pipelines import PipelineSettings
+from salsa_node.pipelines import DEMO_NOTICE, PipelineSettings
 from salsa_node.pipelines.given_masks import GivenMasksPipeline
 from salsa_node.series import inspect, read_volume
 from salsa_node.store import Store, StoreSettings
@@ -136,7 +136,8 @@ def run(output: Path, seed: int, quiet: bool = False) -> Demonstration:
     rows = _missed_all(study)
     if seg is not None:
         masks = GivenMasksPipeline(PipelineSettings(masks_path=seg)).segment(ct)
-        found = measure(ct, masks, Criteria())
+        marked = replace(masks, provenance=replace(masks.provenance, notice=DEMO_NOTICE))
+        found = measure(ct, marked, Criteria())
         rows = _compare(study, found, _reported(report))
         picture.overlay(ct, found, output / "overlay.png", truth=study.lesion_labels)
         files_out.append(output / "overlay.png")
@@ -165,7 +166,7 @@ def _tell(outcome: Demonstration, study: phantom.Study, say: Callable[[str], Non
         say(f"{path}")
     say(f"{study.truth_labels.parent} (the study as sent, with its truth)")
     say(f"{outcome.folder / 'salsa_node.toml'} (try: salsa-node show {study.study_uid[:16]} --config ...)")
-    say("DEMO MODEL – NOT FOR CLINICAL USE. AI candidate findings. Not a diagnosis.")
+    say(f"{DEMO_NOTICE}. AI candidate findings. Not a diagnosis.")
     missed = [row.lesion for row in outcome.rows if row.missed]
     say(f"MISSED: lesion {', '.join(map(str, missed))}" if missed else "every lesion of 10 mm or more was found")
 

@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -235,5 +234,6 @@ def _leave(signum: int, _: FrameType | None) -> None:
 
 def _end_with_the_node() -> None:
     """The node holds the other end of standard input and never writes: the end of file means it died."""
-    sys.stdin.buffer.read()
+    while os.read(0, 1):
+        pass
     os._exit(1)
