@@ -33,8 +33,8 @@ class Reordering:
         """Where in the target these voxels come to lie, and those of them that lie within it, in its axis order."""
         turned = source[tuple(slice(None, None, sign) for sign in self.signs)].transpose(np.argsort(self.axes))
         into, taken = [slice(0, 0)] * 3, [slice(0, 0)] * 3
-        for axis, sign, n, start in zip(self.axes, self.signs, source.shape, self.start, strict=True):
-            first = start if sign > 0 else start - n + 1
+        for axis, sign, n in zip(self.axes, self.signs, source.shape, strict=True):
+            first = self.start[axis] if sign > 0 else self.start[axis] - n + 1
             low = min(max(first, 0), target_shape[axis])
             high = max(min(first + n, target_shape[axis]), low)
             into[axis], taken[axis] = slice(low, high), slice(low - first, high - first)
