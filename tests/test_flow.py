@@ -90,12 +90,12 @@ def standing(site: Site, study_uid: str) -> Standing:
         return overview.glance(store, store.study(study_uid)).standing
 
 
-def running(site: Site, study_uid: str) -> bool:
-    """A run is under way and past its loading."""
+def running(site: Site, study_uid: str, attempt: int) -> bool:
+    """That attempt is under way and has begun its first stage."""
     with site.store as store:
-        if not store.runs_in(RunState.RUNNING):
+        if [run.attempt for run in store.runs_in(RunState.RUNNING)] != [attempt]:
             return False
-        return any(e.name == "run.stage" and e.detail in ("loading", "reading") for e in store.events_of(study_uid))
+        return store.events_of(study_uid)[-1].name == "run.stage"
 
 
 def kinds(received: list[Path]) -> list[str]:
@@ -116,15 +116,15 @@ def test_killed_worker_killed_node_and_a_polite_stop_leave_one_result(site, stud
         # kill -9 of the worker while it runs, then of the whole node while it runs again
         with loopback.node(site.config, log, site.port) as node:
             loopback.send([*study.localizer, *study.axial], site.port)
-            until(lambda: running(site, study.study_uid))
+            until(lambda: running(site, study.study_uid, 1))
             os.kill(worker_pid(node), signal.SIGKILL)
             until(lambda: b"worker ended" in log.read_bytes())
-            until(lambda: running(site, study.study_uid))
+            until(lambda: running(site, study.study_uid, 2))
             os.kill(node.pid, signal.SIGKILL)
             node.wait()
         # started again, it is asked to stop while the run is under way: the run goes back to the queue
         with loopback.node(site.config, log, site.port) as node:
-            until(lambda: running(site, study.study_uid))
+            until(lambda: running(site, study.study_uid, 3))
             assert loopback.stop(node) == 0, log.read_text()
         with site.store as store:
             assert [run.state for run in store.runs_of(study.study_uid)] == [RunState.QUEUED]
