@@ -49,6 +49,7 @@ NODE_FAILED = 0xC0FF
 _VERIFICATION = "1.2.840.10008.1.1"  # PS3.4 annex A
 _CALLING_NOT_RECOGNISED = (0x01, 0x01, 0x03)  # rejected permanent, service user, PS3.8 table 9-21
 _CALLED_NOT_RECOGNISED = (0x01, 0x01, 0x07)
+_TOO_MANY = (0x02, 0x03, 0x02)  # rejected transient, local limit exceeded
 _UID = re.compile(r"[0-9]+(\.[0-9]+)*")
 _LAST_TAG = 0x00200011  # Series Number: nothing behind it is read
 _UNREADABLE = (ValueError, KeyError, IndexError, TypeError, AttributeError, EOFError, OSError)
@@ -128,7 +129,6 @@ class Listener:
         handlers: list[evt.EventHandlerType] = [
             (evt.EVT_CONN_OPEN, _without_delay),
             (evt.EVT_REQUESTED, self._on_requested),
-            (evt.EVT_REJECTED, self._on_rejected),
             (evt.EVT_C_STORE, self._on_store),
         ]
         try:
@@ -179,16 +179,13 @@ class Listener:
             answer, why = _CALLING_NOT_RECOGNISED, "not in listener.allowed"
         elif called != self._settings.ae_title.strip() and not self._settings.any_called_ae_title:
             answer, why = _CALLED_NOT_RECOGNISED, f"it called {called!r}, we are {self._settings.ae_title!r}"
+        elif sum(assoc.is_acceptor for assoc in event.assoc.ae.active_associations) > self._settings.max_associations:
+            answer, why = _TOO_MANY, f"more than {self._settings.max_associations} associations at once"
         else:
             return
+        self._note("node", calling, "node.association_rejected", f"{calling!r} from {address}: {why}")
         event.assoc.acse.send_reject(*answer)
         event.assoc.kill()
-        self._note("node", calling, "node.association_rejected", f"{calling!r} from {address}: {why}")
-
-    def _on_rejected(self, event: evt.Event) -> None:
-        calling, address = event.assoc.requestor.ae_title.strip(), event.assoc.requestor.address
-        why = f"more than {self._settings.max_associations} associations at once"
-        self._note("node", calling, "node.association_rejected", f"{calling!r} from {address}: {why}")
 
     # ---- instances ------------------------------------------------------------------------------
 
