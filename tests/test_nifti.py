@@ -1,0 +1,170 @@
+"""NIfTI files become volumes that lie right, or are refused with the reason."""
+
+from __future__ import annotations
+
+import gzip
+from itertools import permutations
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from salsa_node.errors import SeriesRejected
+from salsa_node.nifti import read_ct, read_labels, write_labels
+from salsa_node.volume import Grid, LabelVolume
+
+RAS = np.diag([0.8, 0.9, 2.5, 1.0])
+RAS[:3, 3] = (-100.0, -50.0, 900.0)
+
+
+def saved(path, data, affine=RAS, code=1, unit="mm"):
+    image = nib.nifti1.Nifti1Image(data, affine)
+    image.set_sform(affine, code=code)
+    image.set_qform(affine, code=code)
+    image.header.set_xyzt_units(unit)
+    nib.save(image, path)
+    return path
+
+
+def placed(path, row):
+    """A file whose second sform row, which nibabel would not write, is put into its bytes."""
+    data = bytearray(saved(path, hu()).read_bytes())
+    data[296:312] = np.array(row, "<f4").tobytes()
+    path.write_bytes(data)
+    return path
+
+
+def hu(shape=(4, 5, 6)):
+    return np.random.default_rng(0).integers(-1000, 1500, shape).astype(np.int16)
+
+
+def test_x_y_z_becomes_slice_row_column_and_ras_becomes_lps(tmp_path):
+    data = hu()
+    ct = read_ct(saved(tmp_path / "ct.nii.gz", data))
+    assert ct.grid.shape == (6, 5, 4)
+    assert ct.voxels_hu.dtype == np.int16
+    assert ct.voxels_hu[5, 4, 3] == data[3, 4, 5]
+    assert ct.grid.to_lps_mm((0, 0, 0)) == pytest.approx((100.0, 50.0, 900.0))
+    assert ct.grid.to_lps_mm((5, 4, 3)) == pytest.approx((100.0 - 2.4, 50.0 - 3.6, 912.5))
+    assert ct.slice_sop_uids == ()
+
+
+@pytest.mark.parametrize("order", list(permutations(range(3))))
+def test_the_slice_axis_is_the_one_along_the_patient_whatever_the_storage(order, tmp_path):
+    data = hu()
+    affine = RAS[:, [*order, 3]]
+    ct = read_ct(saved(tmp_path / "ct.nii", data.transpose(order), affine))
+    assert ct.grid.spacing_mm[0] == pytest.approx(2.5)
+    index = tuple(round(x) for x in ct.grid.to_index((100.0 - 2.4, 50.0 - 0.9, 902.5)))
+    assert ct.voxels_hu[index] == data[3, 1, 1]
+
+
+def test_fractions_and_scaled_values_survive(tmp_path):
+    data = hu().astype(np.float32) + np.float32(0.25)
+    assert np.array_equal(read_ct(saved(tmp_path / "a.nii", data)).voxels_hu, data.transpose(2, 1, 0))
+    image = nib.nifti1.Nifti1Image(np.arange(120, dtype=np.uint16).reshape(4, 5, 6), RAS)
+    image.header.set_slope_inter(2, -1024)
+    image.set_sform(RAS, code=1)
+    nib.save(image, tmp_path / "b.nii")
+    ct = read_ct(tmp_path / "b.nii")
+    stored = nib.load(tmp_path / "b.nii")
+    assert ct.voxels_hu.min() < 0
+    assert np.array_equal(ct.voxels_hu, stored.get_fdata().transpose(2, 1, 0))
+
+
+def test_a_fourth_dimension_of_one_is_none(tmp_path):
+    assert read_ct(saved(tmp_path / "ct.nii", hu()[..., None])).grid.shape == (6, 5, 4)
+
+
+BAD_CT = {
+    "four dimensions": (lambda p: saved(p, hu((4, 5, 6, 2))), "shape (4, 5, 6, 2); expected three dimensions"),
+    "two dimensions": (lambda p: saved(p, hu((4, 5))), "expected three dimensions"),
+    "not a number": (
+        lambda p: saved(p, np.where(hu() > 1400, np.nan, hu()).astype(np.float32)),
+        "voxels are not finite",
+    ),
+    "windowed to a byte": (lambda p: saved(p, (hu() % 256).astype(np.uint8)), "no Hounsfield units"),
+    "complex": (lambda p: saved(p, hu().astype(np.complex64)), "expected one real number each"),
+    "no place": (lambda p: saved(p, hu(), code=0), "does not say where it lies"),
+    "metres": (lambda p: saved(p, hu(), unit="meter"), "lengths in meter; expected mm"),
+    "flat": (lambda p: placed(p, [0, 0, 0, 1]), "does not span space"),
+    "infinite": (lambda p: placed(p, [0, np.inf, 0, 1]), "the affine is not finite"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CT)
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # numpy, over the NaN we hand in
+def test_what_is_no_ct_is_refused(case, tmp_path):
+    make, words = BAD_CT[case]
+    with pytest.raises(SeriesRejected) as caught:
+        read_ct(make(tmp_path / "Nobody.nii"))
+    assert words in caught.value.reason
+    assert "Nobody" not in caught.value.reason
+
+
+def test_broken_files_are_refused_without_their_names(tmp_path):
+    whole = saved(tmp_path / "Nobody.nii.gz", hu((40, 50, 60))).read_bytes()
+    (tmp_path / "Nobody cut.nii.gz").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "Nobody plain cut.nii").write_bytes(gzip.decompress(whole)[:1000])
+    (tmp_path / "Nobody text.nii").write_text("liver " * 100)
+    (tmp_path / "Nobody empty.nii").touch()
+    nib.save(nib.freesurfer.mghformat.MGHImage(hu(), RAS), tmp_path / "Nobody.mgz")
+    names = [p for p in tmp_path.iterdir() if p.name != "Nobody.nii.gz"] + [tmp_path / "Nobody absent.nii"]
+    assert len(names) == 6
+    for path in names:
+        with pytest.raises(SeriesRejected) as caught:
+            read_ct(path)
+        assert "Nobody" not in caught.value.reason
+        assert "NIfTI" in caught.value.reason
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float32, np.float64, np.int64])
+def test_labels_of_any_number_type_are_the_integers_they_are(dtype, tmp_path):
+    data = np.random.default_rng(1).integers(0, 9, (4, 5, 6)).astype(dtype)
+    image = nib.nifti1.Nifti1Image(data, RAS, dtype=dtype)
+    image.set_sform(RAS, code=1)
+    nib.save(image, tmp_path / "l.nii.gz")
+    labels = read_labels(tmp_path / "l.nii.gz")
+    assert labels.labels.dtype == np.uint8
+    assert np.array_equal(labels.labels, data.transpose(2, 1, 0))
+
+
+@pytest.mark.parametrize(
+    ("value", "words"), [(-1, "from -1 to"), (0.5, "no label map"), (70000, "70000 are no label map")]
+)
+def test_what_is_no_label_map_is_refused(value, words, tmp_path):
+    data = np.zeros((4, 5, 6), np.float32)
+    data[1, 1, 1] = value
+    with pytest.raises(SeriesRejected, match=words):
+        read_labels(saved(tmp_path / "l.nii", data))
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+def test_written_labels_come_back_and_lie_where_itk_puts_them(suffix, tmp_path):
+    import SimpleITK
+
+    axes = np.linalg.qr(np.random.default_rng(2).standard_normal((3, 3)))[0][:, [2, 1, 0]]
+    axes = axes[:, np.argsort(-np.abs(axes[2]))]  # the slice axis nearest to the patient's z
+    affine = np.eye(4)
+    affine[:3, :3] = axes * (2.5, 0.7, 0.9)
+    affine[:3, 3] = (12.0, -34.0, 56.0)
+    labels = LabelVolume(
+        np.random.default_rng(1).integers(0, 300, (4, 5, 6)).astype(np.uint16), Grid((4, 5, 6), affine)
+    )
+    path = tmp_path / f"labels{suffix}"
+    write_labels(labels, path)
+    again = read_labels(path)
+    assert again.grid.matches(labels.grid)
+    assert np.array_equal(again.labels, labels.labels)
+    image = SimpleITK.ReadImage(str(path))
+    assert np.array_equal(SimpleITK.GetArrayFromImage(image), labels.labels)
+    assert image.TransformIndexToPhysicalPoint((5, 4, 3)) == pytest.approx(labels.grid.to_lps_mm((3, 4, 5)), abs=1e-3)
+
+
+def test_the_public_ct_and_labels_share_a_grid(testdata):
+    folder = testdata / "01_abdomen_ct_siemens_j2k"
+    ct, labels = read_ct(folder / "example_ct_sm.nii.gz"), read_labels(folder / "example_seg.nii.gz")
+    assert ct.grid.shape == (30, 101, 122)
+    assert ct.grid.matches(labels.grid)
+    assert 40 < ct.voxels_hu[labels.labels == 5].mean() < 150  # the liver
+    assert ct.voxels_hu.min() == -1100

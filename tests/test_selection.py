@@ -1,0 +1,125 @@
+"""The axial CT series of a study is chosen, and every other one is told why not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+
+from salsa_node import phantom
+from salsa_node.selection import Candidate, by_series, choose, read_candidate
+from salsa_node.series import inspect
+
+AXIAL = Candidate(
+    study_uid="2.25.1",
+    series_uid="2.25.2",
+    series_number=2,
+    paths=tuple(Path(f"{n}.dcm") for n in range(40)),
+    image_types=frozenset({"ORIGINAL", "PRIMARY", "AXIAL"}),
+    normal_lps=(0.0, 0.0, 1.0),
+    slice_thickness_mm=5.0,
+    faults=(),
+)
+
+
+def other(**changes) -> Candidate:
+    return replace(AXIAL, series_uid="2.25.3", **changes)
+
+
+@pytest.mark.parametrize(
+    ("worse", "why"),
+    [
+        (other(paths=AXIAL.paths[:39]), "39 slices"),
+        (other(slice_thickness_mm=6.0), "of 6 mm"),
+        (other(slice_thickness_mm=None), "40 slices"),
+        (other(series_number=3), "axial CT"),
+        (other(series_number=None), "axial CT"),
+        (other(image_types=frozenset({"DERIVED", "SECONDARY"}), paths=AXIAL.paths * 2), "secondary, 80 slices"),
+    ],
+)
+def test_the_better_series_is_chosen_whatever_the_order(worse, why):
+    for candidates in ((AXIAL, worse), (worse, AXIAL)):
+        choice = choose(candidates)
+        assert choice.chosen is AXIAL
+        verdicts = dict(zip(candidates, choice.verdicts, strict=True))
+        assert verdicts[AXIAL].reason.startswith("chosen: axial CT, original, 40 slices of 5 mm")
+        assert verdicts[worse].reason.startswith("passed over for a series that ranks higher")
+        assert why in verdicts[worse].reason
+        assert verdicts[worse].accepted
+
+
+def test_no_series_is_chosen_where_none_can_be_analysed():
+    choice = choose([other(faults=("modality MR, expected CT", "2 image(s)"))])
+    assert choice.chosen is None
+    assert [(v.accepted, v.reason) for v in choice.verdicts] == [(False, "modality MR, expected CT; 2 image(s)")]
+    assert choose([]).chosen is None
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory) -> phantom.Study:
+    recipe = phantom.Recipe(seed=1, shape=(6, 32, 32), spacing_mm=(5.0, 10.0, 10.0))
+    return phantom.write_study(phantom.make(recipe), tmp_path_factory.mktemp("study"))
+
+
+def test_the_phantoms_axial_series_is_chosen_and_its_localizer_is_not(study):
+    candidates = [read_candidate(paths) for paths in by_series([*study.localizer, *study.axial]).values()]
+    choice = choose(candidates)
+    assert choice.chosen is not None
+    assert set(choice.chosen.paths) == set(study.axial)
+    assert [v.accepted for v in choice.verdicts] == [False, True]
+    assert choice.verdicts[0].reason == "Image Type LOCALIZER: no slices of a volume"
+    assert inspect(choice.chosen.paths).grid.shape == (6, 32, 32)
+
+
+def turned(degrees: float) -> list[float]:
+    return [1, 0, 0, 0, float(np.cos(np.radians(degrees))), float(np.sin(np.radians(degrees)))]
+
+
+@pytest.mark.parametrize(
+    ("keyword", "value", "words"),
+    [
+        ("Modality", "MR", "modality MR, expected CT"),
+        ("SOPClassUID", "1.2.840.10008.5.1.4.1.1.7", "expected CT Image Storage"),
+        ("NumberOfFrames", 2, "multi-frame"),
+        ("ImageType", ["DERIVED", "SECONDARY", "SCREEN SAVE"], "Image Type SCREEN SAVE"),
+        ("ImageOrientationPatient", None, "no Image Orientation (Patient)"),
+        ("ImageOrientationPatient", turned(31), "not axial"),
+        ("ImageOrientationPatient", [1, 0, 0, 0, 0, -1], "not axial"),
+        ("ImageOrientationPatient", turned(29), None),
+        ("ImageOrientationPatient", [-1, 0, 0, 0, 1, 0], None),
+        ("SeriesNumber", None, None),
+        ("SeriesInstanceUID", "", "no Series Instance UID"),
+    ],
+)
+def test_header_facts_decide(keyword, value, words, study, tmp_path):
+    paths = []
+    for path in study.axial:
+        ds = pydicom.dcmread(path)
+        setattr(ds, keyword, value)
+        paths.append(tmp_path / path.name)
+        ds.save_as(paths[-1])
+    faults = read_candidate(paths).faults
+    assert faults == () if words is None else words in faults[0]
+
+
+def test_too_few_images_or_unreadable_ones_are_no_volume(study, tmp_path):
+    assert read_candidate(study.axial[:2]).faults == ("2 image(s); a volume needs at least 3",)
+    text = tmp_path / "notes.txt"
+    text.write_text("liver")
+    assert read_candidate([*study.axial, text]).faults == ("file 7 of 7 cannot be read as DICOM",)
+    assert text not in {p for paths in by_series([*study.axial, text]).values() for p in paths}
+
+
+def test_of_the_head_study_the_axial_series_is_the_only_volume(testdata):
+    paths = sorted((testdata / "05_philips_head_study_localizer_dose").rglob("I*"))
+    choice = choose([read_candidate(files) for files in by_series(paths).values()])
+    assert choice.chosen is not None
+    assert {path.parent.name for path in choice.chosen.paths} == {"S2010"}
+    assert sorted(v.reason.split(":")[0] for v in choice.verdicts) == [
+        "Image Type LOCALIZER",
+        "SOP class 1.2.840.10008.5.1.4.1.1.7, expected CT Image Storage",
+        "chosen",
+    ]
