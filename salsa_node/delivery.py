@@ -185,8 +185,7 @@ def _store_one(assoc: Association, destination: Destination, ds: pydicom.Dataset
     status = answer.get("Status")
     if status is None:
         raise DeliveryError(f"{destination.name}: the association ended without an answer to C-STORE")
-    comment = str(answer.get("ErrorComment", "")).strip()
-    told = f"{destination.name}: status 0x{status:04X}{f' ({comment})' if comment else ''}"
+    told = f"{destination.name}: status 0x{status:04X}"  # the peer's comment may quote the patient
     category = code_to_category(status)
     if category == STATUS_SUCCESS:
         return status, None

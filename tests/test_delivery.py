@@ -1,0 +1,403 @@
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import (
+    UID,
+    Comprehensive3DSRStorage,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    SegmentationStorage,
+)
+from pynetdicom import AE, evt
+
+from salsa_node import delivery
+from salsa_node.errors import DeliveryError, DestinationRefused, StoreError
+from salsa_node.settings import DeliverySettings, Destination
+from salsa_node.store import Delivery, DeliveryState, NewInstance, NewObject, Store, StoreSettings
+
+T0 = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
+STUDY = "1.2.3"
+SECRET = "Doe^Jane"
+SETTINGS = DeliverySettings(first_retry_s=30, max_retry_s=100, max_attempts=4, timeout_s=10, lease_s=300)
+SEG, SR = "2.25.1", "2.25.2"
+BOTH = (SegmentationStorage, Comprehensive3DSRStorage)
+
+
+def after(seconds: float) -> datetime:
+    return T0 + timedelta(seconds=seconds)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    with Store.open(StoreSettings(f"sqlite:///{tmp_path / 'record.sqlite'}"), create=True) as opened:
+        yield opened
+
+
+def an_object(sop_class: UID, sop_instance_uid: str) -> bytes:
+    ds = Dataset()
+    ds.file_meta = FileMetaDataset()
+    ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    ds.SOPClassUID, ds.SOPInstanceUID = sop_class, sop_instance_uid
+    ds.StudyInstanceUID, ds.PatientName = STUDY, SECRET
+    buffer = BytesIO()
+    ds.save_as(buffer, enforce_file_format=True)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def produced(store: Store, tmp_path: Path) -> Callable[..., None]:
+    """A result of two objects that is due to some destinations."""
+
+    def make(*destinations: str, calling_ae: str = "CT1") -> None:
+        new = NewInstance("1.2.3.1.1", "1.2.3.1", STUDY, "1.5", "1.6", "p", "0" * 64, 9, calling_ae)
+        store.add_instance(new, T0)
+        run = store.queue_run(STUDY, "demo", "d", T0)
+        store.claim_run("w", 60, T0)
+        objects = []
+        for kind, sop_class, uid in (("SEG", SegmentationStorage, SEG), ("SR", Comprehensive3DSRStorage, SR)):
+            content = an_object(sop_class, uid)
+            (tmp_path / f"{kind}.dcm").write_bytes(content)
+            objects.append(NewObject(kind, uid, sop_class, f"{kind}.dcm", hashlib.sha256(content).hexdigest()))
+        store.produce(run.id, "w", objects, destinations, "lesions", None, "x", T0)
+
+    return make
+
+
+@dataclass
+class Pacs:
+    """A C-STORE provider that answers as told.
+
+    answers: SOP Instance UID -> status; "abort" ends the association instead. seen: what came, in order.
+    """
+
+    port: int = 0
+    answers: dict[str, int | str] = field(default_factory=dict)
+    seen: list[Dataset] = field(default_factory=list)
+    associations: int = 0
+    on_store: Callable[[], object] = lambda: None
+
+    @property
+    def destination(self) -> Destination:
+        return Destination(name="pacs", ae_title="PACS", host="127.0.0.1", port=self.port)
+
+    @property
+    def uids(self) -> list[str]:
+        return [ds.SOPInstanceUID for ds in self.seen]
+
+    def take(self, event: evt.Event) -> int:
+        answer = self.answers.get(event.request.AffectedSOPInstanceUID, 0x0000)
+        self.on_store()
+        if answer == "abort":
+            event.assoc.abort()
+            return 0xC000
+        self.seen.append(event.dataset)
+        assert isinstance(answer, int)
+        return answer
+
+    def count(self, _: evt.Event) -> None:
+        self.associations += 1
+
+
+@contextmanager
+def a_pacs(
+    classes: Sequence[UID | str] = (*BOTH, "1.2.840.10008.1.1"),
+    calling: Sequence[str] = (),
+    syntax: UID = ExplicitVRLittleEndian,
+) -> Iterator[Pacs]:
+    pacs = Pacs()
+    ae = AE("PACS")
+    ae.require_called_aet = True
+    ae.require_calling_aet = list(calling)
+    for sop_class in classes:
+        ae.add_supported_context(sop_class, [syntax, ImplicitVRLittleEndian] if sop_class not in BOTH else syntax)
+    handlers: list[evt.EventHandlerType] = [(evt.EVT_C_STORE, pacs.take), (evt.EVT_ESTABLISHED, pacs.count)]
+    server = ae.start_server(("127.0.0.1", 0), block=False, evt_handlers=handlers)
+    assert server is not None
+    pacs.port = int(server.server_address[1])
+    try:
+        yield pacs
+    finally:
+        ae.shutdown()
+
+
+@pytest.fixture
+def step(store: Store, tmp_path: Path) -> Callable[..., tuple[Delivery, ...] | None]:
+    def take(now: datetime, *destinations: Destination, **changes: object) -> tuple[Delivery, ...] | None:
+        settings = replace(SETTINGS, **changes)  # type: ignore[arg-type]
+        return delivery.step(store, settings, destinations, tmp_path, "sender-1", now)
+
+    return take
+
+
+# pynetdicom drops the socket of a connection that was refused without closing it; collecting it closes it.
+unreachable = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
+
+Step = Callable[..., tuple[Delivery, ...] | None]
+Produced = Callable[..., None]
+
+
+def states(store: Store) -> list[DeliveryState]:
+    return [row.state for row in store.deliveries_of(1)]
+
+
+SENT, PENDING, GAVE_UP = DeliveryState.SENT, DeliveryState.PENDING, DeliveryState.GAVE_UP
+
+
+def test_a_result_goes_out_whole_in_one_association(step: Step, produced: Produced, store: Store) -> None:
+    produced("pacs")
+    with a_pacs() as pacs:
+        done = step(T0, pacs.destination)
+        assert step(T0, pacs.destination) is None
+    assert done is not None
+    assert [(row.state, row.last_status, row.last_error, row.sent_at) for row in done] == [(SENT, 0, None, T0)] * 2
+    assert states(store) == [SENT, SENT]
+    assert pacs.uids == [SEG, SR]
+    assert pacs.seen[0].PatientName == SECRET
+    assert pacs.associations == 1
+
+
+@unreachable
+def test_each_destination_has_a_step_of_its_own(step: Step, produced: Produced, store: Store) -> None:
+    produced("gone", "pacs")
+    with a_pacs() as pacs:
+        gone = Destination("gone", "GONE", "127.0.0.1", 9)
+        step(T0, gone, pacs.destination)
+        step(T0, gone, pacs.destination)
+    assert sorted((row.destination, row.state.value) for row in store.deliveries_of(1)) == [
+        ("gone", "PENDING"),
+        ("gone", "PENDING"),
+        ("pacs", "SENT"),
+        ("pacs", "SENT"),
+    ]
+
+
+def test_a_warning_is_sent_with_a_note(step: Step, produced: Produced, store: Store) -> None:
+    produced("pacs")
+    with a_pacs() as pacs:
+        pacs.answers = {SEG: 0xB000}
+        step(T0, pacs.destination)
+    assert states(store) == [SENT, SENT]
+    seg = store.deliveries_of(1)[0]
+    assert (seg.last_status, seg.last_error) == (0xB000, "taken with a warning: pacs: status 0xB000")
+
+
+def test_one_failing_object_does_not_hold_back_the_other_and_is_retried_alone(
+    step: Step, produced: Produced, store: Store
+) -> None:
+    produced("pacs")
+    with a_pacs() as pacs:
+        pacs.answers = {SEG: 0xA700}
+        step(T0, pacs.destination)
+        assert states(store) == [PENDING, SENT]
+        seg = store.deliveries_of(1)[0]
+        assert (seg.last_status, seg.last_error, seg.not_before) == (0xA700, "pacs: status 0xA700", after(30))
+        assert step(after(29), pacs.destination) is None
+        pacs.answers = {}
+        step(after(30), pacs.destination)
+    assert states(store) == [SENT, SENT]
+    assert pacs.uids == [SEG, SR, SEG]
+
+
+@unreachable
+def test_the_wait_doubles_up_to_its_limit_and_ends_after_the_last_attempt(
+    step: Step, produced: Produced, store: Store
+) -> None:
+    produced("pacs")
+    nobody = Destination("pacs", "PACS", "127.0.0.1", 9)
+    now, waits = T0, []
+    while step(now, nobody):
+        row = store.deliveries_of(1)[0]
+        if row.state is GAVE_UP:
+            break
+        assert row.not_before is not None
+        waits.append((row.not_before - now).total_seconds())
+        now = row.not_before
+    assert waits == [30, 60, 100]
+    assert states(store) == [GAVE_UP, GAVE_UP]
+    assert "nobody listens there" in str(store.deliveries_of(1)[0].last_error)
+    store.resend(STUDY, None, now)
+    with a_pacs() as pacs:
+        step(now, pacs.destination)
+    assert states(store) == [SENT, SENT]
+
+
+def test_a_wait_never_overflows() -> None:
+    assert delivery._wait_s(replace(SETTINGS, max_retry_s=3600), 10_000) == 3600
+
+
+def test_a_refused_context_gives_up_in_words_and_sends_the_rest(step: Step, produced: Produced, store: Store) -> None:
+    produced("pacs")
+    with a_pacs([SegmentationStorage]) as pacs:
+        step(T0, pacs.destination)
+    assert states(store) == [SENT, GAVE_UP]
+    assert store.deliveries_of(1)[1].last_error == (
+        "pacs: does not accept Comprehensive 3D SR Storage as Explicit VR Little Endian; allow this SOP class there"
+    )
+
+
+@pytest.mark.parametrize("syntax", [None, ImplicitVRLittleEndian])
+def test_where_every_context_is_refused_each_object_says_so(
+    step: Step, produced: Produced, store: Store, syntax: UID | None
+) -> None:
+    produced("pacs")
+    with a_pacs(["1.2.840.10008.1.1"]) if syntax is None else a_pacs(syntax=syntax) as pacs:
+        step(T0, pacs.destination)
+    assert states(store) == [GAVE_UP, GAVE_UP]
+    assert [str(row.last_error).split(" as ")[0] for row in store.deliveries_of(1)] == [
+        "pacs: does not accept Segmentation Storage",
+        "pacs: does not accept Comprehensive 3D SR Storage",
+    ]
+
+
+def test_a_peer_that_dies_half_way_keeps_what_it_had_and_gets_the_rest_later(
+    step: Step, produced: Produced, store: Store
+) -> None:
+    produced("pacs")
+    with a_pacs() as pacs:
+        pacs.answers = {SR: "abort"}
+        step(T0, pacs.destination)
+        assert states(store) == [SENT, PENDING]
+        assert "without an answer" in str(store.deliveries_of(1)[1].last_error)
+        pacs.answers = {}
+        step(after(30), pacs.destination)
+    assert pacs.uids == [SEG, SR]
+    assert states(store) == [SENT, SENT]
+
+
+def test_a_peer_that_dies_at_once_gets_everything_later(step: Step, produced: Produced, store: Store) -> None:
+    produced("pacs")
+    with a_pacs() as pacs:
+        pacs.answers = {SEG: "abort"}
+        step(T0, pacs.destination)
+    assert states(store) == [PENDING, PENDING]
+
+
+def test_a_rejected_association_says_why_and_is_retried(step: Step, produced: Produced, store: Store) -> None:
+    produced("pacs")
+    with a_pacs(calling=["SOMEBODY_ELSE"]) as pacs:
+        step(T0, pacs.destination)
+    assert states(store) == [PENDING, PENDING]
+    assert "rejected the association: Rejected Permanent" in str(store.deliveries_of(1)[0].last_error)
+    assert "Calling AE title not recognised" in str(store.deliveries_of(1)[0].last_error)
+
+
+def test_a_host_that_has_no_address_is_retried(step: Step, produced: Produced, store: Store) -> None:
+    produced("pacs")
+    step(T0, Destination("pacs", "PACS", "no-such-host.invalid", 104))
+    assert states(store) == [PENDING, PENDING]
+    assert "cannot be reached" in str(store.deliveries_of(1)[0].last_error)
+
+
+def test_a_sop_class_that_is_not_supported_is_not_tried_again(step: Step, produced: Produced, store: Store) -> None:
+    produced("pacs")
+    with a_pacs() as pacs:
+        pacs.answers = {SEG: 0x0122}
+        step(T0, pacs.destination)
+    assert states(store) == [GAVE_UP, SENT]
+
+
+def test_the_sender_is_the_destination_of_that_ae_title(step: Step, produced: Produced, store: Store) -> None:
+    produced("sender", calling_ae="PACS")
+    with a_pacs() as pacs:
+        other = Destination("other", "OTHER", "127.0.0.1", 9)
+        step(T0, other, pacs.destination)
+    assert states(store) == [SENT, SENT]
+
+
+def test_an_unknown_sender_says_which_destination_to_add(step: Step, produced: Produced, store: Store) -> None:
+    produced("sender", calling_ae="CT1")
+    step(T0, Destination("pacs", "PACS", "127.0.0.1", 9))
+    assert states(store) == [GAVE_UP, GAVE_UP]
+    assert "AE title 'CT1' and no [[destination]] has this ae_title; add one" in str(
+        store.deliveries_of(1)[0].last_error
+    )
+
+
+def test_a_destination_that_left_the_config_says_so(step: Step, produced: Produced, store: Store) -> None:
+    produced("old")
+    step(T0)
+    assert states(store) == [GAVE_UP, GAVE_UP]
+    assert "no [[destination]] is called 'old' any more" in str(store.deliveries_of(1)[0].last_error)
+
+
+@pytest.mark.parametrize("damage", [lambda file: file.unlink(), lambda file: file.write_bytes(b"something else")])
+def test_an_object_that_is_not_what_was_produced_stays_here(
+    step: Step, produced: Produced, store: Store, tmp_path: Path, damage: Callable[[Path], object]
+) -> None:
+    produced("pacs")
+    damage(tmp_path / "SR.dcm")
+    with a_pacs() as pacs:
+        step(T0, pacs.destination)
+    assert states(store) == [GAVE_UP, GAVE_UP]
+    assert pacs.seen == []
+    assert str(store.deliveries_of(1)[0].last_error).startswith("the SR of run 1 ")
+
+
+@pytest.mark.parametrize("second_answer", [0x0000, 0x0111])
+def test_a_crash_between_sending_and_noting_sends_the_same_object_again(
+    step: Step, produced: Produced, store: Store, monkeypatch: pytest.MonkeyPatch, second_answer: int
+) -> None:
+    def cut(*_: object) -> None:
+        raise StoreError("the power is gone")
+
+    produced("pacs")
+    with a_pacs() as pacs:
+        with monkeypatch.context() as patch:
+            patch.setattr(store, "delivered", cut)
+            with pytest.raises(StoreError):
+                step(T0, pacs.destination)
+        assert step(after(299), pacs.destination) is None
+        pacs.answers = {SEG: second_answer}
+        step(after(300), pacs.destination)
+    assert states(store) == [SENT, SENT]
+    assert pacs.uids == [SEG, SEG, SR]
+    assert an_object(SegmentationStorage, SEG) == an_object(SegmentationStorage, SEG)
+    assert pacs.seen[0] == pacs.seen[1]
+
+
+def test_a_lease_lost_half_way_is_left_to_its_new_owner(step: Step, produced: Produced, store: Store) -> None:
+    produced("pacs")
+    with a_pacs() as pacs:
+        pacs.on_store = lambda: store.release_owner("sender-1", T0)
+        done = step(T0, pacs.destination)
+    assert done == ()
+    assert states(store) == [PENDING, PENDING]
+
+
+def test_nothing_is_due_when_nothing_was_produced(step: Step) -> None:
+    assert step(T0) is None
+
+
+def test_neither_logs_nor_events_hold_patient_identity(
+    step: Step, produced: Produced, store: Store, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    produced("pacs")
+    with a_pacs() as pacs:
+        pacs.answers = {SEG: 0xA700}
+        step(T0, pacs.destination)
+    logged = " ".join(str(vars(record)) for record in caplog.records)
+    assert "delivery.failed" in logged
+    assert SECRET not in f"{logged} {capfd.readouterr()} {store.events(1000)}"
+
+
+@unreachable
+def test_echo_reaches_a_peer_or_says_how_far_it_came() -> None:
+    with a_pacs() as pacs:
+        delivery.echo(pacs.destination, SETTINGS)
+        with pytest.raises(DeliveryError, match="Called AE title not recognised"):
+            delivery.echo(replace(pacs.destination, ae_title="OTHER"), SETTINGS)
+    with pytest.raises(DeliveryError, match="nobody listens there"):
+        delivery.echo(pacs.destination, SETTINGS)
+    with a_pacs(BOTH) as pacs, pytest.raises(DestinationRefused, match="but not C-ECHO"):
+        delivery.echo(pacs.destination, SETTINGS)
