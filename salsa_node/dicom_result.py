@@ -86,11 +86,8 @@ _OPTIONAL = (
 # What says whose an object is; a difference in any of them stops the object (see `same_patient_and_study`).
 _WHOSE = ("PatientName", "PatientID", "PatientBirthDate", "StudyInstanceUID", "AccessionNumber", "SpecificCharacterSet")
 # What the segmentation's own headers are made from.
+_UIDS = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID")
 _IMAGE = (
-    "SOPClassUID",
-    "SOPInstanceUID",
-    "StudyInstanceUID",
-    "SeriesInstanceUID",
     "Modality",
     "Rows",
     "Columns",
@@ -207,18 +204,29 @@ def _corners_apart_mm(ds: Dataset, grid: Grid, k: int) -> float:
 
 
 def reference(ds: Dataset) -> Dataset:
-    """What a result needs of a source header, nameless: type 2 patient and study attributes are empty.
+    """What a result needs of an image's header, nameless: type 2 patient and study attributes are empty.
 
     Names and dates are put in afterwards by `sign`, so a value that breaks its own
     representation in the source cannot stop the result.
     """
-    stand_in = Dataset()
+    stand_in = named(ds)
     for keyword in _IMAGE:
         if keyword in ds:
-            stand_in.add(deepcopy(ds[keyword]))
-    for keyword in ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID"):
-        if not stand_in.get(keyword):
+            element = ds[keyword]
+            stand_in.add(DataElement(element.tag, element.VR, element.value, already_converted=True))
+    return stand_in
+
+
+def named(ds: Dataset) -> Dataset:
+    """What another object needs to name this instance as evidence, with type 2 attributes empty.
+
+    Raises EncodingError where one of its UIDs is missing.
+    """
+    stand_in = Dataset()
+    for keyword in _UIDS:
+        if not ds.get(keyword):
             raise EncodingError(f"the source header has no {keyword}")
+        setattr(stand_in, keyword, ds.get(keyword))
     for keyword in _REQUIRED:
         setattr(stand_in, keyword, None)
     return stand_in

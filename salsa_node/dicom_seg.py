@@ -148,7 +148,8 @@ def _check_lesions(findings: Findings, source: Sequence[Dataset]) -> None:
     numbers = [lesion.number for lesion in findings.lesions]
     if numbers != list(range(1, len(numbers) + 1)):
         raise EncodingError(f"lesions must be numbered 1 to {len(numbers)} in order, found {numbers}")
-    counts = np.bincount(findings.lesion_labels.labels.ravel(), minlength=len(numbers) + 1)
+    labels = findings.lesion_labels.labels
+    counts = np.bincount(labels[labels > 0], minlength=len(numbers) + 1)
     if len(counts) > len(numbers) + 1:
         raise EncodingError(f"the label map holds the value {len(counts) - 1}, but there are {len(numbers)} lesions")
     for lesion in findings.lesions:

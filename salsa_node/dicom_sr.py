@@ -23,8 +23,8 @@ from salsa_node.dicom_result import (
     Identity,
     check_source,
     line,
+    named,
     plain,
-    reference,
     same_patient_and_study,
     sign,
     weights,
@@ -59,7 +59,7 @@ def build(
     groups = [_lesion_group(lesion, findings, seg, source) for lesion in findings.lesions if seg is not None]
     sentences = [_outcome(findings), *_remarks(findings)]
     content = _report(identity, groups, sentences, findings.provenance, findings.criteria)
-    evidence = [*(reference(ds) for ds in source), *([seg] if seg is not None else [])]
+    evidence = [*(named(ds) for ds in source), *([seg] if seg is not None else [])]
     return _document(
         content, evidence, source[0], identity, produced_at, (findings.run_digest, "SR"), findings.provenance
     )
@@ -82,7 +82,7 @@ def build_not_analysed(
     """
     content = _report(identity, [], [f"{NOT_ANALYSED} Reason: {reason}"], provenance, None)
     parts = (run_digest, "SR", "not analysed")
-    return _document(content, [reference(source)], source, identity, produced_at, parts, provenance)
+    return _document(content, [named(source)], source, identity, produced_at, parts, provenance)
 
 
 def rule_text(criteria: Criteria) -> str:
