@@ -242,7 +242,7 @@ def sign(obj: Dataset, source: Dataset, identity: Identity, produced_at: datetim
     for keyword in ("SpecificCharacterSet", "TimezoneOffsetFromUTC", *_REQUIRED, *_OPTIONAL):
         obj.pop(keyword, None)
         element = _element(source, keyword)
-        if element is not None:
+        if element is not None and (element.value or keyword != "SpecificCharacterSet"):  # type 1C: never empty
             obj.add(deepcopy(element))
         elif keyword in _REQUIRED:
             setattr(obj, keyword, None)

@@ -123,6 +123,15 @@ def test_missing_type_2_attributes_become_empty():
     assert "StudyDescription" not in result
 
 
+def test_an_empty_character_set_is_left_out_as_the_standard_wants():
+    source = made.headers(made.grid())[0]
+    source.PatientName, source.StudyDescription, source.ReferringPhysicianName = "Plain^Name", "CT", ""
+    source.SpecificCharacterSet = ""
+    result = reread(report(source))
+    assert "SpecificCharacterSet" not in result
+    assert result.PatientName == "Plain^Name"
+
+
 def test_an_empty_patient_id_stays_empty():
     source = made.headers(made.grid())[0]
     source.PatientID = ""

@@ -6,6 +6,7 @@ from io import BytesIO
 
 import highdicom as hd
 import made_findings as made
+import numpy as np
 import pydicom
 import pytest
 from pydicom.dataset import Dataset
@@ -14,8 +15,10 @@ from salsa_node import codes, dicom_seg, dicom_sr
 from salsa_node.criteria import Criteria, Rule
 from salsa_node.dicom_result import CAVEAT, Identity
 from salsa_node.errors import EncodingError
-from salsa_node.findings import Disease, Findings
-from salsa_node.pipelines import Provenance
+from salsa_node.findings import Disease, Findings, measure
+from salsa_node.pipelines import Masks, Provenance
+from salsa_node.series import headers, inspect, read_volume
+from salsa_node.volume import LabelVolume
 
 IDENTITY = Identity()
 PRIVATE_WARNING = "Warning - Unrecognized defined term <99SALSA> for value 1 of attribute <Coding Scheme Designator>"
@@ -269,6 +272,26 @@ def test_dsrdump_reads_the_whole_tree(tool, tmp_path, name):
     shown = done.stdout.decode("latin-1")
     assert all(text in shown for text in sentences(sr))
     assert not done.stderr
+
+
+def test_the_published_liver_measurement_comes_out_of_the_report(testdata, tool, tmp_path):
+    folder = testdata / "02_liver_ct_seg_dcmqi" / "segmentations"
+    series = inspect(sorted((folder / "ct-3slice").iterdir()))
+    ct = read_volume(series)
+    liver = pydicom.dcmread(folder / "liver.dcm").pixel_array.astype(np.uint8)  # its frames run from feet to head too
+    masks = Masks(None, LabelVolume(liver, ct.grid), Provenance("given_masks", "1"), lesion_per_value=True)
+    seg, sr = both(measure(ct, masks, Criteria()), headers(series))
+    [group] = groups(sr)
+    numbers = measured(group)
+    assert numbers["Volume"][0] == pytest.approx(70.3619, rel=1e-4)
+    assert numbers["Mean Attenuation Coefficient"][0] == pytest.approx(37.3289, abs=1e-3)
+    assert numbers["Standard Deviation Attenuation Coefficient"][0] == pytest.approx(59.1691, abs=1e-3)
+    assert reread(seg).pixel_array.sum() == 107_098
+    for name, ds in (("seg", seg), ("sr", sr)):
+        path = tmp_path / f"{name}.dcm"
+        path.write_bytes(written(ds))
+        done = subprocess.run([tool("dciodvfy", "dicom3tools"), path], capture_output=True, text=True, check=False)
+        assert "Error" not in done.stdout + done.stderr
 
 
 def test_names_in_any_character_set_stay_readable_beside_our_words(testdata):
