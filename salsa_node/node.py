@@ -51,8 +51,8 @@ def serve(config: Config, config_path: Path | None) -> None:
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, ask_to_stop)
     with ExitStack() as stack:
-        stack.enter_context(only_node(config.node.data_dir))
         preflight.require(config)
+        stack.enter_context(only_node(config.node.data_dir))
         store = stack.enter_context(Store.open(StoreSettings(config.store_url), create=True))
         left = durable.sweep(config.node.data_dir)
         log.info("record open", extra={"event": "node.record", "interrupted_writes_removed": left})

@@ -19,6 +19,7 @@ import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
+from made_series import files, given_uids
 
 from salsa_node import codes, loopback, overview
 from salsa_node.nifti import read_labels, write_labels
@@ -54,7 +55,8 @@ class Pacs:
             return json.loads(answer.read())
 
     def upload(self, path: Path) -> None:
-        request = urllib.request.Request(self.url + "/instances", data=path.read_bytes())
+        headers = {"Content-Type": "application/dicom"}
+        request = urllib.request.Request(self.url + "/instances", path.read_bytes(), headers)
         urllib.request.urlopen(request, timeout=60).close()
 
     def instances(self, modality: str, study_uid: str) -> list[str]:
@@ -165,7 +167,11 @@ def judged(path: Path, tool) -> pydicom.Dataset:
 
 def test_a_real_ct_is_routed_analysed_and_answered_in_the_same_study(pacs, node_port, testdata, tool, tmp_path):
     orthanc, dicom_port = pacs
-    axial = sorted((testdata / "01_abdomen_ct_siemens_j2k" / "example_ct_dicom").glob("CT.*"))
+    (tmp_path / "set01").mkdir()
+    axial = given_uids(
+        files(testdata / "01_abdomen_ct_siemens_j2k" / "example_ct_dicom"), tmp_path / "set01",
+        PatientName="Müller^Test", PatientID="SET01", AccessionNumber="A01",
+    )  # fmt: skip
     assert len(axial) == 20
     study_uid = pydicom.dcmread(axial[0], stop_before_pixels=True).StudyInstanceUID
     config = tmp_path / "site.toml"
@@ -227,9 +233,7 @@ port = {dicom_port}
     volumes = sorted(float(group.get_measurements(name=codes.VOLUME)[0].value) for group in groups)
     assert volumes == pytest.approx(expected, abs=0.001)
     measurability = {
-        item.ConceptCodeSequence[0].CodeValue
-        for group in groups
-        for item in group.get_qualitative_evaluations(name=codes.MEASURABILITY)
+        item.value.value for group in groups for item in group.get_qualitative_evaluations(name=codes.MEASURABILITY)
     }
     assert measurability == {"MEASURABLE", "NONMEASURABLE"}
     on = sum(int(np.count_nonzero(frame)) for frame in np.atleast_3d(seg.pixel_array))

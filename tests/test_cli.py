@@ -1,0 +1,219 @@
+"""Every command through the real process: tables, JSON, exit codes, and words that say what to do."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pydicom
+import pytest
+from pynetdicom import AE
+
+from salsa_node import phantom
+from salsa_node.nifti import read_labels
+
+Cli = Callable[..., "subprocess.CompletedProcess[str]"]
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> phantom.Study:
+    recipe = phantom.Recipe(11, shape=(24, 64, 64), spacing_mm=(8.0, 4.5, 4.5))
+    return phantom.write_study(phantom.make(recipe), tmp_path_factory.mktemp("study"))
+
+
+@pytest.fixture
+def cli(tmp_path: Path) -> Cli:
+    config = tmp_path / "site.toml"
+    config.write_text(f'[node]\ndata_dir = "{tmp_path / "data"}"\n')
+
+    def run(*arguments: object, config: Path = config) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "salsa_node", *map(str, arguments), "--config", str(config)]
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+
+    return run
+
+
+def test_version_and_help_need_no_config():
+    told = subprocess.run([sys.executable, "-m", "salsa_node", "--version"], capture_output=True, text=True, check=True)
+    assert told.stdout.startswith("salsa_node ")
+    told = subprocess.run([sys.executable, "-m", "salsa_node", "--help"], capture_output=True, text=True, check=True)
+    for command in ("serve", "studies", "show", "rerun", "resend", "echo", "config", "run", "demo"):
+        assert command in told.stdout
+
+
+def test_every_command_of_the_readme_exists():
+    table = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| `salsa-node ")]
+    assert len(table) >= 8
+    for line in table:
+        words = line.split("`")[1].split()[1:]
+        command = [word for word in words if word.islower()][:2]
+        told = subprocess.run(
+            [sys.executable, "-m", "salsa_node", *command, "--help"], capture_output=True, check=False
+        )
+        assert told.returncode == 0, line
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[listner]\n", ["listner", "did you mean 'listener'"]),
+        ("[pipeline]\nname = 'salsa3'\n", ["salsa3", "demo"]),
+        ("[pipeline]\nmodels_dir = 'MODELS'\n", ["lacks", "plans.json", "checkpoint_final.pth"]),
+        ("[node]\ndata_dir = 'FILE/data'\n", ["node.data_dir", "is not a folder"]),
+    ],
+)
+def test_a_config_that_cannot_work_is_refused_by_check_and_by_serve(cli, tmp_path, text, words):
+    (tmp_path / "models" / "demo").mkdir(parents=True)
+    (tmp_path / "file").write_text("")
+    text = text.replace("MODELS", str(tmp_path / "models")).replace("FILE", str(tmp_path / "file"))
+    if "data_dir" not in text:
+        text += f'[node]\ndata_dir = "{tmp_path / "data"}"\n'
+    config = tmp_path / "wrong.toml"
+    config.write_text(text)
+    for command in (("config", "check"), ("serve",)):
+        told = cli(*command, config=config)
+        assert told.returncode == 3, told
+        for word in words:
+            assert word in told.stdout + told.stderr
+        assert "Traceback" not in told.stderr
+
+
+def test_a_good_config_says_so(cli):
+    told = cli("config", "check", "--json")
+    assert told.returncode == 0
+    assert all(check["ok"] for check in json.loads(told.stdout))
+    told = cli("config", "check")
+    assert "ok    node.data_dir" in told.stdout
+
+
+def test_serve_with_a_port_in_use_says_which_key_to_change(cli, tmp_path, free_port):
+    ae = AE("OTHER")
+    ae.add_supported_context("1.2.840.10008.1.1")
+    server = ae.start_server(("127.0.0.1", free_port), block=False)
+    try:
+        config = tmp_path / "port.toml"
+        config.write_text(f'[node]\ndata_dir = "{tmp_path / "data"}"\n[listener]\nport = {free_port}\n')
+        told = cli("serve", config=config)
+        assert told.returncode == 3
+        assert str(free_port) in told.stderr
+        assert "listener.port" in told.stderr
+    finally:
+        server.shutdown()
+
+
+def test_a_store_that_is_not_there_yet_says_what_to_do(cli):
+    for command in (("studies",), ("show", "1.2"), ("rerun", "1.2"), ("resend", "1.2")):
+        told = cli(*command)
+        assert told.returncode == 5, told
+        assert "start the node" in told.stderr
+
+
+def test_an_unknown_study_has_its_own_exit_code(cli, tmp_path):
+    from salsa_node.store import Store, StoreSettings
+
+    (tmp_path / "data").mkdir()
+    Store.open(StoreSettings(f"sqlite:///{tmp_path / 'data' / 'salsa_node.sqlite'}"), create=True).close()
+    for command in ("show", "rerun", "resend"):
+        assert cli(command, "1.2.3").returncode == 4
+    told = cli("studies")
+    assert (told.returncode, told.stdout.strip()) == (0, "no study has arrived yet")
+    assert json.loads(cli("studies", "--json").stdout) == []
+
+
+def test_echo(cli, tmp_path, free_port):
+    config = tmp_path / "echo.toml"
+    config.write_text(
+        f'[[destination]]\nname = "pacs"\nae_title = "PACS"\nhost = "127.0.0.1"\nport = {free_port}\n'
+        "[delivery]\ntimeout_s = 5\n"
+    )
+    told = cli("echo", "pacs", config=config)
+    assert told.returncode == 6
+    assert "nobody listens" in told.stderr
+    told = cli("echo", "pax", config=config)
+    assert told.returncode == 3
+    assert "there are: pacs" in told.stderr
+    ae = AE("PACS")
+    ae.add_supported_context("1.2.840.10008.1.1")
+    server = ae.start_server(("127.0.0.1", free_port), block=False)
+    try:
+        assert json.loads(cli("echo", "pacs", "--json", config=config).stdout)["answer"] == "0x0000"
+    finally:
+        server.shutdown()
+
+
+def test_run_on_a_dicom_folder_and_a_nifti_gives_the_same_findings(cli, study, tmp_path):
+    from salsa_node.series import inspect, read_volume
+    from salsa_node.volume import LabelVolume
+
+    told = cli("run", study.axial[0].parent.parent, "--masks", study.truth_labels, "--output", tmp_path / "a", "--json")
+    assert told.returncode == 0, told.stderr
+    (result,) = json.loads(told.stdout)
+    assert result["analysed"]
+    assert len(result["lesions"]) >= 2
+    assert {p.name for p in (tmp_path / "a").iterdir()} == {
+        "seg.dcm", "sr.dcm", "labels.nii.gz", "findings.csv", "findings.json", "overlay.png",
+    }  # fmt: skip
+    truth, made = read_labels(study.truth_labels), read_labels(tmp_path / "a" / "labels.nii.gz")
+    assert made.grid.matches(truth.grid)
+    assert ((made.labels > 0) == (truth.labels >= 2)).all()
+    rows = (tmp_path / "a" / "findings.csv").read_text().splitlines()
+    assert len(rows) == 1 + len(result["lesions"])
+
+    import nibabel as nib
+    import numpy as np
+
+    ct = read_volume(inspect(study.axial))
+    affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ ct.grid.affine_lps_mm[:, [2, 1, 0, 3]]
+    nib.save(nib.Nifti1Image(ct.voxels_hu.transpose(2, 1, 0), affine), tmp_path / "scan.v1.nii.gz")
+    assert isinstance(truth, LabelVolume)
+    told = cli("run", tmp_path / "scan.v1.nii.gz", "--masks", study.truth_labels, "--output", tmp_path / "b", "--json")
+    assert told.returncode == 0, told.stderr
+    (again,) = json.loads(told.stdout)
+    numbers = [[row[key] for key in ("volume_ml", "long_axis_mm", "mean_hu")] for row in result["lesions"]]
+    assert [[row[key] for key in ("volume_ml", "long_axis_mm", "mean_hu")] for row in again["lesions"]] == numbers
+    seg = pydicom.dcmread(tmp_path / "b" / "seg.dcm", stop_before_pixels=True)
+    ct_uids = {pydicom.dcmread(p, stop_before_pixels=True).SOPInstanceUID for p in (tmp_path / "b" / "ct").iterdir()}
+    referenced = {item.ReferencedSOPInstanceUID for item in seg.ReferencedSeriesSequence[0].ReferencedInstanceSequence}
+    assert referenced <= ct_uids
+
+
+def test_run_by_the_other_rule(cli, study, tmp_path):
+    told = cli(
+        "run", study.axial[0].parent, "--masks", study.truth_labels, "--rule", "volume", "--output", tmp_path / "a"
+    )
+    assert told.returncode == 0, told.stderr
+    assert json.loads((tmp_path / "a" / "findings.json").read_text())["criteria"]["rule"] == "volume"
+    told = cli("run", study.axial[0].parent, "--rule", "size", "--output", tmp_path / "b")
+    assert told.returncode == 3
+    assert "diameter or volume" in told.stderr
+
+
+def test_run_tells_each_bad_path_and_goes_on(cli, study, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.txt").write_text("no image")
+    bad = [tmp_path / "empty", tmp_path / "text.txt", tmp_path / "absent"]
+    told = cli(
+        "run", *bad, study.axial[0].parent, "--masks", study.truth_labels, "--output", tmp_path / "out", "--json"
+    )
+    assert told.returncode == 1
+    results = json.loads(told.stdout)
+    assert [r["analysed"] for r in results] == [False, False, False, True]
+    assert ["no DICOM file" in results[0]["told"], "expected a DICOM folder" in results[1]["told"]] == [True, True]
+    assert "no such file" in results[2]["told"]
+
+
+def test_run_on_a_series_with_a_gap_writes_the_report_that_says_so(cli, study, tmp_path):
+    holed = tmp_path / "holed"
+    holed.mkdir()
+    for n, path in enumerate(study.axial):
+        if n != 9:
+            (holed / path.name).write_bytes(path.read_bytes())
+    told = cli("run", holed, "--masks", study.truth_labels, "--output", tmp_path / "out")
+    assert told.returncode == 1
+    assert "gap of 16.0 mm" in told.stdout
+    assert b"gap of 16.0 mm" in (tmp_path / "out" / "sr.dcm").read_bytes()
+    assert not (tmp_path / "out" / "seg.dcm").exists()
