@@ -88,6 +88,9 @@ def test_a_rectangle_is_measured_between_its_outer_corners():
     [lesion] = found(block((3, 9, 9), (1, (1, 2), (2, 5), (3, 7)))).lesions
     assert lesion.long_axis.length_mm == pytest.approx(5.0)
     assert lesion.short_axis.length_mm == pytest.approx(3.75)  # the widest line across a 3 x 4 diagonal
+    where = grid((3, 9, 9))
+    ends = sorted(where.to_index(end) for end in (lesion.long_axis.start_lps_mm, lesion.long_axis.end_lps_mm))
+    assert np.array(ends) == pytest.approx(np.array([(1, 1.5, 2.5), (1, 4.5, 6.5)]))
     assert (lesion.slice_index, lesion.slice_sop_uid) == (1, "2.25.1")
     assert lesion.volume_mm3 == pytest.approx(12.0)
 

@@ -308,6 +308,10 @@ BAD_SEG = {
         lambda ds: [delattr(f, "PlanePositionSequence") for f in ds.PerFrameFunctionalGroupsSequence],
         "cannot be read (transfer syntax 1.2.840.10008.1.2.1, StopIteration)",
     ),
+    "segment 0 as a lesion": (
+        lambda ds: setattr(ds.SegmentSequence[0], "SegmentNumber", 0),
+        "segment 0 is not the background",
+    ),
     "no pixels": (
         lambda ds: delattr(ds, "PixelData"),
         "cannot be read (transfer syntax 1.2.840.10008.1.2.1, AttributeError)",

@@ -21,6 +21,7 @@ import logging
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -145,13 +146,14 @@ class GivenMasksPipeline:
         organ = np.zeros(grid.shape, dtype=np.uint8) if organ_numbers else None
         lesions = np.zeros(grid.shape, dtype=np.uint16)
         overlaps: set[tuple[int, int]] = set()
-        for frame in frames:
-            into, shown = frame.on(grid)
-            for number in organ_numbers:
-                if organ is not None:
-                    organ[into] |= frame.mask(shown, number)
-            for number in lesion_numbers:
-                mask = frame.mask(shown, number).astype(np.bool_)
+        for frame, number in product(frames, [*organ_numbers, *lesion_numbers]):
+            landed = frame.on(grid, number)
+            if landed is None:
+                continue
+            into, mask = landed
+            if number in organ_numbers and organ is not None:
+                organ[into] |= mask
+            else:
                 there = lesions[into]
                 overlaps |= {(int(other), number) for other in np.unique(there[mask]) if other not in (0, number)}
                 there[mask & (there == 0)] = number
@@ -160,8 +162,11 @@ class GivenMasksPipeline:
     def _meaning_of_segments(self, ds: pydicom.Dataset) -> tuple[list[int], list[int]]:
         """Numbers of the segments that are the organ, and of those that are lesions."""
         segments = {int(s.SegmentNumber): s for s in ds.SegmentSequence if _codes(s, "Type") not in _BACKGROUND}
+        if 0 in segments:
+            raise PipelineError("segment 0 is not the background; number the segments from 1")
         if self._organ_labels is not None or self._lesion_labels is not None:
-            return self._meaning_of_labels_named(segments)
+            organ, lesions = self._meaning_of_labels(sorted(segments))
+            return [n for n in organ if n in segments], [n for n in lesions if n in segments]
         organ = [n for n, s in segments.items() if _codes(s, "Type") in _LIVER]
         lesions = [n for n in segments if n not in organ]
         for number in lesions:
@@ -172,10 +177,6 @@ class GivenMasksPipeline:
                     f"name the segments that count with organ_labels and lesion_labels"
                 )
         return organ, lesions
-
-    def _meaning_of_labels_named(self, segments: Mapping[int, pydicom.Dataset]) -> tuple[list[int], list[int]]:
-        organ, lesions = self._meaning_of_labels(sorted(segments))
-        return [n for n in organ if n in segments], [n for n in lesions if n in segments]
 
 
 def _label_list(options: Mapping[str, object], name: str) -> tuple[int, ...] | None:
@@ -206,32 +207,25 @@ class _Frame:
     """One frame of a Segmentation.
 
     segment: the segment that it shows; None where the pixel values are segment numbers (LABELMAP).
-    background: the pixel value that is none of them.
     pixels: (1, rows, columns), as stored. plane: where they lie.
     """
 
     segment: int | None
-    background: int
     pixels: Labels
     plane: Grid
 
-    def on(self, grid: Grid) -> tuple[tuple[slice, slice, slice], Labels]:
-        """Where on the grid the frame lies and its pixels there, in the grid's axis order."""
+    def on(self, grid: Grid, number: int) -> tuple[tuple[slice, slice, slice], npt.NDArray[np.bool_]] | None:
+        """Where on the grid this frame shows the segment of that number, and which voxels; None if it does not."""
+        mask = np.asarray(self.pixels == number if self.segment is None else self.pixels > 0).astype(np.uint8)
+        if self.segment not in (None, number) or not mask.any():
+            return None
         same = reordering(self.plane, grid)
         if same is None:
             raise PipelineError(f"a frame of the Segmentation lies between the CT's voxels: {self.plane} in {grid}")
-        into, shown = same.land(self.pixels, grid.shape)
-        if np.count_nonzero(shown != self.background) != np.count_nonzero(self.pixels != self.background):
+        into, shown = same.land(mask, grid.shape)
+        if np.count_nonzero(shown) != np.count_nonzero(mask):
             raise PipelineError(f"a frame of the Segmentation reaches outside the CT: {self.plane} in {grid}")
-        return into, shown
-
-    def mask(self, shown: Labels, number: int) -> npt.NDArray[np.uint8]:
-        """1 where these pixels of the frame belong to the segment of that number."""
-        if self.segment is None:
-            shows = (shown == number) & (shown != self.background)
-        else:
-            shows = (shown > 0) & (self.segment == number)
-        return np.asarray(shows, dtype=np.uint8)
+        return into, shown > 0
 
 
 def _read_seg(path: Path, grid: Grid) -> tuple[pydicom.Dataset, list[_Frame]]:
@@ -278,7 +272,6 @@ def _frame(ds: pydicom.Dataset, groups: Sequence[pydicom.Dataset], pixels: Label
     affine[:3, 3] = [float(x) for x in group("PlanePositionSequence").ImagePositionPatient]
     return _Frame(
         segment=None if by_value else int(group("SegmentIdentificationSequence").ReferencedSegmentNumber),
-        background=int(ds.get("PixelPaddingValue") or 0) if by_value else 0,
         pixels=pixels,
         plane=Grid((1, pixels.shape[1], pixels.shape[2]), affine, ds.get("FrameOfReferenceUID")),
     )
