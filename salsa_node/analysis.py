@@ -7,7 +7,7 @@ liver in it) is an outcome with a report of its own, not a fault.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from enum import Enum
 from pathlib import Path
@@ -77,6 +77,9 @@ def analyse(
         return refuse(paths, str(verdict), identity, produced_at, pipeline.provenance)
     progress("measuring")
     findings = measure(ct, masks, criteria)
+    # What else decides the bytes decides the UIDs too: other bytes never go out under a UID that was used before.
+    signed = digest(findings.run_digest, repr(identity), repr(include_organ))
+    findings = replace(findings, run_digest=signed)
     progress("writing")
     source = headers(series)
     seg = dicom_seg.build(findings, source, identity, produced_at, include_organ=include_organ)
@@ -97,7 +100,7 @@ def refuse(
     Raises SeriesRejected where no file of the study can be read: then there is nobody to report on.
     """
     source = _any_header(paths)
-    made_of = digest("not analysed", reason, *sorted(path.name for path in paths))
+    made_of = digest("not analysed", reason, repr(identity), *sorted(path.name for path in paths))
     run_digest = digest(made_of, provenance.digest) if provenance else made_of
     report = dicom_sr.build_not_analysed(reason, source, identity, produced_at, run_digest, provenance)
     return Analysis(Outcome.NOT_ANALYSED, None, report, None, None, reason, run_digest)

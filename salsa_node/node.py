@@ -93,7 +93,7 @@ def _loops(store: Store, config: Config, worker: WorkerProcess) -> tuple[Loop, .
 def only_node(data_dir: Path) -> Iterator[None]:
     """Hold the data folder for this node alone. Raises ConfigError where it is not writable or held."""
     try:
-        data_dir.mkdir(parents=True, exist_ok=True)
+        data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = (data_dir / "node.lock").open("a")
     except OSError as exc:
         raise ConfigError(

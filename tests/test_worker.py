@@ -132,6 +132,21 @@ def test_the_same_result_again_is_the_same_objects(store, worker, study):
     assert store.run(first.id).state is RunState.SUPERSEDED
 
 
+def test_other_settings_make_other_objects(store, worker, config, study):
+    first = queue(store, study, study.truth_labels)
+    worker.step(T0)
+    with_liver = replace(config, results=replace(config.results, include_liver=True))
+    again = store.queue_run(
+        study.study_uid, "given_masks", "digest", T0, series_uid=study.series_uid,
+        masks_path=str(study.truth_labels), masks_sha256="sha", force=True,
+    )  # fmt: skip
+    Worker(store, with_liver, "worker", clock=lambda: T0).step(T0)
+    before = {item.sop_instance_uid for item in store.objects_of(first.id)}
+    after = {item.sop_instance_uid for item in store.objects_of(again.id)}
+    assert len(before) == len(after) == 2
+    assert not before & after
+
+
 def test_a_refusal_becomes_a_report_that_says_why(store, worker, config, study):
     run = queue(store, study, refusal="gap of 10.0 mm after slice 4, spacing is 5.0 mm")
     done = worker.step(T0)
