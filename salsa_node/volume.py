@@ -7,6 +7,7 @@ channel first, is converted inside the adapter that needs it.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -112,7 +113,8 @@ class CtVolume:
         """SHA-256 of what this volume was made of: its SOP Instance UIDs, or the voxels where there are none."""
         if self.slice_sop_uids:
             return digest(*self.slice_sop_uids)
-        return digest(np.ascontiguousarray(self.voxels_hu).tobytes().hex(), repr(self.grid.affine_lps_mm.tolist()))
+        voxels = hashlib.sha256(np.ascontiguousarray(self.voxels_hu)).hexdigest()
+        return digest(voxels, repr(self.grid.shape), repr(self.grid.affine_lps_mm.tolist()))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
