@@ -113,7 +113,7 @@ class CtVolume:
         """SHA-256 of what this volume was made of: its SOP Instance UIDs, or the voxels where there are none."""
         if self.slice_sop_uids:
             return digest(*self.slice_sop_uids)
-        voxels = hashlib.sha256(np.ascontiguousarray(self.voxels_hu)).hexdigest()
+        voxels = hashlib.sha256(np.ascontiguousarray(self.voxels_hu).data).hexdigest()
         return digest(voxels, repr(self.grid.shape), repr(self.grid.affine_lps_mm.tolist()))
 
 
