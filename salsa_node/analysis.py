@@ -112,7 +112,7 @@ def _any_header(paths: Sequence[Path]) -> pydicom.Dataset:
             header = pydicom.dcmread(path, stop_before_pixels=True)
         except (InvalidDicomError, OSError, EOFError, ValueError, AttributeError, KeyError):
             continue
-        if header.get("StudyInstanceUID") and header.get("SOPInstanceUID"):
+        if all(header.get(f"{of}UID") for of in ("SOPClass", "SOPInstance", "StudyInstance", "SeriesInstance")):
             return header
     raise SeriesRejected(f"none of the {len(paths)} files can be read as a DICOM instance of a study")
 

@@ -136,7 +136,7 @@ def run(output: Path, seed: int, quiet: bool = False) -> Demonstration:
     rows = _missed_all(study)
     if seg is not None:
         masks = GivenMasksPipeline(PipelineSettings(masks_path=seg)).segment(ct)
-        marked = replace(masks, provenance=replace(masks.provenance, notice=DEMO_NOTICE))
+        marked = replace(masks, provenance=replace(masks.provenance, notice=DEMO_NOTICE, by_person=False))
         found = measure(ct, marked, Criteria())
         rows = _compare(study, found, _reported(report))
         picture.overlay(ct, found, output / "overlay.png", truth=study.lesion_labels)

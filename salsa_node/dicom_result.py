@@ -27,6 +27,7 @@ from salsa_node.volume import Grid
 LO_CHARS: Final = 64  # longest Long String (PS3.5 6.2)
 SH_CHARS: Final = 16  # longest Short String
 CAVEAT: Final = "AI candidate findings. Not a diagnosis."
+CAVEAT_BY_PERSON: Final = "Lesions marked by a person, measured by software. Not a diagnosis."
 IMPLEMENTATION_CLASS_UID: Final = uids.derive("implementation class", "salsa_node")
 _SIMPLER: Final = {"–": "-", "—": "-", "‘": "'", "’": "'", "“": '"', "”": '"', "≥": ">=", "≤": "<=", "×": "x", "³": "3"}
 GRID_TOLERANCE: Final = 0.5  # of the smallest voxel side: beyond it another voxel would be the nearest
@@ -153,6 +154,17 @@ def line(*parts: str, chars: int = LO_CHARS) -> str:
     """The non-empty parts as one Long String, joined by " - "; what is too long ends in "..."."""
     text = " - ".join(plain(part).replace("\\", "/").replace("\n", " ") for part in parts if part)
     return text if len(text) <= chars else text[: chars - 3] + "..."
+
+
+def caveat(provenance: Provenance | None) -> str:
+    """The words of caution that every result of this provenance carries."""
+    return CAVEAT_BY_PERSON if provenance is not None and provenance.by_person else CAVEAT
+
+
+def titled(what: str, provenance: Provenance | None) -> str:
+    """How a series of this provenance is called in a list: "AI liver lesions SEG", or whose they are instead."""
+    by_person = provenance is not None and provenance.by_person
+    return f"Liver lesions {what} by a person" if by_person else f"AI liver lesions {what}"
 
 
 def weights(provenance: Provenance) -> tuple[str, ...]:

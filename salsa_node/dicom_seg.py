@@ -20,7 +20,7 @@ from pydicom.uid import ExplicitVRLittleEndian
 from pydicom.valuerep import DSfloat
 
 from salsa_node import codes, uids
-from salsa_node.dicom_result import CAVEAT, Identity, check_source, line, plain, reference, sign, weights
+from salsa_node.dicom_result import Identity, caveat, check_source, line, plain, reference, sign, titled, weights
 from salsa_node.errors import EncodingError
 from salsa_node.findings import Disease, Findings
 from salsa_node.pipelines import Provenance
@@ -106,13 +106,13 @@ def _segmentation(
     identity: Identity,
     uid: str,
 ) -> Dataset:
-    notice = findings.provenance.notice
-    algorithm = _algorithm(findings.provenance, identity)
+    provenance = findings.provenance
+    words = "Lesions marked by a person" if provenance.by_person else "AI candidate lesions"
     return hd.seg.Segmentation(
         source_images=_references(source, findings.lesion_labels.grid.spacing_mm[0]),
         pixel_array=pixels,
         segmentation_type=hd.seg.SegmentationTypeValues.BINARY,
-        segment_descriptions=[_describe(n, kind, algorithm, notice) for n, kind in enumerate(kinds, start=1)],
+        segment_descriptions=[_describe(n, kind, provenance, identity) for n, kind in enumerate(kinds, start=1)],
         series_instance_uid=uids.derive(uid, "series"),
         series_number=identity.seg_series_number,
         sop_instance_uid=uid,
@@ -122,11 +122,11 @@ def _segmentation(
         software_versions=identity.software_version,
         device_serial_number=identity.device_serial_number,
         content_label="LIVER_LESIONS",
-        content_description=line("AI candidate lesions", notice),
+        content_description=line(words, provenance.notice),
         content_creator_name=f"{identity.manufacturer}^",
         transfer_syntax_uid=ExplicitVRLittleEndian,
         omit_empty_frames=True,
-        series_description=line("AI liver lesions SEG", notice),
+        series_description=line(titled("SEG", provenance), provenance.notice),
     )
 
 
@@ -161,20 +161,19 @@ def _check_lesions(findings: Findings, source: Sequence[Dataset]) -> None:
             raise EncodingError(f"lesion {lesion.number} names another image than source image {lesion.slice_index}")
 
 
-def _describe(
-    number: int, kind: _Kind, algorithm: hd.AlgorithmIdentificationSequence, notice: str
-) -> hd.seg.SegmentDescription:
+def _describe(number: int, kind: _Kind, provenance: Provenance, identity: Identity) -> hd.seg.SegmentDescription:
+    made = hd.seg.SegmentAlgorithmTypeValues
     description = hd.seg.SegmentDescription(
         segment_number=number,
         segment_label=kind.label,
         segmented_property_category=kind.category,
         segmented_property_type=kind.property_type,
-        algorithm_type=hd.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
-        algorithm_identification=algorithm,
+        algorithm_type=made.MANUAL if provenance.by_person else made.AUTOMATIC,
+        algorithm_identification=None if provenance.by_person else _algorithm(provenance, identity),
         anatomic_regions=list(kind.regions) or None,
         display_color=hd.color.CIELabColor.from_rgb(*kind.rgb),
     )
-    description.SegmentDescription = plain(" ".join(part for part in (CAVEAT, notice) if part))
+    description.SegmentDescription = plain(" ".join(part for part in (caveat(provenance), provenance.notice) if part))
     return description
 
 

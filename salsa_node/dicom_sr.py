@@ -19,14 +19,15 @@ from pydicom.sr.coding import Code
 from salsa_node import codes, uids
 from salsa_node.criteria import Criteria, Rule
 from salsa_node.dicom_result import (
-    CAVEAT,
     Identity,
+    caveat,
     check_source,
     line,
     named,
     plain,
     same_patient_and_study,
     sign,
+    titled,
     weights,
 )
 from salsa_node.dicom_seg import instance_uid, label_of, segment_numbers
@@ -35,6 +36,7 @@ from salsa_node.findings import Disease, Findings, Lesion
 from salsa_node.pipelines import Provenance
 
 NOTHING_FOUND: Final = "The algorithm found no candidate lesion."
+NOTHING_MARKED: Final = "The person's mask marks no lesion."
 NOT_ANALYSED: Final = "No analysis was possible."
 _DECIMALS: Final = 6  # of every measured number: finer than any voxel
 
@@ -98,13 +100,13 @@ def rule_text(criteria: Criteria) -> str:
 
 def _outcome(findings: Findings) -> str:
     total = len(findings.lesions)
+    by_person = findings.provenance.by_person
     if total == 0:
-        return NOTHING_FOUND
+        return NOTHING_MARKED if by_person else NOTHING_FOUND
     measurable = sum(lesion.disease is Disease.MEASURABLE for lesion in findings.lesions)
     noun = "lesion" if total == 1 else "lesions"
-    return (
-        f"The algorithm found {total} candidate {noun}: {measurable} measurable, {total - measurable} non-measurable."
-    )
+    who = f"A person marked {total} {noun}" if by_person else f"The algorithm found {total} candidate {noun}"
+    return f"{who}: {measurable} measurable, {total - measurable} non-measurable."
 
 
 def _remarks(findings: Findings) -> Iterable[str]:
@@ -215,7 +217,7 @@ def _evaluations(
     sentences: Sequence[str], provenance: Provenance | None, criteria: Criteria | None
 ) -> Iterable[sr.ContentItem]:
     """The report in sentences: caution first, then the outcome, then by what rule and algorithm."""
-    yield _text(codes.COMMENT, CAVEAT)
+    yield _text(codes.COMMENT, caveat(provenance))
     if provenance is not None and provenance.notice:
         yield _text(codes.COMMENT, provenance.notice)
     for sentence in sentences:
@@ -281,7 +283,7 @@ def _document(
             is_complete=True,
             is_final=False,
             is_verified=False,
-            series_description=line("AI liver lesions report", notice),
+            series_description=line(titled("report", provenance), notice),
             coding_schemes=[_private_scheme()] if private else None,
         )
     except (ValueError, TypeError, AttributeError) as exc:

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-from salsa_node.dicom_result import CAVEAT, plain
+from salsa_node.dicom_result import caveat, plain
 from salsa_node.findings import Disease, Findings, Lesion
 from salsa_node.volume import CtVolume, Grid, LabelVolume, PointMm
 
@@ -59,7 +59,10 @@ def overlay(ct: CtVolume, findings: Findings, path: Path, truth: LabelVolume | N
             raise ValueError(f"labels of shape {labels.grid.shape} lie on another grid than the CT {ct.grid.shape}")
     view = _View.of(ct.grid, _shown(ct.grid, findings, truth))
     tiles = [_tile(ct, findings, truth, view, k) for k in _slices(findings, truth, ct.grid.shape[0])]
-    captions = [CAVEAT, *([plain(findings.provenance.notice)] if findings.provenance.notice else [])]
+    captions = [
+        caveat(findings.provenance),
+        *([plain(findings.provenance.notice)] if findings.provenance.notice else []),
+    ]
     _mosaic(tiles, captions, _legend(findings, truth)).save(path, format="PNG")
 
 

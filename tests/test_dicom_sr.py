@@ -310,3 +310,17 @@ def test_a_pipeline_with_many_weights_and_a_long_name_still_fits():
     seg, sr = both(findings, source)
     assert len(seg.SegmentSequence[0].SegmentAlgorithmName) <= 64
     assert sum("sha256:" in text for text in sentences(sr)) == 40
+
+
+def test_what_a_person_marked_is_not_called_an_algorithm_s():
+    findings, source = made.case(provenance=Provenance("given_masks", "1", by_person=True))
+    seg, sr = both(findings, source)
+    assert {s.SegmentAlgorithmType for s in seg.SegmentSequence} == {"MANUAL"}
+    assert not any("SegmentAlgorithmName" in s for s in seg.SegmentSequence)
+    assert sr.SeriesDescription == "Liver lesions report by a person"
+    told = sentences(sr)
+    assert CAVEAT not in told
+    assert "A person marked 2 lesions: 1 measurable, 1 non-measurable." in told
+    everything = str(seg) + " ".join(told)
+    assert "AI " not in everything
+    assert "algorithm found" not in everything

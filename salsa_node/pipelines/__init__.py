@@ -29,6 +29,7 @@ class Provenance:
     parameters: JSON-able settings that change the outcome.
     device: where it ran; not part of the digest.
     notice: words that every object made from these masks must carry; empty for released models.
+    by_person: a person drew the masks; the objects then say so instead of naming an algorithm.
     """
 
     pipeline: str
@@ -37,6 +38,7 @@ class Provenance:
     parameters: Mapping[str, object] = field(default_factory=dict)
     device: str = "cpu"
     notice: str = ""
+    by_person: bool = False
 
     @property
     def digest(self) -> str:

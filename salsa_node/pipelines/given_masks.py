@@ -89,6 +89,7 @@ class GivenMasksPipeline:
             version=salsa_node.__version__,
             weights_sha256={"masks": _sha256(self._path)},
             parameters=dict(settings.options),
+            by_person=True,
         )
 
     @property
