@@ -260,7 +260,7 @@ def test_where_every_context_is_refused_each_object_says_so(
 
 
 def test_a_peer_that_dies_half_way_keeps_what_it_had_and_gets_the_rest_later(
-    step: Step, produced: Produced, store: Store
+    step: Step, produced: Produced, store: Store, caplog: pytest.LogCaptureFixture
 ) -> None:
     produced("pacs")
     with a_pacs() as pacs:
@@ -268,6 +268,9 @@ def test_a_peer_that_dies_half_way_keeps_what_it_had_and_gets_the_rest_later(
         step(T0, pacs.destination)
         assert states(store) == [SENT, PENDING]
         assert "without an answer" in str(store.deliveries_of(1)[1].last_error)
+        assert [record.message for record in caplog.records] == [
+            "pacs: the association ended without an answer to C-STORE"
+        ]
         pacs.answers = {}
         step(after(30), pacs.destination)
     assert pacs.uids == [SEG, SR]

@@ -541,8 +541,9 @@ def test_two_processes_never_claim_the_same_run(store: Store, tmp_path: Path) ->
         context.Process(target=_claim_everything, args=(url_of(tmp_path), f"w{n}", there))
         for n, (_, there) in enumerate(pairs)
     ]
-    for child in children:
+    for child, (_, there) in zip(children, pairs, strict=True):
         child.start()
+        there.close()  # so that a child that dies is heard of
     for here, _ in pairs:
         here.recv()
     for here, _ in pairs:
@@ -561,6 +562,7 @@ def test_the_work_of_a_killed_process_returns(store: Store, tmp_path: Path) -> N
     here, there = context.Pipe()
     child = context.Process(target=_claim_and_hang, args=(url_of(tmp_path), there))
     child.start()
+    there.close()
     assert here.recv() == run.id
     assert child.pid is not None
     os.kill(child.pid, signal.SIGKILL)
