@@ -33,7 +33,7 @@ class ConfigError(SalsaNodeError):
     """The settings cannot be used as they are."""
 
 
-class SeriesRejected(SalsaNodeError):  # noqa: N818 - a verdict, not an error
+class SeriesRejected(SalsaNodeError):
     """This series cannot become one regular volume; `reason` says what was found and what was expected.
 
     reason: one sentence without patient identity, fit for the report that goes to the reader.
@@ -48,15 +48,15 @@ class PipelineError(SalsaNodeError):
     """The segmentation could not be made."""
 
 
-class OrganNotFound(PipelineError):  # noqa: N818 - a verdict, not an error
+class OrganNotFound(PipelineError):
     """The pipeline found no liver in the volume."""
 
 
-class WeightsMissing(PipelineError):  # noqa: N818
+class WeightsMissing(PipelineError):
     """A model folder that the pipeline needs is absent or incomplete."""
 
 
-class DeviceExhausted(PipelineError):  # noqa: N818
+class DeviceExhausted(PipelineError):
     """The device ran out of memory; the same run may succeed later or elsewhere."""
 
     retryable = True
@@ -91,25 +91,25 @@ class StoreError(SalsaNodeError):
     retryable = True
 
 
-class UnknownStudy(StoreError):  # noqa: N818
+class UnknownStudy(StoreError):
     """No study, series or run goes by that name."""
 
     retryable = False
 
 
-class IllegalTransition(StoreError):  # noqa: N818
+class IllegalTransition(StoreError):
     """A row was asked for a state that its present state does not lead to."""
 
     retryable = False
 
 
-class LeaseLost(StoreError):  # noqa: N818
+class LeaseLost(StoreError):
     """The lease on a run has passed to another worker: put nothing down."""
 
     retryable = False
 
 
-class ContentConflict(StoreError):  # noqa: N818
+class ContentConflict(StoreError):
     """An instance arrived again under the same SOP Instance UID with other content."""
 
     retryable = False

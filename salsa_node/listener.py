@@ -57,7 +57,7 @@ _UNREADABLE_MORE = (NotImplementedError, RecursionError, OverflowError, struct.e
 _LOCKS = 64
 
 
-class Refused(Exception):  # noqa: N818 - an answer, not an error
+class Refused(Exception):
     """An instance is not taken.
 
     status: the DIMSE status that says so; reason: at most 64 characters, without identity (PS3.7 C.4.2).

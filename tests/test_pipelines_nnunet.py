@@ -19,8 +19,8 @@ import torch
 
 from salsa_node.errors import ConfigError, DeviceExhausted, PipelineError
 from salsa_node.models import CHECKPOINT, ModelFolder, demo_models_dir
-from salsa_node.phantom import Phantom, Recipe, make
 from salsa_node.models import DEMO_STAGES as STAGES
+from salsa_node.phantom import Phantom, Recipe, make
 from salsa_node.pipelines.nnunet import Network, Turn, choose_device
 from salsa_node.volume import CtVolume, LabelVolume
 
