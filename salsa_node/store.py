@@ -34,7 +34,7 @@ from types import TracebackType
 import sqlalchemy as sa
 
 from salsa_node import migrations
-from salsa_node.errors import ContentConflict, StoreError, UnknownStudy
+from salsa_node.errors import ContentConflict, UnknownStudy
 from salsa_node.store_queries import Queries
 from salsa_node.store_rows import (
     DELIVERIES,
@@ -98,7 +98,7 @@ class Store(Queries):
         engine = connect(settings, create=create)
         try:
             with transaction(writer(engine) if create else engine) as t:
-                _check_version(t.connection, create=create)
+                migrations.require(t.connection, upgrade_older=create)
         except BaseException:
             engine.dispose()
             raise
@@ -389,14 +389,20 @@ class Store(Queries):
         with transaction(self._writer) as t:
             return t.become_run(t.run(run_id), RunState.CANCELLED, now, reason, finished_at=now)
 
-    def release_owner(self, owner: str, now: datetime) -> tuple[Run, ...]:
-        """Whatever a dead `owner` had leased is free again at once; returns its runs, now QUEUED."""
+    def release_owner(self, owner: str | None, now: datetime) -> tuple[Run, ...]:
+        """Whatever a dead `owner` had leased is free again at once; returns its runs, now QUEUED.
+
+        None: everybody's leases, for a node that starts and knows that no other holds the store.
+        """
         with transaction(self._writer) as t:
-            held = sa.select(RUNS).where(RUNS.c.state == RunState.RUNNING, RUNS.c.lease_owner == owner)
-            runs = t.all(Run, held)
-            free = {"lease_owner": None, "lease_until": None}
-            t.execute(sa.update(DELIVERIES).where(DELIVERIES.c.lease_owner == owner).values(**free))
-            return tuple(t.become_run(run, RunState.QUEUED, now, f"{owner} ended") for run in runs)
+            held = sa.select(RUNS).where(RUNS.c.state == RunState.RUNNING)
+            free = sa.update(DELIVERIES).values(lease_owner=None, lease_until=None)
+            if owner is not None:
+                held, free = held.where(RUNS.c.lease_owner == owner), free.where(DELIVERIES.c.lease_owner == owner)
+            t.execute(free)
+            return tuple(
+                t.become_run(run, RunState.QUEUED, now, f"{run.lease_owner} ended") for run in t.all(Run, held)
+            )
 
     # ---- delivering -----------------------------------------------------------------------------
 
@@ -478,21 +484,3 @@ class Store(Queries):
         """Note something that changes no state; fields as in `Event`, without patient identity."""
         with transaction(self._writer) as t:
             return t.event(now, study_uid, subject, subject_id, name, detail)
-
-
-def _check_version(connection: sa.Connection, *, create: bool) -> None:
-    found = migrations.revision(connection)
-    if found == migrations.HEAD:
-        return
-    if found is None and sa.inspect(connection).get_table_names():
-        raise StoreError("the file holds tables of another program; name a file of its own for the store")
-    if found is not None and found > migrations.HEAD:
-        raise StoreError(
-            f"the store has version {found}, this program knows up to {migrations.HEAD}; use the newer program, or "
-            "another store"
-        )
-    if not create:
-        raise StoreError(
-            f"the store has version {found or 'none'}, expected {migrations.HEAD}; start the node once to upgrade it"
-        )
-    migrations.upgrade(connection)

@@ -361,6 +361,18 @@ def test_a_dead_owner_is_released_at_once(store: Store) -> None:
     assert len(store.claim_deliveries("alive", 60, after(4))) == 2
 
 
+def test_a_node_that_starts_frees_every_lease(store: Store) -> None:
+    arrived(store)
+    queued(store)
+    produced(store)
+    store.claim_deliveries("dead sender", 600, T0)
+    run = queued(store, "d2")
+    store.claim_run("dead worker", 600, T0)
+    assert [released.id for released in store.release_owner(None, after(1))] == [run.id]
+    assert len(store.claim_deliveries("alive", 60, after(1))) == 2
+    assert store.claim_run("alive", 60, after(1)) is not None
+
+
 def test_a_produced_run_holds_what_the_worker_said(store: Store) -> None:
     arrived(store)
     queued(store)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
+from salsa_node.errors import StoreError
+
 HEAD = "0001"  #: the revision that `salsa_node.store_rows.METADATA` describes; revisions count upwards
 
 
@@ -15,6 +17,22 @@ def revision(connection: sa.Connection) -> str | None:
         return None
     found = connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar()
     return None if found is None else str(found)
+
+
+def require(connection: sa.Connection, *, upgrade_older: bool) -> None:
+    """Leave the tables behind `connection` at `HEAD`, or raise StoreError that says what was found."""
+    found = revision(connection)
+    if found == HEAD:
+        return
+    if found is None and sa.inspect(connection).get_table_names():
+        raise StoreError("the file holds tables of another program; name a file of its own for the store")
+    if found is not None and found > HEAD:
+        raise StoreError(
+            f"the store has version {found}, this program knows up to {HEAD}; use the newer program, or another store"
+        )
+    if not upgrade_older:
+        raise StoreError(f"the store has version {found or 'none'}, expected {HEAD}; start the node once to upgrade it")
+    upgrade(connection)
 
 
 def upgrade(connection: sa.Connection, target: str = HEAD) -> None:
