@@ -21,7 +21,17 @@ from salsa_node.errors import SeriesRejected
 from salsa_node.volume import Affine, CtVolume, Grid, LabelVolume
 
 _RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
-_UNREADABLE = (ImageFileError, HeaderDataError, OSError, EOFError, ValueError, zlib.error)
+_UNREADABLE = (  # what nibabel raises over damaged files, as fuzzing found
+    EOFError,
+    HeaderDataError,
+    ImageFileError,
+    KeyError,
+    OSError,
+    OverflowError,
+    TypeError,
+    ValueError,
+    zlib.error,
+)
 
 Numbers = npt.NDArray[np.generic]
 
@@ -40,8 +50,8 @@ def read_ct(path: Path) -> CtVolume:
     limits = np.iinfo(np.int16)
     whole = voxels.min() >= limits.min and voxels.max() <= limits.max and _all_whole(voxels)
     if whole:
-        return CtVolume(np.ascontiguousarray(voxels, dtype=np.int16), grid)
-    return CtVolume(np.ascontiguousarray(voxels, dtype=np.float32), grid)
+        return CtVolume(np.array(voxels, dtype=np.int16, order="C"), grid)
+    return CtVolume(np.array(voxels, dtype=np.float32, order="C"), grid)
 
 
 def read_labels(path: Path) -> LabelVolume:
@@ -56,7 +66,7 @@ def read_labels(path: Path) -> LabelVolume:
             f"values from {voxels.min():g} to {voxels.max():g} are no label map; expected whole numbers from 0 to 65535"
         )
     dtype = np.uint8 if voxels.max() <= np.iinfo(np.uint8).max else np.uint16
-    return LabelVolume(np.ascontiguousarray(voxels, dtype=dtype), grid)
+    return LabelVolume(np.array(voxels, dtype=dtype, order="C"), grid)
 
 
 def write_labels(labels: LabelVolume, path: Path) -> None:

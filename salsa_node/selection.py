@@ -8,7 +8,6 @@ has the last word on its geometry.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -16,14 +15,12 @@ from math import cos, inf, radians
 from pathlib import Path
 
 import pydicom
-from pydicom.errors import InvalidDicomError
 from pydicom.uid import CTImageStorage, MediaStorageDirectoryStorage
 
-from salsa_node.series import MIN_SLICES
+from salsa_node.series import MIN_SLICES, UNREADABLE, convert
 
 MAX_TILT_DEGREES = 30.0  #: between the slices' normal and the patient's z; beyond, an in-plane diameter is not axial
 _SCREENS = {"LOCALIZER", "SCREEN SAVE", "DOSEINFO", "DOSE_INFO", "SCREENSHOT", "PERFUSION", "MIP"}
-_UNREADABLE = (InvalidDicomError, EOFError, OSError, struct.error, ValueError, TypeError, KeyError, AttributeError)
 _TAGS = [
     "SOPClassUID",
     "StudyInstanceUID",
@@ -87,7 +84,8 @@ def by_series(paths: Iterable[Path]) -> dict[str, tuple[Path, ...]]:
     for path in paths:
         try:
             ds = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["SeriesInstanceUID"])
-        except _UNREADABLE:
+            convert(ds)
+        except UNREADABLE:
             continue
         if ds.file_meta.get("MediaStorageSOPClassUID") != MediaStorageDirectoryStorage:
             found.setdefault(str(ds.get("SeriesInstanceUID") or ""), []).append(path)
@@ -102,9 +100,9 @@ def read_candidate(paths: Sequence[Path]) -> Candidate:
     for n in sample:
         try:
             ds = pydicom.dcmread(paths[n], stop_before_pixels=True, specific_tags=_TAGS)
-            list(ds)  # pydicom converts a value when it is asked for, and raises then
+            convert(ds)
             images.append(ds)
-        except _UNREADABLE:
+        except UNREADABLE:
             faults.append(f"file {n + 1} of {len(paths)} cannot be read as DICOM")
     faults += [fault for ds in images if (fault := _fault(ds))]
     if not faults and len(paths) < MIN_SLICES:
@@ -164,7 +162,7 @@ def _fault(ds: pydicom.Dataset) -> str | None:
     screens = _SCREENS & set(_image_type(ds))
     if screens:
         return f"Image Type {', '.join(sorted(screens))}: no slices of a volume"
-    if int(ds.get("NumberOfFrames") or 1) > 1:
+    if (_number(ds.get("NumberOfFrames")) or 1) > 1:
         return "multi-frame images, which are not supported"
     if ds.get("SOPClassUID") != CTImageStorage:
         return f"SOP class {ds.get('SOPClassUID') or 'unknown'}, expected CT Image Storage"

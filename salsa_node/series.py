@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import pydicom
 from pydicom import config as pydicom_config
-from pydicom.errors import InvalidDicomError
+from pydicom.errors import BytesLengthException, InvalidDicomError
+from pydicom.multival import MultiValue
 from pydicom.uid import (
     CTImageStorage,
     DeflatedExplicitVRLittleEndian,
@@ -67,8 +68,20 @@ _TAGS = [
 _ONE_SERIES = {"PatientID": "patients", "StudyInstanceUID": "studies", "SeriesInstanceUID": "series"}
 _ONE_VOLUME = {"FrameOfReferenceUID": "frames of reference", "Rows": "row counts", "Columns": "column counts"}
 _NATIVE = (ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian)
-_UNREADABLE = (InvalidDicomError, EOFError, OSError, struct.error, ValueError, TypeError, KeyError, AttributeError)
-_UNDECODABLE = (*_UNREADABLE, IndexError, NotImplementedError, RuntimeError)  # what pydicom and its decoders raise
+_COUNTS = ("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "BitsAllocated")
+UNREADABLE = (  #: what pydicom raises over damaged headers, as fuzzing found
+    AttributeError,
+    BytesLengthException,
+    EOFError,
+    InvalidDicomError,
+    KeyError,
+    NotImplementedError,
+    OSError,
+    TypeError,
+    ValueError,
+    struct.error,
+)
+_UNDECODABLE = (*UNREADABLE, IndexError, RuntimeError)  # and its decoders over damaged pixels
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,17 +173,24 @@ def headers(series: Series) -> list[pydicom.Dataset]:
     return [pydicom.dcmread(instance.path, stop_before_pixels=True) for instance in series.instances]
 
 
+def convert(ds: pydicom.Dataset) -> None:
+    """Has pydicom convert every value read: it would do so when asked, and raise one of UNREADABLE only then."""
+    for element in (*ds.file_meta, *ds):
+        if element.keyword in _COUNTS:
+            int(element.value or 0)
+
+
 def _read_header(path: Path, which: str) -> pydicom.Dataset:
     """The facts that `inspect` needs, after a look at whether pixel data follow and are all there."""
     try:
         with path.open("rb") as file:
             ds = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=_TAGS)
-            list(ds)  # pydicom converts a value when it is asked for, and raises then
+            convert(ds)
             syntax = ds.file_meta.get("TransferSyntaxUID")
             missing = None if syntax == DeflatedExplicitVRLittleEndian else _what_is_missing(file, path, ds)
     except InvalidDicomError as exc:
         raise SeriesRejected(f"{which} is not a DICOM file") from exc
-    except _UNREADABLE as exc:
+    except UNREADABLE as exc:
         raise SeriesRejected(
             f"{which} cannot be read as DICOM ({type(exc).__name__}): it is truncated or damaged"
         ) from exc
@@ -248,6 +268,10 @@ def _check_present(images: Sequence[pydicom.Dataset]) -> None:
         without = sum(keyword not in ds or values != ds[keyword].VM for ds in images)
         if without:
             raise SeriesRejected(f"{without} of {len(images)} images have no {name} of {values} value(s)")
+    if images[0].Rows < 1 or images[0].Columns < 1:
+        raise SeriesRejected(f"images of {images[0].Rows} rows and {images[0].Columns} columns; expected some of each")
+    for keyword in ("RescaleSlope", "RescaleIntercept"):
+        _numbers(images, keyword)
     several = sum("PixelPaddingValue" in ds and ds["PixelPaddingValue"].VM > 1 for ds in images)
     if several:
         raise SeriesRejected(
@@ -256,9 +280,12 @@ def _check_present(images: Sequence[pydicom.Dataset]) -> None:
 
 
 def _numbers(images: Sequence[pydicom.Dataset], keyword: str) -> npt.NDArray[np.float64]:
-    """(images, values) of an attribute with several numbers."""
+    """(images, values) of an attribute that holds numbers."""
     try:
-        numbers = np.array([[float(x) for x in ds[keyword].value] for ds in images])
+        values = [ds[keyword].value for ds in images]
+        numbers = np.array(
+            [[float(x) for x in (value if isinstance(value, MultiValue) else [value])] for value in values]
+        )
     except (TypeError, ValueError):
         numbers = np.array([[np.nan]])
     if not np.isfinite(numbers).all():
@@ -360,8 +387,6 @@ def _read_slice(
     if slope == 0:
         raise SeriesRejected(f"{which} has a Rescale Slope of 0; expected another number")
     hu = stored * slope + intercept
-    if not np.isfinite(hu).all():
-        raise SeriesRejected(f"{which} has a Rescale Slope or Intercept that is not a finite number")
     padding = [_signed_like(ds, ds[k].value) for k in ("PixelPaddingValue", "PixelPaddingRangeLimit") if k in ds]
     if padding and None not in padding:
         numbers = [value for value in padding if value is not None]
@@ -384,6 +409,6 @@ def _signed_like(ds: pydicom.Dataset, value: int | None) -> int | None:
 def _syntax(path: Path) -> str:
     try:
         meta = pydicom.filereader.read_file_meta_info(path)
-    except _UNREADABLE:
+    except UNREADABLE:
         return "transfer syntax unknown"
     return f"transfer syntax {meta.get('TransferSyntaxUID', 'unknown')}"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
+import random
+import warnings
 from itertools import permutations
 
 import nibabel as nib
@@ -116,6 +119,20 @@ def test_broken_files_are_refused_without_their_names(tmp_path):
             read_ct(path)
         assert "Nobody" not in caught.value.reason
         assert "NIfTI" in caught.value.reason
+
+
+def test_a_damaged_header_ends_in_a_verdict_and_nothing_else(tmp_path):
+    path = saved(tmp_path / "ct.nii", hu())
+    whole, chance, read = path.read_bytes(), random.Random(1), 0
+    for _ in range(300):
+        damaged = bytearray(whole)
+        for _ in range(chance.choice([1, 5])):
+            damaged[chance.randrange(352)] = chance.randrange(256)
+        path.write_bytes(damaged)
+        with contextlib.suppress(SeriesRejected), warnings.catch_warnings(action="ignore"):
+            read_ct(path)
+            read += 1
+    assert 30 < read < 270  # some bytes matter, some do not
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float32, np.float64, np.int64])

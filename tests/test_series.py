@@ -15,6 +15,7 @@ from pydicom.uid import ExplicitVRLittleEndian
 
 from salsa_node.errors import SeriesRejected
 from salsa_node.regrid import onto
+from salsa_node.selection import by_series, read_candidate
 from salsa_node.series import PADDING_HU, Series, headers, inspect, read_volume
 from salsa_node.volume import LabelVolume
 
@@ -208,6 +209,24 @@ def test_a_truncated_file_is_rejected(keep, tmp_path):
     _, paths = made(tmp_path)
     paths[1].write_bytes(paths[1].read_bytes()[:keep])
     assert reason(paths).startswith("file 2 of 6 ")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:pydicom")  # its remarks on the damage
+def test_damaged_bytes_end_in_a_verdict_and_nothing_else(tmp_path):
+    ct, paths = made(tmp_path, slices=4)
+    whole, chance, outcomes = paths[1].read_bytes(), random.Random(5), []
+    for _ in range(200):
+        damaged = bytearray(whole)
+        for _ in range(chance.choice([1, 2, 20])):
+            damaged[chance.randrange(128, len(whole) - 250)] = chance.randrange(256)
+        paths[1].write_bytes(damaged)
+        assert read_candidate(paths).paths == tuple(paths)
+        assert sum(map(len, by_series(paths).values())) >= 3
+        try:
+            outcomes.append(read_volume(inspect(paths)).grid.shape == ct.grid.shape)
+        except SeriesRejected:
+            outcomes.append(False)
+    assert 40 < sum(outcomes) < 160  # some bytes matter, some do not
 
 
 def test_a_file_that_is_not_dicom_is_rejected_without_its_name(tmp_path):

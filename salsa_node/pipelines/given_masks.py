@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pydicom
-from pydicom.errors import InvalidDicomError
+from pydicom.errors import BytesLengthException, InvalidDicomError
 from pydicom.uid import SegmentationStorage
 
 import salsa_node
@@ -48,6 +48,7 @@ _BACKGROUND = {("DCM", "125040")}
 _UNDECODABLE = (
     InvalidDicomError,
     AttributeError,
+    BytesLengthException,
     EOFError,
     IndexError,
     KeyError,
@@ -142,8 +143,8 @@ class GivenMasksPipeline:
         return list(organ), list(lesions)
 
     def _from_seg(self, grid: Grid) -> tuple[npt.NDArray[np.uint8] | None, Labels]:
-        ds, frames = _read_seg(self._path, grid)
-        organ_numbers, lesion_numbers = self._meaning_of_segments(ds)
+        segments, frames = _read_seg(self._path, grid)
+        organ_numbers, lesion_numbers = self._meaning_of_segments(segments)
         organ = np.zeros(grid.shape, dtype=np.uint8) if organ_numbers else None
         lesions = np.zeros(grid.shape, dtype=np.uint16)
         overlaps: set[tuple[int, int]] = set()
@@ -160,21 +161,19 @@ class GivenMasksPipeline:
                 there[mask & (there == 0)] = number
         return organ, _join(lesions, overlaps)
 
-    def _meaning_of_segments(self, ds: pydicom.Dataset) -> tuple[list[int], list[int]]:
+    def _meaning_of_segments(self, segments: Mapping[int, _Segment]) -> tuple[list[int], list[int]]:
         """Numbers of the segments that are the organ, and of those that are lesions."""
-        segments = {int(s.SegmentNumber): s for s in ds.SegmentSequence if _codes(s, "Type") not in _BACKGROUND}
         if 0 in segments:
             raise PipelineError("segment 0 is not the background; number the segments from 1")
         if self._organ_labels is not None or self._lesion_labels is not None:
             organ, lesions = self._meaning_of_labels(sorted(segments))
             return [n for n in organ if n in segments], [n for n in lesions if n in segments]
-        organ = [n for n, s in segments.items() if _codes(s, "Type") in _LIVER]
+        organ = [n for n, segment in segments.items() if segment.property_type in _LIVER]
         lesions = [n for n in segments if n not in organ]
         for number in lesions:
-            if _codes(segments[number], "Category") in _ANATOMY:
-                what = segments[number].SegmentedPropertyTypeCodeSequence[0].CodeMeaning
+            if segments[number].category in _ANATOMY:
                 raise PipelineError(
-                    f"segment {number} is {what}: neither the liver nor a lesion; "
+                    f"segment {number} is {segments[number].meaning}: neither the liver nor a lesion; "
                     f"name the segments that count with organ_labels and lesion_labels"
                 )
         return organ, lesions
@@ -203,6 +202,15 @@ def _is_dicom(path: Path) -> bool:
         return file.read(132)[128:] == b"DICM"
 
 
+@dataclass(frozen=True, slots=True)
+class _Segment:
+    """What a segment is; both codes as (scheme, value)."""
+
+    category: tuple[str, str]
+    property_type: tuple[str, str]
+    meaning: str
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Frame:
     """One frame of a Segmentation.
@@ -229,8 +237,8 @@ class _Frame:
         return into, shown > 0
 
 
-def _read_seg(path: Path, grid: Grid) -> tuple[pydicom.Dataset, list[_Frame]]:
-    """The dataset of a Segmentation in the frame of reference of `grid`, and its frames."""
+def _read_seg(path: Path, grid: Grid) -> tuple[dict[int, _Segment], list[_Frame]]:
+    """The segments, less the background, and frames of a Segmentation in the frame of reference of `grid`."""
     syntax = "an unknown transfer syntax"
     try:
         ds = pydicom.dcmread(path)
@@ -248,9 +256,11 @@ def _read_seg(path: Path, grid: Grid) -> tuple[pydicom.Dataset, list[_Frame]]:
         pixels = pixels.reshape(-1, 1, *pixels.shape[-2:])
         shared = ds.SharedFunctionalGroupsSequence[0]
         items = zip(ds.PerFrameFunctionalGroupsSequence, pixels, strict=True)
-        return ds, [_frame(ds, [own, shared], image, grid) for own, image in items]
+        frames = [_frame(ds, [own, shared], image, grid) for own, image in items]
+        segments = {int(item.SegmentNumber): _segment(item) for item in ds.SegmentSequence}
     except _UNDECODABLE as exc:
         raise PipelineError(f"the Segmentation {path} cannot be read ({syntax}, {type(exc).__name__})") from exc
+    return {number: s for number, s in segments.items() if s.property_type not in _BACKGROUND}, frames
 
 
 def _frame(ds: pydicom.Dataset, groups: Sequence[pydicom.Dataset], pixels: Labels, grid: Grid) -> _Frame:
@@ -278,12 +288,13 @@ def _frame(ds: pydicom.Dataset, groups: Sequence[pydicom.Dataset], pixels: Label
     )
 
 
-def _codes(segment: pydicom.Dataset, which: str) -> tuple[str, str]:
-    """Scheme and value of a segment's property "Category" or "Type"."""
-    items = segment.get(f"SegmentedProperty{which}CodeSequence")
-    if not items:
-        return "", ""
-    return str(items[0].get("CodingSchemeDesignator", "")), str(items[0].get("CodeValue", ""))
+def _segment(item: pydicom.Dataset) -> _Segment:
+    category, property_type = item.SegmentedPropertyCategoryCodeSequence[0], item.SegmentedPropertyTypeCodeSequence[0]
+    return _Segment(
+        category=(str(category.get("CodingSchemeDesignator")), str(category.get("CodeValue"))),
+        property_type=(str(property_type.get("CodingSchemeDesignator")), str(property_type.get("CodeValue"))),
+        meaning=str(property_type.get("CodeMeaning")),
+    )
 
 
 def _join(lesions: npt.NDArray[np.uint16], overlaps: Iterable[tuple[int, int]]) -> npt.NDArray[np.uint16]:
