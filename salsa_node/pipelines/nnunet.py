@@ -250,7 +250,7 @@ def _read_checkpoint(file: Path) -> dict[str, Any]:
     try:
         with torch.serialization.safe_globals(allowed):
             found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as exc:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as exc:
         raise PipelineError(
             f"{file.parent.parent.name}/{file.parent.name}/{file.name} cannot be read as plain tensors; a checkpoint "
             f"that carries code, or is damaged, is refused ({str(exc).splitlines()[0]})"
