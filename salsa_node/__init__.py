@@ -52,7 +52,7 @@ room imports exactly what stands right of its arrow):
     overview               <- store
     console                <-
     dicom_ct               <- errors uids volume
-    offline                <- analysis config criteria dicom_ct dicom_result errors findings nifti picture pipelines selection uids volume
+    offline                <- analysis config criteria dicom_ct dicom_result errors findings nifti picture pipelines selection series uids volume
     anatomy                <- volume
     phantom                <- anatomy dicom_ct uids volume
     loopback               <- errors

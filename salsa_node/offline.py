@@ -17,8 +17,9 @@ from salsa_node.config import Config
 from salsa_node.criteria import Criteria, Rule
 from salsa_node.dicom_result import Identity
 from salsa_node.errors import ConfigError, SalsaNodeError, SeriesRejected
-from salsa_node.findings import Disease, Findings, table
+from salsa_node.findings import Findings, table
 from salsa_node.pipelines import Pipeline, PipelineSettings
+from salsa_node.series import inspect
 from salsa_node.uids import derive
 from salsa_node.volume import LabelVolume
 
@@ -125,13 +126,28 @@ def _dicom_studies(path: Path, folder: Path) -> list[tuple[Sequence[Path], Path]
         studies.setdefault(candidate.study_uid, []).append(candidate)
     found: list[tuple[Sequence[Path], Path]] = []
     for number, (_, series) in enumerate(sorted(studies.items()), start=1):
-        choice = selection.choose(series)
+        choice = _choice(series)
         place = folder if len(studies) == 1 else folder / f"study-{number}"
         if choice.chosen is None:
             reasons = "; ".join(verdict.reason for verdict in choice.verdicts)
             raise SeriesRejected(f"no series of this study can be analysed: {reasons}")
         found.append((choice.chosen.paths, place))
     return found
+
+
+def _choice(series: Sequence[selection.Candidate]) -> selection.Choice:
+    """The best series that is one volume; the best of all where none is, so that the report says why."""
+    first = choice = selection.choose(series)
+    rest = list(series)
+    while choice.chosen is not None:
+        try:
+            inspect(choice.chosen.paths)
+        except SeriesRejected:
+            rest.remove(choice.chosen)
+            choice = selection.choose(rest)
+        else:
+            return choice
+    return first
 
 
 def _as_series(path: Path, folder: Path) -> Sequence[Path]:
@@ -181,16 +197,18 @@ def _write(analysis: Analysis, folder: Path) -> None:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else ["lesion"])
         writer.writeheader()
         writer.writerows(rows)
-    nifti.write_labels(recist_labels(analysis.findings), folder / "labels.nii.gz")
+    nifti.write_labels(label_map(analysis.findings), folder / "labels.nii.gz")
     picture.overlay(analysis.ct, analysis.findings, folder / "overlay.png")
 
 
-def recist_labels(findings: Findings) -> LabelVolume:
-    """1 = measurable, 2 = non-measurable lesion, on the CT's grid; as SALSA writes them."""
-    value = np.zeros(len(findings.lesions) + 1, dtype=np.uint8)
-    for lesion in findings.lesions:
-        value[lesion.number] = 1 if lesion.disease is Disease.MEASURABLE else 2
-    return LabelVolume(value[findings.lesion_labels.labels], findings.lesion_labels.grid)
+def label_map(findings: Findings) -> LabelVolume:
+    """1 = liver, n + 1 = lesion n, on the CT's grid: `given_masks` takes a corrected copy as it is."""
+    lesions = findings.lesion_labels.labels
+    labels = np.zeros(lesions.shape, dtype=np.uint8 if len(findings.lesions) < 255 else np.uint16)
+    if findings.organ is not None:
+        labels[findings.organ.labels == 1] = 1
+    np.add(lesions, 1, out=labels, where=lesions > 0, casting="unsafe")
+    return LabelVolume(labels, findings.lesion_labels.grid)
 
 
 def _criteria(configured: Criteria, rule: str | None) -> Criteria:

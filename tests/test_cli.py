@@ -159,7 +159,8 @@ def test_run_on_a_dicom_folder_and_a_nifti_gives_the_same_findings(cli, study, t
     }  # fmt: skip
     truth, made = read_labels(study.truth_labels), read_labels(tmp_path / "a" / "labels.nii.gz")
     assert made.grid.matches(truth.grid)
-    assert ((made.labels > 0) == (truth.labels >= 2)).all()
+    assert ((made.labels >= 2) == (truth.labels >= 2)).all()
+    assert ((made.labels == 1) == (truth.labels == 1)).all()
     rows = (tmp_path / "a" / "findings.csv").read_text().splitlines()
     assert len(rows) == 1 + len(result["lesions"])
 
