@@ -17,6 +17,7 @@ import pytest
 from salsa_node import loopback, overview, phantom
 from salsa_node.overview import Standing
 from salsa_node.store import RunState, Store, StoreSettings
+from salsa_node.uids import derive
 
 WAIT_S = 240.0
 
@@ -155,3 +156,51 @@ def test_killed_worker_killed_node_and_a_polite_stop_leave_one_result(site, stud
         with site.store as store:
             states = [run.state for run in store.runs_of(study.study_uid)]
         assert states == [RunState.SUPERSEDED, RunState.SUPERSEDED, RunState.PRODUCED]
+
+
+def test_bad_input_is_answered_with_the_reason_and_the_node_goes_on(site, study, tmp_path):
+    def spoiled(name: str, spoil: Callable[[pydicom.Dataset], None]) -> list[Path]:
+        """The study again under other UIDs, each image spoiled."""
+        folder = tmp_path / name
+        folder.mkdir()
+        for path in study.axial:
+            ds = pydicom.dcmread(path)
+            ds.StudyInstanceUID, ds.SeriesInstanceUID = derive(name, "study"), derive(name, "series")
+            ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = derive(name, ds.SOPInstanceUID)
+            spoil(ds)
+            ds.save_as(folder / path.name)
+        return sorted(folder.iterdir())
+
+    def no_pixels(ds: pydicom.Dataset) -> None:
+        del ds.PixelData
+
+    def truncated(ds: pydicom.Dataset) -> None:
+        ds.PixelData = ds.PixelData[: len(ds.PixelData) // 2]
+
+    def tilted(ds: pydicom.Dataset) -> None:
+        x, y, z = (float(mm) for mm in ds.ImagePositionPatient)
+        ds.ImagePositionPatient = [x, y + 0.2 * z, z]
+
+    inputs = {
+        "gap of 8.0 mm": [path for n, path in enumerate(spoiled("gap", lambda _: None)) if n != 20],
+        "has no pixel data": spoiled("no pixels", no_pixels),
+        "is truncated": spoiled("truncated", truncated),
+        "gantry tilt": spoiled("tilted", tilted),
+    }
+    log = site.folder / "node.log"
+    with (
+        loopback.receiver(site.receiver_port, site.folder / "results") as received,
+        loopback.node(site.config, log, site.port),
+    ):
+        for paths in inputs.values():
+            loopback.send(paths, site.port)
+        until(lambda: len(received) == len(inputs))
+        assert loopback.echoes(site.port)
+        reports = {pydicom.dcmread(path).StudyInstanceUID: path.read_bytes() for path in received}
+        for reason, paths in inputs.items():
+            study_uid = pydicom.dcmread(paths[0], stop_before_pixels=True).StudyInstanceUID
+            assert reason.encode() in reports[study_uid], reason
+            assert b"No analysis was possible" in reports[study_uid]
+        told = site.cli("studies")
+        assert told.stdout.count("not_analysed") == len(inputs)
+    assert b"Traceback" not in log.read_bytes()
