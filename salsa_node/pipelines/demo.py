@@ -20,6 +20,7 @@ from salsa_node.volume import CtVolume, Grid, LabelVolume
 
 OUTSIDE_HU = -1024
 MIN_LIVER_ML = 50.0
+SOFT_TISSUE_HU = (-100, 300)  # outside of it a network may mark what it likes: that is no liver
 CLOSING_MM = 9.0
 DILATION_MM = 4.0
 MARGIN_MM = 6.0
@@ -84,14 +85,16 @@ class DemoPipeline:
 
 
 def find_liver(network: Network, ct: CtVolume) -> Mask:
-    """The largest connected piece of label 1. Raises OrganNotFound where it is smaller than a liver can be."""
-    found = network.predict(ct).labels == 1
-    pieces = cc3d.connected_components(found, connectivity=6)
-    sizes = np.bincount(pieces.ravel())[1:]
-    largest_ml = float(sizes.max()) * ct.grid.voxel_volume_mm3 / 1000 if len(sizes) else 0.0
-    if largest_ml < MIN_LIVER_ML:
-        raise OrganNotFound(f"found {largest_ml:.0f} ml of liver; at least {MIN_LIVER_ML:.0f} ml are needed to go on")
-    largest: Mask = pieces == 1 + int(np.argmax(sizes))
+    """The largest connected piece of label 1. Raises OrganNotFound where it holds less soft tissue than a liver."""
+    pieces = cc3d.connected_components(network.predict(ct).labels == 1, connectivity=6)
+    sizes = np.bincount(pieces.ravel(), minlength=2)
+    sizes[0] = 0
+    largest: Mask = pieces == np.argmax(sizes)
+    tissue_hu = ct.voxels_hu[largest] if sizes.any() else np.zeros(0)
+    voxels = np.count_nonzero((tissue_hu > SOFT_TISSUE_HU[0]) & (tissue_hu < SOFT_TISSUE_HU[1]))
+    found_ml = voxels * ct.grid.voxel_volume_mm3 / 1000
+    if found_ml < MIN_LIVER_ML:
+        raise OrganNotFound(f"found {found_ml:.0f} ml of liver; at least {MIN_LIVER_ML:.0f} ml are needed to go on")
     return largest
 
 
