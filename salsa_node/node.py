@@ -54,6 +54,7 @@ def serve(config: Config, config_path: Path | None) -> None:
         preflight.require(config)
         stack.enter_context(only_node(config.node.data_dir))
         store = stack.enter_context(Store.open(StoreSettings(config.store_url), create=True))
+        store.release_owner(None, _now())  # the folder is ours alone: whatever is leased was left by the dead
         left = durable.sweep(config.node.data_dir)
         log.info("record open", extra={"event": "node.record", "interrupted_writes_removed": left})
         worker = WorkerProcess(store, config, config_path)
