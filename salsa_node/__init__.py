@@ -20,7 +20,7 @@ room imports exactly what stands right of its arrow):
     regrid                 <- volume
     nifti                  <- errors volume
     series                 <- errors uids volume
-    selection              <- series
+    selection              <- errors series
     models                 <- errors
     pipelines              <- errors uids volume
     pipelines.nnunet       <- errors models volume

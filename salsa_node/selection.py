@@ -8,8 +8,8 @@ has the last word on its geometry.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from math import cos, inf, radians
 from pathlib import Path
@@ -17,7 +17,8 @@ from pathlib import Path
 import pydicom
 from pydicom.uid import CTImageStorage, MediaStorageDirectoryStorage
 
-from salsa_node.series import MIN_SLICES, UNREADABLE, convert
+from salsa_node.errors import SeriesRejected
+from salsa_node.series import MIN_SLICES, UNREADABLE, Series, convert, inspect
 
 MAX_TILT_DEGREES = 30.0  #: between the slices' normal and the patient's z; beyond, an in-plane diameter is not axial
 _SCREENS = {"LOCALIZER", "SCREEN SAVE", "DOSEINFO", "DOSE_INFO", "SCREENSHOT", "PERFUSION", "MIP"}
@@ -74,6 +75,22 @@ class Choice:
     verdicts: tuple[Verdict, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class VolumeChoice:
+    """The series to analyse and its geometry, or why there is none.
+
+    chosen: the best candidate that is one volume, with its `series`; both None where none is.
+    best_refused: the best candidate whose headers were fit but whose files are no volume, for a report
+        that says so; None where every one that was looked at is a volume.
+    verdicts: one on each candidate, in the order given.
+    """
+
+    chosen: Candidate | None
+    series: Series | None
+    best_refused: Candidate | None
+    verdicts: tuple[Verdict, ...]
+
+
 def by_series(paths: Iterable[Path]) -> dict[str, tuple[Path, ...]]:
     """Files sorted into series by their Series Instance UID, series and files in order of appearance.
 
@@ -127,6 +144,27 @@ def choose(candidates: Sequence[Candidate]) -> Choice:
     chosen = usable[0] if usable else None
     verdicts = tuple(Verdict(c.series_uid, not c.faults, _reason(c, chosen)) for c in candidates)
     return Choice(chosen, verdicts)
+
+
+def choose_volume(
+    candidates: Sequence[Candidate], look: Callable[[tuple[Path, ...]], Series] = inspect
+) -> VolumeChoice:
+    """The best series that `look` accepts; those it refuses are ruled out for its reason, one after the other.
+
+    look: gives the series that these files make, or raises SeriesRejected.
+    """
+    told = list(candidates)
+    best_refused: Candidate | None = None
+    while (choice := choose(told)).chosen is not None:
+        chosen = choice.chosen
+        try:
+            series = look(chosen.paths)
+        except SeriesRejected as verdict:
+            best_refused = best_refused or chosen
+            told[told.index(chosen)] = replace(chosen, faults=(verdict.reason,))
+        else:
+            return VolumeChoice(chosen, series, best_refused, choice.verdicts)
+    return VolumeChoice(None, None, best_refused, choice.verdicts)
 
 
 def _preference(candidate: Candidate) -> tuple[bool, int, float, float, str]:

@@ -10,7 +10,8 @@ import pydicom
 import pytest
 
 from salsa_node import phantom
-from salsa_node.selection import Candidate, by_series, choose, read_candidate
+from salsa_node.errors import SeriesRejected
+from salsa_node.selection import Candidate, by_series, choose, choose_volume, read_candidate
 from salsa_node.series import inspect
 
 AXIAL = Candidate(
@@ -72,6 +73,51 @@ def test_the_phantoms_axial_series_is_chosen_and_its_localizer_is_not(study):
     assert [v.accepted for v in choice.verdicts] == [False, True]
     assert choice.verdicts[0].reason == "Image Type LOCALIZER: no slices of a volume"
     assert inspect(choice.chosen.paths).grid.shape == (6, 32, 32)
+
+
+def without_one_slice(study: phantom.Study, folder: Path) -> list[Path]:
+    """The axial series again as a series of its own that ranks higher by its number, with a slice missing."""
+    copies = []
+    for path in (path for n, path in enumerate(study.axial) if n != 2):
+        ds = pydicom.dcmread(path)
+        ds.SeriesInstanceUID, ds.SeriesNumber, ds.SliceThickness = "2.25.8", 1, 1
+        copies.append(folder / path.name)
+        ds.save_as(copies[-1])
+    return copies
+
+
+def test_the_best_series_that_is_one_volume_is_chosen(study, tmp_path):
+    broken = without_one_slice(study, tmp_path)
+    whole = [path for n, path in enumerate(study.axial) if n < 5]  # five slices each
+    candidates = [read_candidate(paths) for paths in (study.localizer, broken, whole)]
+    assert choose(candidates).chosen is candidates[1]
+    choice = choose_volume(candidates)
+    assert choice.chosen is candidates[2]
+    assert choice.series is not None
+    assert choice.series.grid.shape == (5, 32, 32)
+    assert choice.best_refused is candidates[1]
+    assert [verdict.accepted for verdict in choice.verdicts] == [False, False, True]
+    assert choice.verdicts[1].reason == "1 of 6 slices missing: gap of 10.0 mm after slice 2, spacing is 5.0 mm"
+    assert choice.verdicts[2].reason.startswith("chosen: ")
+
+
+def test_where_no_series_is_a_volume_the_best_refused_one_is_known():
+    candidates = [other(series_number=5), AXIAL, other(faults=("modality MR, expected CT",))]
+    seen = []
+
+    def look(paths):
+        seen.append(paths)
+        raise SeriesRejected(f"refused {len(seen)}")
+
+    choice = choose_volume(candidates, look)
+    assert (choice.chosen, choice.series) == (None, None)
+    assert choice.best_refused is AXIAL
+    assert [(v.accepted, v.reason) for v in choice.verdicts] == [
+        (False, "refused 2"),
+        (False, "refused 1"),
+        (False, "modality MR, expected CT"),
+    ]
+    assert choose_volume([]).best_refused is None
 
 
 def turned(degrees: float) -> list[float]:
