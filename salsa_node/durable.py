@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
 
 PART = ".part"  # what a file is called while it is written; such files mean nothing and may be removed
 
+_on_disk: set[Path] = set()  # folders whose own names, and all above them, this process has seen on disk
+_on_disk_lock = threading.Lock()
+_REMEMBERED = 10_000
+
 
 def write(path: Path, chunks: Iterable[bytes]) -> int:
     """Put `chunks` into the file `path`, whole or not at all; returns how many bytes.
 
-    Folders are made as needed. When this returns, content and name are on disk; when it raises OSError,
-    nothing of that name has changed.
+    Folders are made as needed. When this returns, content, name and the names of all folders above it are on
+    disk. When it raises OSError, the name stands for what it stood for before or for all of `chunks`, never for
+    a part of them; where it stood for nothing, a power cut decides between the two.
     """
-    made = _make_folder(path.parent)
+    _make_folder(path.parent.absolute())
     part = path.with_name(f"{uuid.uuid4().hex}{PART}")
     try:
         with part.open("xb") as file:
@@ -28,28 +35,50 @@ def write(path: Path, chunks: Iterable[bytes]) -> int:
         part.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
-    for folder in made:
-        _sync_folder(folder.parent)
     return size
 
 
-def sweep(folder: Path) -> int:
-    """Remove what interrupted writes left below `folder`; returns how many files."""
-    parts = list(folder.rglob(f"*{PART}"))
-    for part in parts:
-        part.unlink(missing_ok=True)
-    return len(parts)
+def sweep(folder: Path, older_than_s: float = 60.0) -> int:
+    """Remove what interrupted writes left below `folder`; returns how many files.
+
+    older_than_s: younger ones stay, because another process may be writing them.
+    """
+    removed = 0
+    until = time.time() - older_than_s
+    for parent, _, names in os.walk(folder):
+        for part in (Path(parent, name) for name in names if name.endswith(PART)):
+            try:
+                if part.stat().st_mtime <= until:
+                    part.unlink()
+                    removed += 1
+            except FileNotFoundError:
+                continue  # its writer was quicker
+    return removed
 
 
-def _make_folder(folder: Path) -> list[Path]:
-    """Make `folder` and its parents; returns those that were not there."""
-    made = []
-    for missing in (folder, *folder.parents):
-        if missing.exists():
-            break
-        made.append(missing)
-    folder.mkdir(parents=True, exist_ok=True)
-    return made
+def _make_folder(folder: Path) -> None:
+    """Make `folder` and its parents, their names on disk however they came to be there.
+
+    A folder that is there may be one that another thread or process made a moment ago and has not yet synced.
+    So each is synced here once; it counts as known only after that.
+    """
+    with _on_disk_lock:
+        if len(_on_disk) > _REMEMBERED:
+            _on_disk.clear()
+        unsure: list[Path] = []
+        for each in (folder, *folder.parents):
+            if (each in _on_disk and each.is_dir()) or os.path.ismount(each) or not _may_be_ours(each):
+                break
+            unsure.append(each)
+        for each in reversed(unsure):
+            each.mkdir(exist_ok=True)
+            _sync_folder(each.parent)
+            _on_disk.add(each)
+
+
+def _may_be_ours(folder: Path) -> bool:
+    """Whether this user could have made it: no name was written in a folder where we may not write."""
+    return not folder.exists() or os.access(folder.parent, os.R_OK | os.W_OK)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -1,10 +1,31 @@
-"""A file is there whole, or not at all."""
+"""A file is there whole, or not at all, and survives the power."""
 
 from __future__ import annotations
+
+import os
+from pathlib import Path
 
 import pytest
 
 from salsa_node import durable
+
+
+@pytest.fixture
+def synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What os.fsync was called for, in order, relative to tmp_path; "+" where image.dcm had its name by then."""
+    calls: list[str] = []
+    fsync = os.fsync
+
+    def note(handle: int) -> None:
+        here = [tmp_path, *tmp_path.rglob("*")]
+        (path,) = (path for path in here if os.path.samestat(path.stat(), os.fstat(handle)))
+        name = "part" if path.suffix == durable.PART else path.relative_to(tmp_path).as_posix()
+        calls.append(name + "+" * any(other.name == "image.dcm" for other in here))
+        fsync(handle)
+
+    monkeypatch.setattr(durable, "_on_disk", {tmp_path})
+    monkeypatch.setattr(os, "fsync", note)
+    return calls
 
 
 def test_the_file_holds_the_chunks_and_no_part_is_left(tmp_path):
@@ -12,6 +33,50 @@ def test_the_file_holds_the_chunks_and_no_part_is_left(tmp_path):
     assert durable.write(path, [b"DI", b"CM"]) == 4
     assert path.read_bytes() == b"DICM"
     assert [p.name for p in path.parent.iterdir()] == ["image.dcm"]
+
+
+def test_folders_are_synced_outermost_first_then_the_content_then_its_name(tmp_path, synced):
+    durable.write(tmp_path / "a" / "b" / "image.dcm", [b"DICM"])
+    assert synced == [".", "a", "part", "a/b+"]
+
+
+def test_a_folder_is_synced_once_by_this_process_and_the_file_each_time(tmp_path, synced):
+    durable.write(tmp_path / "a" / "one.dcm", [b"1"])
+    synced.clear()
+    durable.write(tmp_path / "a" / "two.dcm", [b"2"])
+    assert synced == ["part", "a"]
+
+
+def test_folders_that_somebody_else_just_made_are_synced_too(tmp_path, synced):
+    (tmp_path / "a" / "b").mkdir(parents=True)  # as by another thread that has not come to its fsync
+    durable.write(tmp_path / "a" / "b" / "image.dcm", [b"DICM"])
+    assert synced == [".", "a", "part", "a/b+"]
+
+
+def test_a_folder_that_was_removed_and_made_again_is_synced_again(tmp_path, synced):
+    durable.write(tmp_path / "a" / "image.dcm", [b"DICM"])
+    (tmp_path / "a" / "image.dcm").unlink()
+    (tmp_path / "a").rmdir()
+    synced.clear()
+    durable.write(tmp_path / "a" / "image.dcm", [b"DICM"])
+    assert synced == [".", "part", "a+"]
+
+
+def test_a_folder_whose_name_could_not_be_synced_is_not_taken_for_safe(tmp_path, synced, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("the disk is gone")))
+        with pytest.raises(OSError, match="the disk is gone"):
+            durable.write(tmp_path / "a" / "image.dcm", [b"DICM"])
+    durable.write(tmp_path / "a" / "image.dcm", [b"DICM"])
+    assert synced == [".", "part", "a+"]
+
+
+def test_what_is_remembered_of_folders_is_bounded(tmp_path, synced, monkeypatch):
+    monkeypatch.setattr(durable, "_REMEMBERED", 3)
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path)
+    for name in "abcdefgh":
+        durable.write(tmp_path / name / "image.dcm", [b"DICM"])
+        assert len(durable._on_disk) <= 4
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_part(tmp_path):
@@ -28,9 +93,19 @@ def test_a_failed_write_leaves_the_old_file_and_no_part(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["image.dcm"]
 
 
-def test_sweep_removes_only_parts(tmp_path):
+def test_a_folder_that_cannot_be_made_is_told(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="exists"):
+        durable.write(tmp_path / "file" / "b" / "image.dcm", [b"DICM"])
+
+
+def test_sweep_removes_only_parts_that_nobody_writes_any_more(tmp_path):
     (tmp_path / "x").mkdir()
-    (tmp_path / "x" / f"1{durable.PART}").write_bytes(b"half")
-    (tmp_path / "x" / "whole.dcm").write_bytes(b"whole")
+    for name in (f"old{durable.PART}", "old.dcm", f"young{durable.PART}"):
+        (tmp_path / "x" / name).write_bytes(b"half")
+    for name in (f"old{durable.PART}", "old.dcm"):
+        os.utime(tmp_path / "x" / name, (1.0, 1.0))
     assert durable.sweep(tmp_path) == 1
-    assert [p.name for p in (tmp_path / "x").iterdir()] == ["whole.dcm"]
+    assert sorted(p.name for p in (tmp_path / "x").iterdir()) == ["old.dcm", f"young{durable.PART}"]
+    assert durable.sweep(tmp_path, older_than_s=-1.0) == 1
+    assert durable.sweep(tmp_path / "absent") == 0
