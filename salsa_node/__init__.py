@@ -28,7 +28,7 @@ room imports exactly what stands right of its arrow):
     pipelines.given_masks  <- errors nifti pipelines regrid volume
     findings               <- criteria errors pipelines uids volume
     codes                  <-
-    dicom_result           <- errors pipelines uids volume
+    dicom_result           <- errors pipelines series uids volume
     dicom_seg              <- codes dicom_result errors findings pipelines uids
     dicom_sr               <- codes criteria dicom_result dicom_seg errors findings pipelines uids
     picture                <- dicom_result findings volume
@@ -52,7 +52,7 @@ room imports exactly what stands right of its arrow):
     overview               <- store
     console                <-
     dicom_ct               <- errors uids volume
-    offline                <- analysis config criteria dicom_ct dicom_result errors findings nifti picture pipelines selection series uids volume
+    offline                <- analysis config criteria dicom_ct dicom_result errors findings log nifti picture pipelines selection uids volume
     anatomy                <- volume
     phantom                <- anatomy dicom_ct uids volume
     loopback               <- errors

@@ -17,7 +17,7 @@ from pydicom.errors import InvalidDicomError
 
 from salsa_node import dicom_seg, dicom_sr
 from salsa_node.criteria import Criteria
-from salsa_node.dicom_result import Identity
+from salsa_node.dicom_result import Identity, caveat
 from salsa_node.errors import OrganNotFound, SeriesRejected
 from salsa_node.findings import Findings, measure, table
 from salsa_node.pipelines import Pipeline, Provenance
@@ -57,13 +57,13 @@ def analyse(
     pipeline: Pipeline,
     criteria: Criteria,
     identity: Identity,
-    produced_at: datetime,
+    dated: Callable[[str], datetime],
     include_organ: bool = False,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Analysis:
     """Everything that is sent for the series in `paths`.
 
-    produced_at: aware UTC, written into the objects: the same arguments give the same bytes.
+    dated: told the run digest, says the aware time that the objects carry; the same answer gives the same bytes.
     progress: told what begins ("reading", "segmenting", "measuring", "writing").
     Raises PipelineError and EncodingError; verdicts on the input become an outcome.
     """
@@ -74,14 +74,14 @@ def analyse(
         progress("segmenting")
         masks = pipeline.segment(ct)
     except (SeriesRejected, OrganNotFound) as verdict:
-        return refuse(paths, str(verdict), identity, produced_at, pipeline.provenance)
+        return refuse(paths, str(verdict), identity, dated, pipeline.provenance)
     progress("measuring")
     findings = measure(ct, masks, criteria)
     # What else decides the bytes decides the UIDs too: other bytes never go out under a UID that was used before.
     signed = digest(findings.run_digest, repr(identity), repr(include_organ))
     findings = replace(findings, run_digest=signed)
     progress("writing")
-    source = headers(series)
+    source, produced_at = headers(series), dated(signed)
     seg = dicom_seg.build(findings, source, identity, produced_at, include_organ=include_organ)
     report = dicom_sr.build(findings, seg, source, identity, produced_at)
     outcome = Outcome.LESIONS if findings.lesions else Outcome.NO_CANDIDATE
@@ -92,7 +92,7 @@ def refuse(
     paths: Sequence[Path],
     reason: str,
     identity: Identity,
-    produced_at: datetime,
+    dated: Callable[[str], datetime],
     provenance: Provenance | None = None,
 ) -> Analysis:
     """The report that says why nothing was analysed, for the study that `paths` belong to.
@@ -102,7 +102,7 @@ def refuse(
     source = _any_header(paths)
     made_of = digest("not analysed", reason, repr(identity), *sorted(path.name for path in paths))
     run_digest = digest(made_of, provenance.digest) if provenance else made_of
-    report = dicom_sr.build_not_analysed(reason, source, identity, produced_at, run_digest, provenance)
+    report = dicom_sr.build_not_analysed(reason, source, identity, dated(run_digest), run_digest, provenance)
     return Analysis(Outcome.NOT_ANALYSED, None, report, None, None, reason, run_digest)
 
 
@@ -120,6 +120,7 @@ def _any_header(paths: Sequence[Path]) -> pydicom.Dataset:
 def summary(result: Analysis) -> dict[str, object]:
     """The numbers of an analysis as JSON-able values, for the store, `show` and `findings.json`."""
     numbers: dict[str, object] = {"outcome": result.outcome.value, "run_digest": result.run_digest}
+    numbers["caveat"] = caveat(result.findings.provenance if result.findings else None)
     if result.findings is None:
         return numbers | {"reason": result.reason}
     findings = result.findings

@@ -35,6 +35,14 @@ StudyName = Annotated[
     str, typer.Argument(metavar="STUDY", help="Study Instance UID, a unique beginning of one, or an accession number.")
 ]
 
+OrganLabels = Annotated[
+    list[int] | None, typer.Option("--organ-label", help="A label of --masks that is liver; may be repeated.")
+]
+LesionLabels = Annotated[
+    list[int] | None, typer.Option("--lesion-label", help="A label of --masks that is lesion; may be repeated.")
+]
+
+GIVEN_MASKS = "given_masks"
 EXIT_NO = 1  # done, and the answer is no
 _EXIT_CODES = (
     (errors.ConfigError, 3),
@@ -77,7 +85,7 @@ def serve(config_file: ConfigFile = None) -> None:
     from salsa_node import log, node
 
     log.start(settings.node.log_level, settings.node.log_format)
-    node.serve(settings, config_file)
+    node.serve(settings, config.source(config_file))
 
 
 @app.command(hidden=True)
@@ -129,19 +137,19 @@ def rerun(
         Path | None,
         typer.Option(help="A label map that a person made (NIfTI or DICOM SEG); supersedes the AI's result."),
     ] = None,
+    organ_label: OrganLabels = None,
+    lesion_label: LesionLabels = None,
     as_json: AsJson = False,
 ) -> None:
     """Analyse a study again; the node carries it out, and the new result supersedes the old one."""
     settings = config.load(config_file)
     from salsa_node import assembly, store
 
-    if masks and pipeline not in ("", "given_masks"):
-        raise typer.BadParameter(f"--masks goes with the pipeline given_masks, not with {pipeline}")
+    name = _pipeline(settings, pipeline, masks)
+    options = _options(settings, name, organ_label, lesion_label)
     with store.Store.open(store.StoreSettings(settings.store_url)) as record:
         wanted = record.study(study)
         kept = _keep_masks(settings, masks) if masks else None
-        name = "given_masks" if masks else pipeline or settings.pipeline.name
-        options = settings.pipeline.options if name == settings.pipeline.name else {}
         run = assembly.queue_again(record, settings.node.data_dir, wanted, name, options, _now(), masks=kept)
     if as_json:
         console.put_json({"run": run.id, "study_uid": run.study_uid, "pipeline": run.pipeline})
@@ -158,9 +166,12 @@ def _keep_masks(settings: config.Config, masks: Path) -> tuple[str, str]:
     except OSError as exc:
         raise errors.ConfigError(f"--masks: {masks} cannot be read ({exc.strerror})") from exc
     sha256 = hashlib.sha256(content).hexdigest()
-    suffix = ".nii.gz" if masks.name.endswith(".nii.gz") else masks.suffix
+    suffix = next((known for known in (".nii.gz", ".nii") if masks.name.endswith(known)), ".dcm")
     kept = Path("masks") / f"{sha256}{suffix}"
-    durable.write(settings.node.data_dir / kept, [content])
+    try:
+        durable.write(settings.node.data_dir / kept, [content])
+    except OSError as exc:
+        raise errors.ConfigError(f"node.data_dir: {settings.node.data_dir} cannot be written ({exc.strerror})") from exc
     return kept.as_posix(), sha256
 
 
@@ -181,8 +192,12 @@ def resend(
         due = record.resend(record.study(study).study_uid, to or None, _now())
     if as_json:
         console.put_json([{"delivery": item.id, "destination": item.destination} for item in due])
-    else:
+    elif due:
         console.put(f"{len(due)} deliveries are due again; a running node sends them")
+    else:
+        console.put("this result went nowhere yet: name a destination with --to, or in delivery.to before the next run")
+    if not due:
+        raise SystemExit(EXIT_NO)
 
 
 @app.command()
@@ -233,6 +248,8 @@ def run(
     config_file: ConfigFile = None,
     pipeline: Annotated[str, typer.Option(help="Another pipeline than the configured one.")] = "",
     masks: Annotated[Path | None, typer.Option(help="A label map that a person made, instead of a network.")] = None,
+    organ_label: OrganLabels = None,
+    lesion_label: LesionLabels = None,
     rule: Annotated[str, typer.Option(help="diameter or volume, instead of the configured rule.")] = "",
     as_json: AsJson = False,
 ) -> None:
@@ -240,7 +257,9 @@ def run(
     settings = config.load(config_file)
     from salsa_node import offline
 
-    wanted = offline.Wanted(output, "given_masks" if masks else pipeline or settings.pipeline.name, masks, rule or None)
+    name = _pipeline(settings, pipeline, masks)
+    options = _options(settings, name, organ_label, lesion_label)
+    wanted = offline.Wanted(output, name, options, masks, rule or None)
     results = offline.run(paths, wanted, settings, progress=console.note)
     if as_json:
         console.put_json([result.as_json() for result in results])
@@ -268,6 +287,33 @@ def demo(
         console.put_json(outcome.as_json())
     if not outcome.passed:
         raise SystemExit(EXIT_NO)
+
+
+def _pipeline(settings: config.Config, named: str, masks: Path | None) -> str:
+    """The pipeline that the options ask for. Raises ConfigError where they contradict each other or name none."""
+    if masks and named not in ("", GIVEN_MASKS):
+        raise errors.ConfigError(f"--masks goes with the pipeline {GIVEN_MASKS}, not with {named}")
+    name = GIVEN_MASKS if masks else named or settings.pipeline.name
+    if name == GIVEN_MASKS and not masks:
+        raise errors.ConfigError(f"the pipeline {GIVEN_MASKS} needs a label map: add --masks FILE")
+    from salsa_node import preflight
+
+    preflight.require_pipeline(name, settings)
+    return name
+
+
+def _options(
+    settings: config.Config, pipeline: str, organ_labels: list[int] | None, lesion_labels: list[int] | None
+) -> dict[str, object]:
+    """The pipeline's own settings: the config's where it is the configured one, and what the command line says."""
+    options = dict(settings.pipeline.options) if pipeline == settings.pipeline.name else {}
+    named = {"organ_labels": organ_labels, "lesion_labels": lesion_labels}
+    said = {key: labels for key, labels in named.items() if labels}
+    if said and pipeline != GIVEN_MASKS:
+        raise errors.ConfigError(
+            "--organ-label and --lesion-label say what the labels of --masks mean; add --masks FILE"
+        )
+    return options | said
 
 
 def _now() -> datetime:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import tomllib
 import types
 import typing
@@ -66,7 +67,7 @@ def load(path: Path | None = None) -> Config:
 
     Raises ConfigError with the file, the key, what was found and what was expected.
     """
-    named = path or (Path(os.environ[ENVIRONMENT]) if os.environ.get(ENVIRONMENT) else None)
+    named = source(path)
     if named is None:
         return Config()
     try:
@@ -77,6 +78,11 @@ def load(path: Path | None = None) -> Config:
         return parse(text)
     except ConfigError as exc:
         raise ConfigError(f"{named}: {exc}") from exc
+
+
+def source(path: Path | None) -> Path | None:
+    """The file that `load(path)` reads; None where the defaults hold."""
+    return path or (Path(os.environ[ENVIRONMENT]) if os.environ.get(ENVIRONMENT) else None)
 
 
 def parse(text: str) -> Config:
@@ -151,12 +157,20 @@ def _check_alone(entry: Field[object], value: object, key: str) -> None:
         raise ConfigError(
             f"{key}: an AE title has 1 to 16 printable ASCII characters without backslash, found {value!r}"
         )
+    pattern = entry.metadata.get("pattern")
+    if pattern and not re.fullmatch(pattern, str(value)):
+        raise ConfigError(f"{key}: expected text of the form {pattern}, found {value!r}")
     if isinstance(value, int | float) and not isinstance(value, bool):
-        low = entry.metadata.get("min", 0)
-        high = entry.metadata.get("max", float("inf"))
-        if not low <= value <= high:
-            upto = "" if high == float("inf") else f" and at most {high}"
-            raise ConfigError(f"{key}: expected at least {low}{upto}, found {value!r}")
+        _check_number(entry, value, key)
+
+
+def _check_number(entry: Field[object], value: float, key: str) -> None:
+    above, low = entry.metadata.get("above"), entry.metadata.get("min", 0)
+    high = entry.metadata.get("max", 1e9)  # a larger number of seconds, slices or bytes is a slip of the hand
+    if above is not None and not above < value <= high:
+        raise ConfigError(f"{key}: expected more than {above} and at most {high:.10g}, found {value!r}")
+    if not low <= value <= high:
+        raise ConfigError(f"{key}: expected at least {low} and at most {high:.10g}, found {value!r}")
 
 
 def _check_together(config: Config) -> None:
@@ -166,6 +180,12 @@ def _check_together(config: Config) -> None:
             f"worker.heartbeat_s: expected at most half of worker.lease_s ({config.worker.lease_s:g}), "
             f"found {config.worker.heartbeat_s:g}"
         )
+    if config.results.seg_series_number == config.results.sr_series_number:
+        raise ConfigError("results.sr_series_number: expected another number than results.seg_series_number")
+    if config.node.store_url and not config.node.store_url.startswith("sqlite:///"):
+        raise ConfigError('node.store_url: expected sqlite:///FILE, or "" for a file in node.data_dir')
+    if "?" in str(config.node.data_dir):
+        raise ConfigError("node.data_dir: a folder with '?' in its name cannot be part of the record's URL")
     names = [destination.name for destination in config.destination]
     for name in names:
         if names.count(name) > 1 or name == SENDER:

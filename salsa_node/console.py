@@ -21,9 +21,14 @@ def put_json(value: object) -> None:
     sys.stdout.write(json.dumps(value, indent=2, default=str) + "\n")
 
 
+def printable(text: str) -> str:
+    """`text` without control characters, which a data set from elsewhere could send to the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
+
+
 def put(text: str = "") -> None:
     """A line for people on standard output."""
-    sys.stdout.write(text + "\n")
+    sys.stdout.write(printable(text) + "\n")
 
 
 def note(text: str) -> None:
@@ -98,7 +103,7 @@ def put_detail(study: Mapping[str, object]) -> None:
     for run in runs:
         findings = run.get("findings")
         if isinstance(findings, Mapping) and run["state"] == "PRODUCED":
-            put_lesions(_rows(findings.get("lesions", [])), f"Run {run['id']}: AI candidate findings, not a diagnosis")
+            put_lesions(_rows(findings.get("lesions", [])), f"Run {run['id']}: {findings.get('caveat', '')}")
             if findings.get("reason"):
                 put(f"not analysed: {findings['reason']}")
     deliveries = [delivery for run in runs for delivery in _rows(run["deliveries"])]
@@ -119,4 +124,4 @@ def _rows(value: object) -> Sequence[Mapping[str, object]]:
 def _cell(value: object) -> str:
     if value is None:
         return ""
-    return f"{value:.1f}" if isinstance(value, float) else str(value)
+    return f"{value:.1f}" if isinstance(value, float) else printable(str(value))

@@ -6,6 +6,7 @@ segmentation and report come back by C-STORE to a receiver in this process.
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -28,13 +29,14 @@ from salsa_node.series import inspect, read_volume
 from salsa_node.store import Store, StoreSettings
 
 MUST_FIND_MM = 10.0  # a lesion of this longest diameter may not be missed
+MUST_COVER = 0.25  # share of a lesion's voxels that a finding must hold to count as having found it
 FINISH_S = 600.0
 _ENDS = (Standing.DONE, Standing.FAILED, Standing.NOT_DELIVERED, Standing.NOTHING, Standing.CANCELLED)
 
 _CONFIG = """\
 # The node of this demonstration; see config/salsa_node.toml for every key.
 [node]
-data_dir = "{data_dir}"
+data_dir = {data_dir}
 
 [listener]
 port = {port}
@@ -117,7 +119,9 @@ def run(output: Path, seed: int, quiet: bool = False) -> Demonstration:
     written = phantom.write_study(study, output / "study", study=str(time.time_ns()))
     port, receiver_port = loopback.free_port(), loopback.free_port()
     config_path = output / "salsa_node.toml"
-    config_path.write_text(_CONFIG.format(data_dir=data_dir.as_posix(), port=port, receiver_port=receiver_port))
+    config_path.write_text(
+        _CONFIG.format(data_dir=json.dumps(data_dir.as_posix()), port=port, receiver_port=receiver_port)
+    )
     results = output / "results"
     node_log = output / "node.log"
     with loopback.receiver(receiver_port, results) as received, loopback.node(config_path, node_log, port):
@@ -180,6 +184,8 @@ def _compare(study: phantom.Phantom, found: Findings, reported: dict[int, tuple[
         counts = np.bincount(seen[truth == lesion.number], minlength=1)
         counts[0] = 0
         number = int(counts.argmax()) if counts.any() else None
+        if number is not None and counts[number] < MUST_COVER * (truth == lesion.number).sum():
+            number = None
         matched |= {int(n) for n in np.flatnonzero(counts)}
         rows.append(_row(found, reported, number, lesion.number, lesion.diameter_mm, lesion.volume_mm3 / 1000))
     unmatched = [finding.number for finding in found.lesions if finding.number not in matched]

@@ -39,7 +39,7 @@ STEADY_S = 30.0  # a worker that lived this long died by itself, not of its star
 def serve(config: Config, config_path: Path | None) -> None:
     """Run a node until SIGTERM or SIGINT; what is unfinished goes on at the next start.
 
-    config_path: what the worker process reads its settings from; None for the defaults.
+    config_path: the file that `config` came from; None for the defaults.
     Raises ConfigError where the node cannot start: folder not writable or in use, port taken, weights missing.
     """
     stop = threading.Event()
@@ -57,7 +57,7 @@ def serve(config: Config, config_path: Path | None) -> None:
         store.release_owner(None, _now())  # the folder is ours alone: whatever is leased was left by the dead
         left = durable.sweep(config.node.data_dir)
         log.info("record open", extra={"event": "node.record", "interrupted_writes_removed": left})
-        worker = WorkerProcess(store, config, config_path)
+        worker = WorkerProcess(store, config, _own_copy(config, config_path))
         loops = _loops(store, config, worker)
         host = socket.gethostname()
         with Listener(config.listener, store, config.node.data_dir) as listener:
@@ -67,10 +67,22 @@ def serve(config: Config, config_path: Path | None) -> None:
             log.info("ready", extra={"event": "node.ready", "port": listener.port, "pid": os.getpid()})
             stop.wait()
         for loop in loops:
-            loop.stop()
+            loop.ask_to_stop()
+        loops[0].join()  # before the worker goes, or it would be started again
         worker.stop()
+        for loop in loops:
+            loop.join(config.worker.stop_grace_s)  # a silent peer may hold a delivery longer; its lease runs out
         store.add_event("node", host, "node.stopped", "", _now())
         log.info("stopped", extra={"event": "node.stopped"})
+
+
+def _own_copy(config: Config, config_path: Path | None) -> Path | None:
+    """The config as it is now, for the worker process: an edit counts from the next start on, for both alike."""
+    if config_path is None:
+        return None
+    copy = config.node.data_dir / "running.toml"
+    durable.write(copy, [config_path.read_bytes()])
+    return copy
 
 
 def _loops(store: Store, config: Config, worker: WorkerProcess) -> tuple[Loop, ...]:
@@ -132,10 +144,9 @@ class Loop(threading.Thread):
                 log.error("step failed", extra={"event": "loop.failed", "loop": self.name, "error": unforeseen(error)})
                 wait_s = max(1.0, self._poll_s)
 
-    def stop(self) -> None:
+    def ask_to_stop(self) -> None:
         """End after the step under way."""
         self._over.set()
-        self.join()
 
 
 class WorkerProcess:

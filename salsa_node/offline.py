@@ -12,22 +12,18 @@ from pathlib import Path
 import numpy as np
 
 from salsa_node import dicom_ct, nifti, picture, pipelines, selection
-from salsa_node.analysis import Analysis, Outcome, analyse, summary
+from salsa_node.analysis import Analysis, Outcome, analyse, refuse, summary
 from salsa_node.config import Config
 from salsa_node.criteria import Criteria, Rule
 from salsa_node.dicom_result import Identity
 from salsa_node.errors import ConfigError, SalsaNodeError, SeriesRejected
 from salsa_node.findings import Findings, table
+from salsa_node.log import unforeseen
 from salsa_node.pipelines import Pipeline, PipelineSettings
-from salsa_node.series import inspect
 from salsa_node.uids import derive
 from salsa_node.volume import LabelVolume
 
-_TOLD = {
-    Outcome.LESIONS: "candidate lesions found",
-    Outcome.NO_CANDIDATE: "the algorithm found no candidate lesion",
-    Outcome.NOT_ANALYSED: "not analysed",
-}
+_NAMES = ("seg.dcm", "sr.dcm", "labels.nii.gz", "findings.csv", "findings.json", "overlay.png")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +31,26 @@ class Wanted:
     """What was asked for on the command line.
 
     rule: None for the configured one. masks: None for the pipeline's own eyes.
+    options: the pipeline's own settings.
     """
 
     output: Path
     pipeline: str
+    options: Mapping[str, object]
     masks: Path | None = None
     rule: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """The images of one study: those of the series to analyse, or, with a refusal, all of them.
+
+    folder: where its results go.
+    """
+
+    paths: tuple[Path, ...]
+    folder: Path
+    refusal: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +94,7 @@ def run(
             device=choice.device,
             models_dir=Path(choice.models_dir) if choice.models_dir else None,
             masks_path=wanted.masks,
-            options=choice.options if wanted.pipeline == choice.name else {},
+            options=wanted.options,
         ),
     )
     results = []
@@ -92,65 +102,52 @@ def run(
         told = f"[{number}/{len(paths)}] {path}"
         folder = wanted.output if len(paths) == 1 else wanted.output / f"{number:03d}-{_stem(path)}"
         try:
-            for files, place in _studies(path, folder):
-                progress(f"{told}: {len(files)} slices ...")
-                results.append(_one(path, files, place, pipeline, criteria, config))
+            for case in _cases(path, folder):
+                progress(f"{told}: {len(case.paths)} images ...")
+                results.append(_one(path, case, pipeline, criteria, config))
         except SalsaNodeError as error:
             results.append(Result(path, folder, analysed=False, told=str(error)))
         except OSError as error:
             reason = f"cannot be read or written ({error.strerror})"
             results.append(Result(path, folder, analysed=False, told=reason))
+        except Exception as error:  # noqa: BLE001 - one bad case is told and the rest go on
+            results.append(Result(path, folder, analysed=False, told=unforeseen(error)))
     return results
 
 
-def _studies(path: Path, folder: Path) -> list[tuple[Sequence[Path], Path]]:
-    """The files of each study at `path` and where its results go. Raises SeriesRejected."""
+def _cases(path: Path, folder: Path) -> list[Case]:
+    """The studies at `path`. Raises SeriesRejected where there is none."""
     if path.is_dir():
-        return _dicom_studies(path, folder)
+        return _dicom_cases(path, folder)
     if not path.is_file():
         raise SeriesRejected("no such file or folder")
     if path.name.endswith((".nii", ".nii.gz")):
-        return [(_as_series(path, folder), folder)]
+        return [Case(_as_series(path, folder), folder)]
     raise SeriesRejected("expected a DICOM folder or a .nii or .nii.gz file")
 
 
-def _dicom_studies(path: Path, folder: Path) -> list[tuple[Sequence[Path], Path]]:
-    candidates = [
-        selection.read_candidate(files)
-        for files in selection.by_series(sorted(p for p in path.rglob("*") if p.is_file())).values()
-    ]
-    if not candidates:
-        raise SeriesRejected("no DICOM file lies in this folder")
+def _dicom_cases(path: Path, folder: Path) -> list[Case]:
+    files = sorted(file for file in path.rglob("*") if file.is_file())
     studies: dict[str, list[selection.Candidate]] = {}
-    for candidate in candidates:
+    for paths in selection.by_series(files).values():
+        candidate = selection.read_candidate(paths)
         studies.setdefault(candidate.study_uid, []).append(candidate)
-    found: list[tuple[Sequence[Path], Path]] = []
-    for number, (_, series) in enumerate(sorted(studies.items()), start=1):
-        choice = _choice(series)
-        place = folder if len(studies) == 1 else folder / f"study-{number}"
-        if choice.chosen is None:
-            reasons = "; ".join(verdict.reason for verdict in choice.verdicts)
-            raise SeriesRejected(f"no series of this study can be analysed: {reasons}")
-        found.append((choice.chosen.paths, place))
-    return found
+    if not studies:
+        raise SeriesRejected("no DICOM file lies in this folder")
+    places = [folder] if len(studies) == 1 else [folder / f"study-{n}" for n in range(1, len(studies) + 1)]
+    return [_case(candidates, place) for (_, candidates), place in zip(sorted(studies.items()), places, strict=True)]
 
 
-def _choice(series: Sequence[selection.Candidate]) -> selection.Choice:
-    """The best series that is one volume; the best of all where none is, so that the report says why."""
-    first = choice = selection.choose(series)
-    rest = list(series)
-    while choice.chosen is not None:
-        try:
-            inspect(choice.chosen.paths)
-        except SeriesRejected:
-            rest.remove(choice.chosen)
-            choice = selection.choose(rest)
-        else:
-            return choice
-    return first
+def _case(candidates: Sequence[selection.Candidate], place: Path) -> Case:
+    choice = selection.choose_volume(candidates)
+    if choice.chosen is not None:
+        return Case(choice.chosen.paths, place)
+    reasons = "; ".join(verdict.reason for verdict in choice.verdicts)
+    everything = tuple(path for candidate in candidates for path in candidate.paths)
+    return Case(everything, place, f"no series of this study can be analysed: {reasons}")
 
 
-def _as_series(path: Path, folder: Path) -> Sequence[Path]:
+def _as_series(path: Path, folder: Path) -> tuple[Path, ...]:
     """A NIfTI as a CT series of its own, for the SEG to refer to: no patient, a study named after the voxels."""
     ct = nifti.read_ct(path)
     if ct.voxels_hu.dtype != np.int16:
@@ -167,22 +164,29 @@ def _as_series(path: Path, folder: Path) -> Sequence[Path]:
     return dicom_ct.write(ct, folder / "ct", header)
 
 
-def _one(
-    path: Path,
-    files: Sequence[Path],
-    folder: Path,
-    pipeline: Pipeline,
-    criteria: Criteria,
-    config: Config,
-) -> Result:
+def _one(path: Path, case: Case, pipeline: Pipeline, criteria: Criteria, config: Config) -> Result:
     results = config.results
     identity = Identity(seg_series_number=results.seg_series_number, sr_series_number=results.sr_series_number)
-    analysis = analyse(files, pipeline, criteria, identity, datetime.now(UTC), results.include_liver)
-    folder.mkdir(parents=True, exist_ok=True)
-    _write(analysis, folder)
-    told = f"{_TOLD[analysis.outcome]}{': ' + analysis.reason if analysis.reason else ''}"
+    now = datetime.now(UTC)
+    if case.refusal:
+        analysis = refuse(case.paths, case.refusal, identity, lambda _: now)
+    else:
+        analysis = analyse(case.paths, pipeline, criteria, identity, lambda _: now, results.include_liver)
+    case.folder.mkdir(parents=True, exist_ok=True)
+    for name in _NAMES:
+        (case.folder / name).unlink(missing_ok=True)  # nothing of another case stays beside this one
+    _write(analysis, case.folder)
     lesions = table(analysis.findings) if analysis.findings else []
-    return Result(path, folder, analysis.outcome is not Outcome.NOT_ANALYSED, told, lesions)
+    return Result(path, case.folder, analysis.outcome is not Outcome.NOT_ANALYSED, _told(analysis), lesions)
+
+
+def _told(analysis: Analysis) -> str:
+    if analysis.findings is None:
+        return f"not analysed: {analysis.reason}"
+    if analysis.findings.provenance.by_person:
+        return f"{len(analysis.findings.lesions)} lesions marked by a person"
+    count = len(analysis.findings.lesions)
+    return f"{count} candidate lesions" if count else "the algorithm found no candidate lesion"
 
 
 def _write(analysis: Analysis, folder: Path) -> None:

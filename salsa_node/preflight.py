@@ -43,21 +43,26 @@ def _data_dir(data_dir: Path) -> Check:
     return Check(name, ok=True, detail=f"{data_dir} {'exists' if existing == data_dir.absolute() else 'will be made'}")
 
 
+def require_pipeline(name: str, config: Config) -> int:
+    """How many model folders that pipeline needs, all complete. Raises ConfigError, WeightsMissing."""
+    if name not in pipelines.names():
+        raise ConfigError(f"no pipeline is called {name!r}; there are {', '.join(pipelines.names())}")
+    models_dir = Path(config.pipeline.models_dir) if config.pipeline.models_dir else None
+    return len(models.folders_of(name, models_dir))
+
+
 def _pipeline(config: Config) -> Check:
-    name = f"pipeline {config.pipeline.name}"
-    if config.pipeline.name not in pipelines.names():
-        detail = f"no such pipeline; pipeline.name may be {', '.join(pipelines.names())}"
+    chosen = config.pipeline.name
+    name = f"pipeline {chosen}"
+    if chosen == "given_masks":
+        detail = "needs a mask for each study: use salsa-node rerun STUDY --masks FILE instead"
         return Check(name, ok=False, detail=detail)
-    if config.pipeline.name == "given_masks":
-        return Check(
-            name, ok=False, detail="needs a mask for each study: use salsa-node rerun STUDY --masks FILE instead"
-        )
     try:
-        models_dir = Path(config.pipeline.models_dir) if config.pipeline.models_dir else None
-        folders = models.folders_of(config.pipeline.name, models_dir)
-    except PipelineError as missing:
-        return Check(name, ok=False, detail=str(missing))
-    return Check(name, ok=True, detail=f"{len(folders)} model folders are complete")
+        count = require_pipeline(chosen, config)
+        pipelines.check_options(chosen, config.pipeline.options)
+    except (ConfigError, PipelineError) as error:
+        return Check(name, ok=False, detail=str(error))
+    return Check(name, ok=True, detail=f"{count} model folders are complete")
 
 
 def _destinations(config: Config) -> Check:

@@ -38,33 +38,33 @@ class ListenerSettings:
     """
 
     ae_title: str = "SALSA_NODE"
-    host: str = "127.0.0.1"
+    host: str = field(default="127.0.0.1", metadata={"pattern": r"\S+"})
     port: int = field(default=11112, metadata={"min": 1, "max": 65535})
     any_called_ae_title: bool = False
     allowed: tuple[Peer, ...] = (Peer(),)
     max_associations: int = field(default=10, metadata={"min": 1})
     max_pdu_bytes: int = field(default=131072, metadata={"min": 4096})
-    idle_timeout_s: float = 60.0
+    idle_timeout_s: float = field(default=60.0, metadata={"above": 0})
 
 
 @dataclass(frozen=True, slots=True)
 class AssemblySettings:
     """When a series is whole: no new instance for quiet_s."""
 
-    quiet_s: float = 30.0
-    poll_s: float = 1.0
+    quiet_s: float = field(default=30.0, metadata={"max": 86400})
+    poll_s: float = field(default=1.0, metadata={"above": 0})
 
 
 @dataclass(frozen=True, slots=True)
 class Destination:
     """Where results may go, by DICOM C-STORE.
 
-    calling_ae_title: what we call ourselves there; "" for the listener's own AE title.
+    calling_ae_title: what we call ourselves there.
     """
 
-    name: str
+    name: str = field(metadata={"pattern": r"\S+"})
     ae_title: str
-    host: str
+    host: str = field(metadata={"pattern": r"\S+"})
     port: int = field(metadata={"min": 1, "max": 65535})
     calling_ae_title: str = "SALSA_NODE"
 
@@ -82,21 +82,21 @@ class DeliverySettings:
     first_retry_s: float = 30.0
     max_retry_s: float = 3600.0
     max_attempts: int = field(default=20, metadata={"min": 1})
-    timeout_s: float = 30.0
-    lease_s: float = 300.0
-    poll_s: float = 1.0
+    timeout_s: float = field(default=30.0, metadata={"above": 0})
+    lease_s: float = field(default=300.0, metadata={"above": 0})
+    poll_s: float = field(default=1.0, metadata={"above": 0})
 
 
 @dataclass(frozen=True, slots=True)
 class PipelineChoice:
     """Which pipeline looks at the images.
 
-    device: "auto", "cpu" or "cuda:N".
+    device: "auto", "cpu", "cuda" or "cuda:N".
     models_dir: where installed model folders lie; "" for the packaged demo models alone.
     """
 
     name: str = "demo"
-    device: str = "auto"
+    device: str = field(default="auto", metadata={"pattern": r"auto|cpu|cuda(:\d+)?"})
     models_dir: str = ""
     options: Mapping[str, object] = field(default_factory=dict)
 
@@ -109,8 +109,8 @@ class ResultSettings:
     """
 
     include_liver: bool = False
-    seg_series_number: int = 9001
-    sr_series_number: int = 9002
+    seg_series_number: int = field(default=9001, metadata={"min": 1, "max": 2**31 - 1})
+    sr_series_number: int = field(default=9002, metadata={"min": 1, "max": 2**31 - 1})
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,9 +123,9 @@ class WorkerSettings:
     stop_grace_s: how long a stopping node waits for its worker before it kills it.
     """
 
-    lease_s: float = 60.0
-    heartbeat_s: float = 10.0
-    max_attempts: int = 3
+    lease_s: float = field(default=60.0, metadata={"above": 0})
+    heartbeat_s: float = field(default=10.0, metadata={"above": 0})
+    max_attempts: int = field(default=3, metadata={"min": 1})
     retry_s: float = 30.0
     stop_grace_s: float = 15.0
-    poll_s: float = 0.5
+    poll_s: float = field(default=0.5, metadata={"above": 0})

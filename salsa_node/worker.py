@@ -6,7 +6,6 @@ transaction. A worker that dies says nothing; its lease runs out and the run is 
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import logging
@@ -17,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from hashlib import sha256
 from pathlib import Path
 from types import FrameType
 
@@ -39,15 +39,23 @@ class Worker:
 
     owner: unique to this process; the name on its leases.
     clock: for the heartbeat, which runs beside a `step`.
+    on_lost: called from the heartbeat when somebody else has the run; may interrupt the step.
     """
 
     def __init__(
-        self, store: Store, config: Config, owner: str, clock: Callable[[], datetime] = lambda: datetime.now(UTC)
+        self,
+        store: Store,
+        config: Config,
+        owner: str,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+        on_lost: Callable[[], None] = lambda: None,
     ) -> None:
         self._store = store
         self._config = config
         self._owner = owner
         self._clock = clock
+        self._on_lost = on_lost
+        self._lost = threading.Event()
         self._warm: dict[str, Pipeline] = {}
 
     def step(self, now: datetime) -> Run | None:
@@ -78,6 +86,7 @@ class Worker:
 
     def _carry(self, run: Run) -> Run:
         result = self._analysis(run)
+        self._still_ours(run)
         objects = self._earlier(run, result) or self._write(run, result)
         findings = summary(result)
         done = self._store.produce(
@@ -99,16 +108,21 @@ class Worker:
         identity = Identity(seg_series_number=results.seg_series_number, sr_series_number=results.sr_series_number)
         paths = [data_dir / image.path for image in self._store.instances_of(run.study_uid, run.series_uid)]
         if run.refusal is not None:
-            return refuse(paths, run.refusal, identity, run.queued_at)
+            return refuse(paths, run.refusal, identity, lambda digest: self._dated(run, digest))
         return analyse(
             paths,
             self._pipeline(run),
             self._config.criteria,
             identity,
-            run.queued_at,
+            lambda digest: self._dated(run, digest),
             include_organ=results.include_liver,
             progress=lambda stage: self._tell(run, stage),
         )
+
+    def _dated(self, run: Run, run_digest: str) -> datetime:
+        """When the first run that came to this very result was asked for, so that the bytes never differ."""
+        runs = self._store.runs_of(run.study_uid)
+        return next((past.queued_at for past in runs if past.digest == run_digest), run.queued_at)
 
     def _pipeline(self, run: Run) -> Pipeline:
         choice = self._config.pipeline
@@ -140,7 +154,8 @@ class Worker:
         return []
 
     def _write(self, run: Run, result: Analysis) -> list[NewObject]:
-        folder = Path("results") / run.study_uid / str(run.id)
+        attempt = f"{run.id}-{run.attempt}-{sha256(self._owner.encode()).hexdigest()[:8]}"
+        folder = Path("results") / run.study_uid / attempt  # no other worker writes there, however late it comes
         objects = []
         for kind, ds in (("SEG", result.seg), ("SR", result.report)):
             if ds is None:
@@ -148,8 +163,8 @@ class Worker:
             content = encoded(ds)
             path = folder / f"{kind.lower()}.dcm"
             durable.write(self._config.node.data_dir / path, [content])
-            sha256 = hashlib.sha256(content).hexdigest()
-            objects.append(NewObject(kind, ds.SOPInstanceUID, ds.SOPClassUID, path.as_posix(), sha256))
+            made = sha256(content).hexdigest()
+            objects.append(NewObject(kind, ds.SOPInstanceUID, ds.SOPClassUID, path.as_posix(), made))
         return objects
 
     def _failed(self, run: Run, text: str, retryable: bool) -> Run:
@@ -171,20 +186,28 @@ class Worker:
         except StoreError as error:
             log.warning("run not given back, its lease will run out", extra={"run": run.id, "error": str(error)})
 
+    def _still_ours(self, run: Run) -> None:
+        if self._lost.is_set():
+            raise LeaseLost(f"run {run.id} belongs to somebody else now")
+
     def _tell(self, run: Run, stage: str) -> None:
+        self._still_ours(run)
         self._store.add_event("run", str(run.id), "run.stage", stage, self._clock(), study_uid=run.study_uid)
 
     @contextmanager
     def _heartbeat(self, run: Run) -> Iterator[None]:
         settings = self._config.worker
         over = threading.Event()
+        self._lost.clear()
 
         def beat() -> None:
             while not over.wait(settings.heartbeat_s):
                 try:
                     self._store.heartbeat(run.id, self._owner, settings.lease_s, self._clock())
                 except LeaseLost:
-                    return  # `produce` will say so
+                    self._lost.set()
+                    self._on_lost()
+                    return
                 except StoreError as error:
                     log.warning("heartbeat missed", extra={"run": run.id, "error": str(error)})
 
@@ -206,7 +229,7 @@ def encoded(ds: pydicom.Dataset) -> bytes:
 
 def _sha256(path: Path) -> str:
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return sha256(path.read_bytes()).hexdigest()
     except OSError:
         return ""
 
@@ -215,9 +238,10 @@ def work(config: Config, owner: str) -> None:
     """Carry runs until SIGTERM, or until standard input closes because the node is gone."""
     threading.Thread(target=_end_with_the_node, name="node watch", daemon=True).start()
     signal.signal(signal.SIGTERM, _leave)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches the whole group; the node decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the node decides what an interrupt means
+    signal.signal(signal.SIGUSR1, _let_go)
     with Store.open(StoreSettings(config.store_url)) as store:
-        worker = Worker(store, config, owner)
+        worker = Worker(store, config, owner, on_lost=lambda: signal.raise_signal(signal.SIGUSR1))
         while True:
             try:
                 idle = worker.step(datetime.now(UTC)) is None
@@ -230,6 +254,11 @@ def work(config: Config, owner: str) -> None:
 
 def _leave(signum: int, _: FrameType | None) -> None:
     raise SystemExit(128 + signum)
+
+
+def _let_go(_: int, __: FrameType | None) -> None:
+    """Raised by the heartbeat: what is being computed is not wanted any more."""
+    raise LeaseLost("the run was cancelled or taken over")
 
 
 def _end_with_the_node() -> None:

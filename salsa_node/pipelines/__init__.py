@@ -98,15 +98,33 @@ class PipelineSettings:
     options: Mapping[str, object] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """Where a pipeline's class is, and what its own settings are called."""
+
+    target: str
+    options: tuple[str, ...] = ()
+
+
 _TABLE = {
-    "demo": "salsa_node.pipelines.demo:DemoPipeline",
-    "given_masks": "salsa_node.pipelines.given_masks:GivenMasksPipeline",
+    "demo": _Entry("salsa_node.pipelines.demo:DemoPipeline", ("mirroring", "precision")),
+    "given_masks": _Entry(
+        "salsa_node.pipelines.given_masks:GivenMasksPipeline", ("organ_labels", "lesion_labels", "lesion_per_label")
+    ),
 }
 
 
 def names() -> tuple[str, ...]:
     """The pipelines that `load` knows."""
     return tuple(_TABLE)
+
+
+def check_options(name: str, options: Mapping[str, object]) -> None:
+    """Raises ConfigError for a setting that the pipeline of that name does not have, without importing it."""
+    known = _TABLE[name].options
+    for option in options:
+        if option not in known:
+            raise ConfigError(f"pipeline.options.{option}: the pipeline {name} has {', '.join(known)}")
 
 
 def load(name: str, settings: PipelineSettings) -> Pipeline:
@@ -116,6 +134,7 @@ def load(name: str, settings: PipelineSettings) -> Pipeline:
     """
     if name not in _TABLE:
         raise ConfigError(f"no pipeline is called {name!r}; there are {', '.join(_TABLE)}")
-    module, _, attribute = _TABLE[name].partition(":")
+    check_options(name, settings.options)
+    module, _, attribute = _TABLE[name].target.partition(":")
     pipeline: Pipeline = getattr(importlib.import_module(module), attribute)(settings)
     return pipeline
