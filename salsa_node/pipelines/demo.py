@@ -25,6 +25,7 @@ CLOSING_MM = 9.0
 DILATION_MM = 4.0
 MARGIN_MM = 6.0
 MIN_COMPONENT_MM3 = 30.0
+MIN_SHARE_IN_LIVER = 0.5
 TILE_STEP = 0.75  # a third of the tiles that nnU-Net's 0.5 takes
 
 Mask = npt.NDArray[np.bool_]
@@ -62,6 +63,7 @@ class DemoPipeline:
             "closing_mm": CLOSING_MM,
             "dilation_mm": DILATION_MM,
             "min_component_mm3": MIN_COMPONENT_MM3,
+            "min_share_in_liver": MIN_SHARE_IN_LIVER,
         }
         self._provenance = Provenance("demo", __version__, hashes, parameters, str(device), DEMO_NOTICE)
 
@@ -77,7 +79,7 @@ class DemoPipeline:
         lowres = self._lowres.predict(crop)
         found = self._cascade.predict(crop, previous=lowres)
         lesions = np.zeros(ct.grid.shape, dtype=np.uint8)
-        lesions[box] = without_specks(found.labels == 1, ct.grid, MIN_COMPONENT_MM3)
+        lesions[box] = plausible(found.labels == 1, liver[box], ct.grid)
         organ = liver | (lesions > 0)
         return Masks(
             LabelVolume(organ.astype(np.uint8), ct.grid), LabelVolume(lesions, ct.grid), self._provenance
@@ -117,13 +119,18 @@ def liver_only(ct: CtVolume, liver: Mask) -> tuple[CtVolume, tuple[slice, slice,
     return CtVolume(voxels_hu, Grid(shape, affine, ct.grid.frame_of_reference_uid)), box
 
 
-def without_specks(mask: Mask, grid: Grid, min_mm3: float) -> Mask:
-    """The mask without 26-connected pieces smaller than `min_mm3`."""
-    pieces = cc3d.connected_components(mask, connectivity=26)
-    large = np.bincount(pieces.ravel()) * grid.voxel_volume_mm3 >= min_mm3
-    large[0] = False
-    kept: Mask = large[pieces]
-    return kept
+def plausible(lesions: Mask, liver: Mask, grid: Grid) -> Mask:
+    """The 26-connected pieces of at least 30 mm3 that lie for at least one half in the liver.
+
+    The box shows a rim of the liver's neighbours too, and lung or fat there can look like a lesion.
+    """
+    pieces = cc3d.connected_components(lesions, connectivity=26)
+    voxels = np.bincount(pieces.ravel())
+    inside = np.bincount(pieces[liver], minlength=len(voxels))
+    kept = (voxels * grid.voxel_volume_mm3 >= MIN_COMPONENT_MM3) & (inside >= MIN_SHARE_IN_LIVER * voxels)
+    kept[0] = False
+    mask: Mask = kept[pieces]
+    return mask
 
 
 def _voxels(length_mm: float, spacing_mm: float) -> int:
