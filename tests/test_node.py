@@ -121,7 +121,7 @@ def test_a_worker_that_does_not_stop_is_killed_with_its_group(store, config):
         "import signal, subprocess, sys, time\n"
         "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
         "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
-        "open("PIDS", "w").write(f'{child.pid}')\n"
+        "open('PIDS', 'w').write(f'{child.pid}')\n"
         "time.sleep(600)\n"
     ).replace("PIDS", str(config.node.data_dir / "pids"))
     worker = a_worker(store, config, code)
