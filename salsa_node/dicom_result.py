@@ -7,6 +7,7 @@ UIDs derive from the run, dates from `produced_at`, so the same run gives the sa
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from pydicom.uid import UID
 from salsa_node import __version__, uids
 from salsa_node.errors import EncodingError
 from salsa_node.pipelines import Provenance
+from salsa_node.series import WHOSE
 from salsa_node.volume import Grid
 
 LO_CHARS: Final = 64  # longest Long String (PS3.5 6.2)
@@ -31,6 +33,8 @@ CAVEAT_BY_PERSON: Final = "Lesions marked by a person, measured by software. Not
 IMPLEMENTATION_CLASS_UID: Final = uids.derive("implementation class", "salsa_node")
 _SIMPLER: Final = {"–": "-", "—": "-", "‘": "'", "’": "'", "“": '"', "”": '"', "≥": ">=", "≤": "<=", "×": "x", "³": "3"}
 GRID_TOLERANCE: Final = 0.5  # of the smallest voxel side: beyond it another voxel would be the nearest
+
+_EARLIEST, _LATEST = timedelta(hours=-12), timedelta(hours=14)  # of Timezone Offset From UTC (PS3.3 Table C.12-1)
 
 # Type 2 in every composite IOD: present, if need be without a value.
 _REQUIRED = (
@@ -84,8 +88,6 @@ _OPTIONAL = (
     "ClinicalTrialTimePointID",
     "ClinicalTrialTimePointDescription",
 )
-# What says whose an object is; a difference in any of them stops the object (see `same_patient_and_study`).
-_WHOSE = ("PatientName", "PatientID", "PatientBirthDate", "StudyInstanceUID", "AccessionNumber", "SpecificCharacterSet")
 # What the segmentation's own headers are made from.
 _UIDS = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID")
 _IMAGE = (
@@ -185,8 +187,8 @@ def check_source(source: Sequence[Dataset], grid: Grid) -> None:
     allowed_mm = GRID_TOLERANCE * min(grid.spacing_mm)
     rows, columns = grid.shape[1:]
     for k, ds in enumerate(source):
-        for keyword in (*_WHOSE, "SeriesInstanceUID", "FrameOfReferenceUID"):
-            if ds.get(keyword) != first.get(keyword):
+        for keyword in (*WHOSE, "SeriesInstanceUID", "FrameOfReferenceUID"):
+            if (ds.get(keyword) or "") != (first.get(keyword) or ""):
                 raise EncodingError(f"source images 0 and {k} differ in {keyword}: they are not one series")
         if (ds.get("Rows"), ds.get("Columns")) != (rows, columns):
             raise EncodingError(
@@ -293,14 +295,16 @@ def local(produced_at: datetime, source: Dataset) -> datetime:
     if produced_at.tzinfo is None:
         raise ValueError("produced_at must be an aware datetime")
     offset = str(source.get("TimezoneOffsetFromUTC") or "")
-    if len(offset) != 5 or offset[0] not in "+-" or not offset[1:].isdigit():
+    if not re.fullmatch(r"[+-][0-9]{2}[0-5][0-9]", offset):
         return produced_at
-    away = timedelta(hours=int(offset[1:3]), minutes=int(offset[3:]))
-    return produced_at.astimezone(timezone(-away if offset[0] == "-" else away))
+    away = timedelta(hours=int(offset[:3]), minutes=int(offset[0] + offset[3:]))
+    if not _EARLIEST <= away <= _LATEST:
+        return produced_at
+    return produced_at.astimezone(timezone(away))
 
 
 def same_patient_and_study(obj: Dataset, source: Dataset) -> None:
     """Raises EncodingError, naming the attribute and never its value, where `obj` is not of the source's study."""
-    for keyword in _WHOSE:
+    for keyword in WHOSE:
         if (obj.get(keyword) or "") != (source.get(keyword) or ""):
             raise EncodingError(f"the result differs from its source in {keyword}: it is kept, not sent")

@@ -43,13 +43,22 @@ TILT_TOLERANCE_PIXELS = 0.1  #: sideways drift of any slice; a tenth of a pixel 
 DIRECTION_TOLERANCE = 1e-3  #: cosines written with four decimals
 PIXEL_SPACING_TOLERANCE_MM = 1e-4  #: 0.05 mm over 512 pixels
 
+#: What says whose an image is, and how a verdict calls several of it. An absent value and an empty one are the same.
+WHOSE = {
+    "PatientID": "patients",
+    "StudyInstanceUID": "studies",
+    "PatientName": "values of Patient's Name",
+    "PatientBirthDate": "values of Patient's Birth Date",
+    "AccessionNumber": "values of Accession Number",
+    "SpecificCharacterSet": "values of Specific Character Set",
+}
+
 _TAGS = [
+    *WHOSE,
     "SOPClassUID",
     "SOPInstanceUID",
-    "StudyInstanceUID",
     "SeriesInstanceUID",
     "FrameOfReferenceUID",
-    "PatientID",
     "Modality",
     "ImageType",
     "ImagePositionPatient",
@@ -64,10 +73,12 @@ _TAGS = [
     "RescaleIntercept",
     "RescaleType",
     "PixelPaddingValue",
+    "PixelPaddingRangeLimit",
 ]
-_ONE_SERIES = {"PatientID": "patients", "StudyInstanceUID": "studies", "SeriesInstanceUID": "series"}
+_ONE_SERIES = {**WHOSE, "SeriesInstanceUID": "series"}
 _ONE_VOLUME = {"FrameOfReferenceUID": "frames of reference", "Rows": "row counts", "Columns": "column counts"}
 _NATIVE = (ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian)
+_PADDING = {"PixelPaddingValue": "Pixel Padding Value", "PixelPaddingRangeLimit": "Pixel Padding Range Limit"}
 _COUNTS = ("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "BitsAllocated")
 UNREADABLE = (  #: what pydicom raises over damaged headers, as fuzzing found
     AttributeError,
@@ -144,7 +155,7 @@ def inspect(paths: Iterable[Path]) -> Series:
         study_uid=str(first.StudyInstanceUID),
         series_uid=str(first.SeriesInstanceUID),
         instances=tuple(Instance(str(images[n].SOPInstanceUID), files[n]) for n in order),
-        grid=Grid((len(images), int(first.Rows), int(first.Columns)), affine, first.get("FrameOfReferenceUID")),
+        grid=Grid((len(images), int(first.Rows), int(first.Columns)), affine, first.get("FrameOfReferenceUID") or None),
     )
 
 
@@ -178,6 +189,8 @@ def convert(ds: pydicom.Dataset) -> None:
     for element in (*ds.file_meta, *ds):
         if element.keyword in _COUNTS:
             int(element.value or 0)
+        elif element.VR == "PN":
+            str(element.value)
 
 
 def _read_header(path: Path, which: str) -> pydicom.Dataset:
@@ -224,7 +237,7 @@ def _check_one_series(images: Sequence[pydicom.Dataset]) -> None:
 
 def _check_same(images: Sequence[pydicom.Dataset], keywords: Mapping[str, str]) -> None:
     for keyword, plural in keywords.items():
-        count = len({str(ds.get(keyword)) for ds in images})
+        count = len({str(ds.get(keyword) or "") for ds in images})
         if count > 1:
             raise SeriesRejected(f"images of {count} {plural} in one series; expected one")
 
@@ -272,11 +285,10 @@ def _check_present(images: Sequence[pydicom.Dataset]) -> None:
         raise SeriesRejected(f"images of {images[0].Rows} rows and {images[0].Columns} columns; expected some of each")
     for keyword in ("RescaleSlope", "RescaleIntercept"):
         _numbers(images, keyword)
-    several = sum("PixelPaddingValue" in ds and ds["PixelPaddingValue"].VM > 1 for ds in images)
-    if several:
-        raise SeriesRejected(
-            f"{several} of {len(images)} images have a malformed Pixel Padding Value; expected one number"
-        )
+    for keyword, name in _PADDING.items():
+        several = sum(keyword in ds and ds[keyword].VM > 1 for ds in images)
+        if several:
+            raise SeriesRejected(f"{several} of {len(images)} images have a malformed {name}; expected one number")
 
 
 def _numbers(images: Sequence[pydicom.Dataset], keyword: str) -> npt.NDArray[np.float64]:
@@ -387,7 +399,9 @@ def _read_slice(
     if slope == 0:
         raise SeriesRejected(f"{which} has a Rescale Slope of 0; expected another number")
     hu = stored * slope + intercept
-    padding = [_signed_like(ds, ds[k].value) for k in ("PixelPaddingValue", "PixelPaddingRangeLimit") if k in ds]
+    padding = [
+        _signed_like(ds, ds[k].value, f"{which} has a malformed {name}") for k, name in _PADDING.items() if k in ds
+    ]
     if padding and None not in padding:
         numbers = [value for value in padding if value is not None]
         hu[(stored >= min(numbers)) & (stored <= max(numbers))] = PADDING_HU
@@ -396,14 +410,16 @@ def _read_slice(
     return hu.astype(np.int16) if whole else hu.astype(np.float32)
 
 
-def _signed_like(ds: pydicom.Dataset, value: int | None) -> int | None:
+def _signed_like(ds: pydicom.Dataset, value: object, malformed: str) -> int | None:
     """A padding value as the pixels hold it: some writers put the two's complement of a signed one in VR US."""
     if value is None:
         return None
+    if not isinstance(value, int):
+        raise SeriesRejected(f"{malformed}; expected one number")
     bits = int(ds.BitsAllocated)
     if ds.PixelRepresentation == 1 and value >= 1 << (bits - 1):
-        return int(value) - (1 << bits)
-    return int(value)
+        return value - (1 << bits)
+    return value
 
 
 def _syntax(path: Path) -> str:

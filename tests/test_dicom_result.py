@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from io import BytesIO
 
 import made_findings as made
@@ -11,9 +11,10 @@ from pydicom.dataset import Dataset
 from pydicom.uid import SecondaryCaptureImageStorage
 
 from salsa_node import dicom_sr
-from salsa_node.dicom_result import Identity, line, local, plain, same_patient_and_study
+from salsa_node.dicom_result import Identity, check_source, line, local, plain, same_patient_and_study, sign
 from salsa_node.errors import EncodingError
 from salsa_node.pipelines import DEMO_NOTICE
+from salsa_node.series import WHOSE
 
 IDENTITY = Identity()
 
@@ -96,8 +97,15 @@ def test_dates_follow_the_offset_that_the_source_names():
     assert result.TimezoneOffsetFromUTC == "+0200"
     source.TimezoneOffsetFromUTC = "-0330"
     assert local(made.PRODUCED_AT, source).strftime("%H%M") == "1900"
-    source.TimezoneOffsetFromUTC = "nowhere"
-    assert local(made.PRODUCED_AT, source) == made.PRODUCED_AT
+    source.TimezoneOffsetFromUTC = "+1400"
+    assert local(made.PRODUCED_AT, source).strftime("%H%M") == "1230"
+
+
+@pytest.mark.parametrize("offset", ["nowhere", "+9900", "+1401", "-1230", "+0260", "0200", "", "+²200"])
+def test_an_offset_that_is_none_is_ignored(offset):
+    source = made.headers(made.grid())[0]
+    source.TimezoneOffsetFromUTC = offset
+    assert local(made.PRODUCED_AT, source).utcoffset() == timedelta(0)
 
 
 def test_a_naive_time_is_refused():
@@ -194,6 +202,92 @@ def test_the_guard_stops_another_patient_or_study_and_names_no_value(keyword):
         same_patient_and_study(result, other)
     assert value not in str(caught.value)
     assert str(source[keyword].value) not in str(caught.value)
+
+
+def test_a_result_of_another_study_is_not_signed():
+    result = report(made.headers(made.grid())[0])
+    result.StudyInstanceUID = "2.25.9"
+    with pytest.raises(EncodingError, match="differs from its source in StudyInstanceUID"):
+        sign(result, made.headers(made.grid())[0], IDENTITY, made.PRODUCED_AT)
+
+
+@pytest.mark.parametrize("keyword", WHOSE)
+def test_a_source_of_two_patients_or_studies_is_no_source(keyword):
+    where = made.grid()
+    source = made.headers(where)
+    value = "19991231" if keyword == "PatientBirthDate" else "1.2.3"
+    setattr(source[7], keyword, value)
+    with pytest.raises(EncodingError, match=f"source images 0 and 7 differ in {keyword}") as caught:
+        check_source(source, where)
+    assert value not in str(caught.value)
+
+
+def test_a_source_attribute_absent_here_and_empty_there_is_the_same():
+    where = made.grid()
+    source = made.headers(where)
+    for k, ds in enumerate(source):
+        ds.AccessionNumber = ""
+        if k % 2:
+            del ds.AccessionNumber
+    check_source(source, where)
+
+
+def item(keyword: str, value: object) -> list[Dataset]:
+    ds = Dataset()
+    setattr(ds, keyword, value)
+    return [ds]
+
+
+# What a source may say of patient, study, visit and trial beside what every object must (PS3.3 C.7.1, C.7.2).
+OPTIONAL = {
+    "IssuerOfPatientID": "Ward 7",
+    "IssuerOfPatientIDQualifiersSequence": item("UniversalEntityID", "1.2.3"),
+    "TypeOfPatientID": "TEXT",
+    "PatientBirthTime": "0102",
+    "OtherPatientIDs": "X-2",
+    "OtherPatientIDsSequence": item("PatientID", "X-2"),
+    "OtherPatientNames": "Other^Name",
+    "EthnicGroup": "none",
+    "PatientComments": "a comment",
+    "QualityControlSubject": "NO",
+    "PatientIdentityRemoved": "NO",
+    "DeidentificationMethod": "by hand",
+    "DeidentificationMethodCodeSequence": item("CodeValue", "113100"),
+    "StudyDescription": "CT liver",
+    "IssuerOfAccessionNumberSequence": item("LocalNamespaceEntityID", "RIS"),
+    "ReferringPhysicianIdentificationSequence": item("InstitutionName", "Ward 7"),
+    "PhysiciansOfRecord": "First^Doctor",
+    "NameOfPhysiciansReadingStudy": "Second^Doctor",
+    "RequestingService": "Oncology",
+    "ReferencedStudySequence": item("ReferencedSOPInstanceUID", "1.2.3"),
+    "ProcedureCodeSequence": item("CodeValue", "P5-09051"),
+    "PatientAge": "061Y",
+    "PatientSize": "1.7",
+    "PatientWeight": "70.5",
+    "AdmissionID": "V-1",
+    "IssuerOfAdmissionIDSequence": item("LocalNamespaceEntityID", "HIS"),
+    "AdditionalPatientHistory": "known lesions",
+    "AdmittingDiagnosesDescription": "follow-up",
+    "ClinicalTrialSponsorName": "sponsor",
+    "ClinicalTrialProtocolID": "P-1",
+    "ClinicalTrialProtocolName": "a trial",
+    "ClinicalTrialSiteID": "S-1",
+    "ClinicalTrialSiteName": "a site",
+    "ClinicalTrialSubjectID": "T-1",
+    "ClinicalTrialSubjectReadingID": "R-1",
+    "ClinicalTrialTimePointID": "2",
+    "ClinicalTrialTimePointDescription": "after six weeks",
+}
+
+
+def test_all_that_a_source_says_of_its_patient_and_study_arrives():
+    source = made.headers(made.grid())[0]
+    for keyword, value in OPTIONAL.items():
+        setattr(source, keyword, value)
+    result = reread(report(source))
+    assert {keyword: result.get(keyword) for keyword in OPTIONAL} == {
+        keyword: source[keyword].value for keyword in OPTIONAL
+    }
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,11 @@ def put(keyword: str, value: object) -> Callable[[pydicom.Dataset], object]:
 
 ONE_BAD_IMAGE = {
     "another patient": (put("PatientID", "X-2"), "images of 2 patients in one series; expected one"),
+    "another spelling of the name": (put("PatientName", "Nobody^known"), "images of 2 values of Patient's Name in one"),
+    "no name": (drop("PatientName"), "images of 2 values of Patient's Name in one series"),
+    "another birth date": (put("PatientBirthDate", "19600102"), "images of 2 values of Patient's Birth Date in one"),
+    "another accession number": (put("AccessionNumber", "A-1"), "images of 2 values of Accession Number in one series"),
+    "another character set": (put("SpecificCharacterSet", "ISO_IR 100"), "2 values of Specific Character Set in one"),
     "another study": (put("StudyInstanceUID", "2.25.9"), "images of 2 studies"),
     "another series": (put("SeriesInstanceUID", "2.25.9"), "images of 2 series"),
     "another frame of reference": (put("FrameOfReferenceUID", "2.25.9"), "images of 2 frames of reference"),
@@ -135,6 +140,10 @@ ONE_BAD_IMAGE = {
     "no slope": (drop("RescaleSlope"), "1 of 6 images have no Rescale Slope"),
     "slope zero": (put("RescaleSlope", 0), "image 4 of 6 has a Rescale Slope of 0"),
     "another orientation": (put("ImageOrientationPatient", [1, 0, 0, 0, 0.8, 0.6]), "different orientations"),
+    "turned by 2 degrees": (
+        put("ImageOrientationPatient", [0.99939, 0.0349, 0, -0.0349, 0.99939, 0]),
+        "different orientations in one series (direction cosines differ by 0.0349)",
+    ),
     "another pixel spacing": (
         put("PixelSpacing", [0.7, 0.8]),
         "different pixel spacings in one series (they differ by 0.1",
@@ -142,6 +151,14 @@ ONE_BAD_IMAGE = {
     "another size": (put("Rows", 11), "images of 2 row counts"),
     "no pixel data": (drop("PixelData"), "file 4 of 6 has no pixel data"),
     "padding in pieces": (lambda ds: ds.add_new("PixelPaddingValue", "SS", [1, 2]), "malformed Pixel Padding Value"),
+    "a padding range in pieces": (
+        lambda ds: ds.add_new("PixelPaddingRangeLimit", "SS", [1, 2]),
+        "1 of 6 images have a malformed Pixel Padding Range Limit; expected one number",
+    ),
+    "padding in words": (
+        lambda ds: ds.add_new("PixelPaddingValue", "LO", "none"),
+        "image 4 of 6 has a malformed Pixel Padding Value; expected one number",
+    ),
 }
 
 
@@ -153,6 +170,22 @@ def test_one_image_that_does_not_belong_rejects_the_series(case, tmp_path):
         change = put("SOPInstanceUID", pydicom.dcmread(paths[0]).SOPInstanceUID)
     edit(paths[3], change)
     assert words in reason(paths)
+
+
+@pytest.mark.parametrize("keyword", ["PatientBirthDate", "AccessionNumber", "FrameOfReferenceUID"])
+def test_an_attribute_that_is_absent_here_and_empty_there_is_the_same(keyword, tmp_path):
+    _, paths = made(tmp_path)
+    for n, path in enumerate(paths):
+        edit(path, put(keyword, "") if n % 2 else drop(keyword))
+    assert inspect(paths).grid.shape == (6, 12, 10)
+
+
+@pytest.mark.parametrize("change", [drop("FrameOfReferenceUID"), put("FrameOfReferenceUID", "")], ids=["no", "empty"])
+def test_no_frame_of_reference_is_none(change, tmp_path):
+    _, paths = made(tmp_path)
+    for path in paths:
+        edit(path, change)
+    assert inspect(paths).grid.frame_of_reference_uid is None
 
 
 ALL_BAD = {
@@ -215,7 +248,7 @@ def test_a_truncated_file_is_rejected(keep, tmp_path):
 def test_damaged_bytes_end_in_a_verdict_and_nothing_else(tmp_path):
     ct, paths = made(tmp_path, slices=4)
     whole, chance, outcomes = paths[1].read_bytes(), random.Random(5), []
-    for _ in range(200):
+    for _ in range(100):
         damaged = bytearray(whole)
         for _ in range(chance.choice([1, 2, 20])):
             damaged[chance.randrange(128, len(whole) - 250)] = chance.randrange(256)
@@ -226,7 +259,7 @@ def test_damaged_bytes_end_in_a_verdict_and_nothing_else(tmp_path):
             outcomes.append(read_volume(inspect(paths)).grid.shape == ct.grid.shape)
         except SeriesRejected:
             outcomes.append(False)
-    assert 40 < sum(outcomes) < 160  # some bytes matter, some do not
+    assert 20 < sum(outcomes) < 80  # some bytes matter, some do not
 
 
 def test_a_file_that_is_not_dicom_is_rejected_without_its_name(tmp_path):
