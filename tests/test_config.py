@@ -66,6 +66,18 @@ def test_the_readme_names_every_key():
         ("listener = 3", ["listener", "table", "3"]),
         ("[listener", ["TOML"]),
         ("[pipeline]\noptions = 3", ["pipeline.options", "table"]),
+        ("[pipeline]\ndevice = 'gpu'", ["pipeline.device", "cuda", "'gpu'"]),
+        ("[assembly]\nquiet_s = inf", ["assembly.quiet_s", "at most 86400", "inf"]),
+        ("[assembly]\nquiet_s = nan", ["assembly.quiet_s", "nan"]),
+        ("[delivery]\nlease_s = inf", ["delivery.lease_s", "inf"]),
+        ("[worker]\npoll_s = 0", ["worker.poll_s", "more than 0"]),
+        ("[listener]\nhost = ''", ["listener.host", "''"]),
+        ("[results]\nseg_series_number = 0", ["results.seg_series_number", "at least 1"]),
+        ("[results]\nseg_series_number = 9002", ["results.sr_series_number", "another number"]),
+        ("[node]\nstore_url = 'postgresql://h/db'", ["node.store_url", "sqlite:///"]),
+        ("[node]\ndata_dir = 'a?b'", ["node.data_dir", "?"]),
+        ("[[destination]]\nname = 'sender'\nae_title = 'A'\nhost = 'h'\nport = 1", ["destination", "'sender'"]),
+        ("[[destination]]\nname = ''\nae_title = 'A'\nhost = 'h'\nport = 1", ["destination[0].name"]),
     ],
 )
 def test_a_mistake_is_named(text, words):

@@ -86,7 +86,7 @@ def until_ended(worker: node.WorkerProcess, now: datetime) -> None:
         time.sleep(0.02)
 
 
-def test_a_dead_worker_frees_its_lease_and_is_started_again_later_and_later(store, config):
+def test_a_dead_worker_frees_its_lease_and_is_started_again_later_and_later(store, config, caplog):
     worker = a_worker(store, config, "raise SystemExit(3)")
     now = T0
     waits = []
@@ -98,7 +98,7 @@ def test_a_dead_worker_frees_its_lease_and_is_started_again_later_and_later(stor
         assert worker.step(now) is None, "it waits before it is started again"
         now += timedelta(seconds=wait)
     assert waits == [1, 2, 4]
-    assert [event.detail for event in store.events() if event.name == "worker.ended"] == ["exit code 3"] * 3
+    assert [record.code for record in caplog.records if record.message == "worker ended"] == ["exit code 3"] * 3
 
 
 def test_a_dead_worker_s_run_is_queued_again(store, config):
@@ -106,6 +106,7 @@ def test_a_dead_worker_s_run_is_queued_again(store, config):
 
     store.add_instance(an_instance(), T0)
     store.complete_series(T0, T0)
+    store.study_assembled(store.study("1.2.3"), "looked at", T0)
     run = store.queue_run("1.2.3", "demo", "digest", T0)
     worker = a_worker(store, config, "import sys; sys.stdin.read()")
     worker.step(T0)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -13,11 +15,14 @@ import pydicom
 import pytest
 
 from salsa_node import phantom
+from salsa_node import worker as worker_module
 from salsa_node.config import Config, parse
 from salsa_node.errors import LeaseLost
+from salsa_node.nifti import read_labels, write_labels
 from salsa_node.series import inspect
 from salsa_node.settings import NodeSettings
 from salsa_node.store import DeliveryState, NewInstance, Run, RunState, Store, StoreSettings
+from salsa_node.volume import LabelVolume
 from salsa_node.worker import Worker
 
 T0 = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
@@ -77,6 +82,9 @@ def arrive(store: Store, data_dir: Path, paths: tuple[Path, ...]) -> None:
             modality="CT",
         )
         store.add_instance(new, T0)
+    store.complete_series(T0, T0)
+    for seen in store.studies():
+        store.study_assembled(seen, "looked at", T0)
 
 
 def queue(store: Store, study: phantom.Study, masks: Path | None = None, **more: object) -> Run:
@@ -120,10 +128,7 @@ def test_the_same_result_again_is_the_same_objects(store, worker, study):
     queue(store, study, study.truth_labels)
     first = worker.step(T0)
     later = T0 + timedelta(days=1)
-    again = store.queue_run(
-        study.study_uid, "given_masks", "digest", later, series_uid=study.series_uid,
-        masks_path=str(study.truth_labels), masks_sha256="sha", force=True,
-    )  # fmt: skip
+    again = rerun(store, study, study.truth_labels, later)
     worker.step(later)
     before, after = store.objects_of(first.id), store.objects_of(again.id)
     assert [(o.sop_instance_uid, o.sha256, o.path) for o in before] == [
@@ -136,15 +141,118 @@ def test_other_settings_make_other_objects(store, worker, config, study):
     first = queue(store, study, study.truth_labels)
     worker.step(T0)
     with_liver = replace(config, results=replace(config.results, include_liver=True))
-    again = store.queue_run(
-        study.study_uid, "given_masks", "digest", T0, series_uid=study.series_uid,
-        masks_path=str(study.truth_labels), masks_sha256="sha", force=True,
-    )  # fmt: skip
+    again = rerun(store, study, study.truth_labels, T0)
     Worker(store, with_liver, "worker", clock=lambda: T0).step(T0)
     before = {item.sop_instance_uid for item in store.objects_of(first.id)}
     after = {item.sop_instance_uid for item in store.objects_of(again.id)}
     assert len(before) == len(after) == 2
     assert not before & after
+
+
+def rerun(store: Store, study: phantom.Study, masks: Path, now: datetime) -> Run:
+    return store.queue_run(
+        study.study_uid, "given_masks", "digest", now, series_uid=study.series_uid,
+        masks_path=str(masks), masks_sha256="sha", force=True,
+    )  # fmt: skip
+
+
+def test_a_damaged_result_is_made_again_with_the_same_bytes(store, worker, config, study):
+    first = queue(store, study, study.truth_labels)
+    worker.step(T0)
+    before = store.objects_of(first.id)
+    path = config.node.data_dir / before[1].path
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    later = T0 + timedelta(days=1)
+    again = rerun(store, study, study.truth_labels, later)
+    worker.step(later)
+    after = store.objects_of(again.id)
+    assert [(o.sop_instance_uid, o.sha256) for o in after] == [(o.sop_instance_uid, o.sha256) for o in before]
+    assert (config.node.data_dir / after[1].path).read_bytes() == whole
+    assert after[1].path != before[1].path
+
+
+def test_going_back_to_an_earlier_mask_sends_the_earlier_objects(store, worker, study, tmp_path):
+    first = queue(store, study, study.truth_labels)
+    worker.step(T0)
+    other = tmp_path / "other.nii.gz"
+    labels = read_labels(study.truth_labels)
+    fewer = labels.labels.copy()
+    fewer[fewer == fewer.max()] = 1
+    write_labels(LabelVolume(fewer, labels.grid), other)
+    second = rerun(store, study, other, T0)
+    worker.step(T0)
+    third = rerun(store, study, study.truth_labels, T0)
+    worker.step(T0)
+
+    def uids(run: Run) -> list[str]:
+        return [item.sop_instance_uid for item in store.objects_of(run.id)]
+
+    assert uids(first) == uids(third)
+    assert not set(uids(first)) & set(uids(second))
+
+
+def test_the_last_attempt_is_carried(store, worker, study):
+    run = queue(store, study, study.truth_labels)
+    assert store.claim_run("dead", 1.0, T0) is not None  # the first of two
+    done = worker.step(T0 + timedelta(seconds=100))
+    assert (done.id, done.attempt, done.state) == (run.id, 2, RunState.PRODUCED)
+
+
+def test_retries_wait_longer_each_time(store, config, study, monkeypatch):
+    from salsa_node.errors import DeviceExhausted
+
+    queue(store, study, study.truth_labels)
+
+    def full(*_: object, **__: object) -> None:
+        raise DeviceExhausted("the GPU has no memory left")
+
+    monkeypatch.setattr("salsa_node.worker.analyse", full)
+    patient = Worker(store, replace(config, worker=replace(config.worker, max_attempts=5)), "worker", clock=lambda: T0)
+    waits = []
+    for n in range(3):
+        done = patient.step(T0 + timedelta(hours=n))
+        waits.append((done.not_before - T0).total_seconds())
+    assert waits == [10, 20, 40]
+
+
+def test_the_heartbeat_prolongs_the_lease_while_the_work_goes_on(store, config, study, monkeypatch):
+    run = queue(store, study, study.truth_labels)
+    ticks = iter(range(1, 10**6))
+    quick = replace(config, worker=replace(config.worker, heartbeat_s=0.01))
+    beating = Worker(store, quick, "worker", clock=lambda: T0 + timedelta(seconds=next(ticks)))
+    analysed = worker_module.analyse
+
+    def slow(*arguments: object, **more: object) -> object:
+        until = store.run(run.id).lease_until
+        deadline = time.monotonic() + 30
+        while store.run(run.id).lease_until == until:
+            assert time.monotonic() < deadline, "no heartbeat"
+            time.sleep(0.01)
+        return analysed(*arguments, **more)
+
+    monkeypatch.setattr("salsa_node.worker.analyse", slow)
+    assert beating.step(T0).state is RunState.PRODUCED
+
+
+def test_a_cancelled_run_is_let_go_and_leaves_no_file(store, config, study, monkeypatch):
+    run = queue(store, study, study.truth_labels)
+    told = threading.Event()
+    quick = replace(config, worker=replace(config.worker, heartbeat_s=0.01))
+    beating = Worker(store, quick, "worker", clock=lambda: T0, on_lost=told.set)
+    analysed = worker_module.analyse
+
+    def cancelled_meanwhile(*arguments: object, **more: object) -> object:
+        rerun(store, study, study.truth_labels, T0)
+        assert told.wait(30), "the worker did not hear of it"
+        return analysed(*arguments, **more)
+
+    monkeypatch.setattr("salsa_node.worker.analyse", cancelled_meanwhile)
+    done = beating.step(T0)
+    assert (done.id, done.state) == (run.id, RunState.CANCELLED)
+    assert not list((config.node.data_dir).glob("results/**/*.dcm"))
+    monkeypatch.undo()
+    assert beating.step(T0).state is RunState.PRODUCED
 
 
 def test_a_refusal_becomes_a_report_that_says_why(store, worker, config, study):
