@@ -31,7 +31,7 @@ room imports exactly what stands right of its arrow):
     dicom_result           <- errors pipelines series uids volume
     dicom_seg              <- codes dicom_result errors findings pipelines uids
     dicom_sr               <- codes criteria dicom_result dicom_seg errors findings pipelines uids
-    picture                <- dicom_result findings volume
+    picture                <- codes dicom_result findings volume
     analysis               <- criteria dicom_result dicom_seg dicom_sr errors findings pipelines series uids volume
 
   the plumbing wing
@@ -54,7 +54,7 @@ room imports exactly what stands right of its arrow):
     dicom_ct               <- errors uids volume
     offline                <- analysis config criteria dicom_ct dicom_result errors findings log nifti picture pipelines selection uids volume
     anatomy                <- volume
-    phantom                <- anatomy dicom_ct uids volume
+    phantom                <- anatomy dicom_ct nifti uids volume
     loopback               <- errors
     demo                   <- codes config console criteria errors findings loopback overview phantom picture pipelines pipelines.given_masks series store
     cli                    <- assembly config console delivery demo durable errors log node offline overview preflight store worker

@@ -1,4 +1,4 @@
-"""Coded concepts that the segmentation and the reports must agree on: data only.
+"""Coded concepts and colours that the results must agree on: data only.
 
 Codes come from DICOM PS3.16 and SNOMED CT. Where no public code says what is meant, the private
 scheme 99SALSA does, and every object that uses it carries its Coding Scheme Identification
@@ -20,6 +20,10 @@ ANATOMICAL_STRUCTURE: Final = Code("91723000", "SCT", "Anatomical Structure")
 ABNORMAL_STRUCTURE: Final = Code("49755003", "SCT", "Morphologically Abnormal Structure")
 LIVER: Final = Code("10200004", "SCT", "Liver")
 LESION: Final = Code("52988006", "SCT", "Lesion")  # no histology: never neoplasm
+
+# The colours of a lesion by class, wherever it is shown.
+MEASURABLE_RGB: Final = (255, 60, 60)
+NON_MEASURABLE_RGB: Final = (255, 220, 0)
 
 # Measurability. The dictionaries hold RECIST's target lesions and responses, not this.
 MEASURABILITY: Final = Code("MEASURABILITY", PRIVATE_SCHEME, "Measurability")

@@ -18,10 +18,9 @@ from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian
 from pydicom.valuerep import format_number_as_ds
 
 from salsa_node.errors import EncodingError
-from salsa_node.uids import derive
+from salsa_node.uids import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME, derive
 from salsa_node.volume import CtVolume, Grid
 
-IMPLEMENTATION_CLASS_UID = UID(derive("salsa_node", "implementation"))
 _ORTHOGONAL_TOLERANCE = 1e-3  # of a cosine; a DS of 16 characters carries far more
 
 
@@ -109,8 +108,8 @@ def _identity(header: CtHeader) -> Dataset:
     ds = Dataset()
     ds.file_meta = FileMetaDataset()
     ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    ds.file_meta.ImplementationClassUID = IMPLEMENTATION_CLASS_UID
-    ds.file_meta.ImplementationVersionName = "SALSA_NODE"
+    ds.file_meta.ImplementationClassUID = UID(IMPLEMENTATION_CLASS_UID)
+    ds.file_meta.ImplementationVersionName = IMPLEMENTATION_VERSION_NAME
     ds.SpecificCharacterSet = "ISO_IR 192"
     date, time = header.acquired.strftime("%Y%m%d"), header.acquired.strftime("%H%M%S")
     for when in ("InstanceCreation", "Study", "Series", "Acquisition", "Content"):

@@ -30,7 +30,6 @@ LO_CHARS: Final = 64  # longest Long String (PS3.5 6.2)
 SH_CHARS: Final = 16  # longest Short String
 CAVEAT: Final = "AI candidate findings. Not a diagnosis."
 CAVEAT_BY_PERSON: Final = "Lesions marked by a person, measured by software. Not a diagnosis."
-IMPLEMENTATION_CLASS_UID: Final = uids.derive("implementation class", "salsa_node")
 _SIMPLER: Final = {"–": "-", "—": "-", "‘": "'", "’": "'", "“": '"', "”": '"', "≥": ">=", "≤": "<=", "×": "x", "³": "3"}
 GRID_TOLERANCE: Final = 0.5  # of the smallest voxel side: beyond it another voxel would be the nearest
 
@@ -272,8 +271,8 @@ def sign(obj: Dataset, source: Dataset, identity: Identity, produced_at: datetim
     if identity.institution_name:
         obj.InstitutionName = identity.institution_name
     meta = obj.file_meta
-    meta.ImplementationClassUID = UID(IMPLEMENTATION_CLASS_UID)
-    meta.ImplementationVersionName = f"SALSA_NODE_{__version__}"[:SH_CHARS]
+    meta.ImplementationClassUID = UID(uids.IMPLEMENTATION_CLASS_UID)
+    meta.ImplementationVersionName = uids.IMPLEMENTATION_VERSION_NAME
     same_patient_and_study(obj, source)
 
 

@@ -41,10 +41,10 @@ class _Kind:
 
 _LESIONS: Final = {
     Disease.MEASURABLE: _Kind(
-        "Measurable lesions", codes.ABNORMAL_STRUCTURE, codes.LESION, (codes.LIVER,), (255, 60, 60)
+        "Measurable lesions", codes.ABNORMAL_STRUCTURE, codes.LESION, (codes.LIVER,), codes.MEASURABLE_RGB
     ),
     Disease.NON_MEASURABLE: _Kind(
-        "Non-measurable lesions", codes.ABNORMAL_STRUCTURE, codes.LESION, (codes.LIVER,), (255, 220, 0)
+        "Non-measurable lesions", codes.ABNORMAL_STRUCTURE, codes.LESION, (codes.LIVER,), codes.NON_MEASURABLE_RGB
     ),
 }
 _ORGAN: Final = _Kind("Liver", codes.ANATOMICAL_STRUCTURE, codes.LIVER, (), (221, 130, 101))

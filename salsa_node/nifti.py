@@ -20,6 +20,10 @@ from nibabel.spatialimages import HeaderDataError
 from salsa_node.errors import SeriesRejected
 from salsa_node.volume import Affine, CtVolume, Grid, LabelVolume
 
+#: The description of a label map that this package wrote, so that a map without lesions is known for what it is.
+LABEL_MAP = "salsa_node: 1 liver, n + 1 lesion n"
+_DESCRIPTION_CHARS = 79  # the header's field holds 80 bytes
+
 _RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _UNREADABLE = (  # what nibabel raises over damaged files, as fuzzing found
     EOFError,
@@ -69,23 +73,39 @@ def read_labels(path: Path) -> LabelVolume:
     return LabelVolume(np.array(voxels, dtype=dtype, order="C"), grid)
 
 
-def write_labels(labels: LabelVolume, path: Path) -> None:
-    """Writes a label map to `path` (.nii or .nii.gz), stored as (column, row, slice) with its affine in RAS."""
+def read_description(path: Path) -> str:
+    """What the header says of the file, such as LABEL_MAP; editors that keep it say so of a corrected copy too.
+
+    Raises SeriesRejected where the file is no NIfTI.
+    """
+    try:
+        image = _load(path)
+        return bytes(image.header["descrip"]).rstrip(b"\0 ").decode("ascii", "replace")
+    except _UNREADABLE as exc:
+        raise _damaged(exc) from exc
+
+
+def write_labels(labels: LabelVolume, path: Path, description: str = "") -> None:
+    """Writes a label map to `path` (.nii or .nii.gz), stored as (column, row, slice) with its affine in RAS.
+
+    description: goes into the header. Raises ValueError where it is longer than 79 characters or not ASCII.
+    """
+    if len(description) > _DESCRIPTION_CHARS or not description.isascii():
+        raise ValueError(f"a description takes at most {_DESCRIPTION_CHARS} ASCII characters, found {description!r}")
     affine = _RAS_TO_LPS @ labels.grid.affine_lps_mm[:, [2, 1, 0, 3]]
     # nibabel types its modules but not these functions.
     image = Nifti1Image(labels.labels.transpose(2, 1, 0), affine)  # type: ignore[no-untyped-call]
     image.set_sform(affine, code=1)  # type: ignore[no-untyped-call]  # 1: scanner coordinates
     image.set_qform(affine, code=1)  # type: ignore[no-untyped-call]
     image.header.set_xyzt_units("mm")  # type: ignore[no-untyped-call]
+    image.header["descrip"] = description.encode("ascii")
     nib.save(image, path)
 
 
 def _read(path: Path) -> tuple[Numbers, Grid, np.dtype[np.generic]]:
     """Scaled voxels as (slice, row, column), their grid, and the number type they were stored in."""
     try:
-        image = nib.load(path)
-        if not isinstance(image, Nifti1Pair):
-            raise SeriesRejected(f"a {type(image).__name__} file; expected NIfTI (.nii or .nii.gz)")
+        image = _load(path)
         header = image.header
         stored = np.dtype(header.get_data_dtype())  # type: ignore[no-untyped-call]
         if stored.kind not in "iuf":
@@ -98,7 +118,7 @@ def _read(path: Path) -> tuple[Numbers, Grid, np.dtype[np.generic]]:
         affine = np.asarray(image.affine, dtype=np.float64)
         voxels: Numbers = np.asanyarray(image.dataobj)
     except _UNREADABLE as exc:
-        raise SeriesRejected(f"the file cannot be read as NIfTI ({type(exc).__name__}): truncated or damaged") from exc
+        raise _damaged(exc) from exc
     while voxels.ndim > 3 and voxels.shape[-1] == 1:
         voxels = voxels[..., 0]
     if voxels.ndim != 3 or 0 in voxels.shape:
@@ -111,6 +131,17 @@ def _read(path: Path) -> tuple[Numbers, Grid, np.dtype[np.generic]]:
     order = _slice_row_column(affine)
     shape = voxels.shape[order[0]], voxels.shape[order[1]], voxels.shape[order[2]]
     return voxels.transpose(order), Grid(shape, _RAS_TO_LPS @ affine[:, [*order, 3]]), stored
+
+
+def _load(path: Path) -> Nifti1Pair:
+    image = nib.load(path)
+    if not isinstance(image, Nifti1Pair):
+        raise SeriesRejected(f"a {type(image).__name__} file; expected NIfTI (.nii or .nii.gz)")
+    return image
+
+
+def _damaged(found: Exception) -> SeriesRejected:
+    return SeriesRejected(f"the file cannot be read as NIfTI ({type(found).__name__}): truncated or damaged")
 
 
 def _slice_row_column(affine: Affine) -> tuple[int, int, int]:

@@ -13,12 +13,11 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 from scipy.ndimage import gaussian_filter
 
-from salsa_node import dicom_ct
+from salsa_node import dicom_ct, nifti
 from salsa_node.anatomy import ORGANS, PHASES_HU, LesionSpec, Patient, Points, TrueLesion
 from salsa_node.uids import derive
 from salsa_node.volume import CtVolume, Grid, LabelVolume, PointMm
@@ -192,10 +191,7 @@ def _write_localizer(phantom: Phantom, folder: Path, axial: dicom_ct.CtHeader, s
 def _write_truth(phantom: Phantom, study: Study) -> None:
     grid = phantom.ct.grid
     labels = np.where(phantom.lesion_labels.labels > 0, phantom.lesion_labels.labels + 1, phantom.liver.labels)
-    # NIfTI: axes (column, row, slice) and RAS, so x and y change sign.
-    affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ grid.affine_lps_mm[:, [2, 1, 0, 3]]
-    image = nib.nifti1.Nifti1Image(labels.astype(np.uint8).transpose(2, 1, 0), affine)  # type: ignore[no-untyped-call]
-    image.to_filename(study.truth_labels)
+    nifti.write_labels(LabelVolume(labels.astype(np.uint8), grid), study.truth_labels, nifti.LABEL_MAP)
     numbers = {
         "seed": phantom.recipe.seed,
         "study_uid": study.study_uid,

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
+from salsa_node.codes import MEASURABLE_RGB, NON_MEASURABLE_RGB
 from salsa_node.dicom_result import caveat, plain
 from salsa_node.findings import Disease, Findings, Lesion
 from salsa_node.volume import CtVolume, Grid, LabelVolume, PointMm
@@ -25,8 +26,6 @@ Mask = npt.NDArray[np.bool_]
 Box = tuple[slice, slice]
 
 WINDOW_HU: Final = (-141.0, 261.0)  # SALSA's own window
-MEASURABLE_RGB: Final = (255, 60, 60)
-NON_MEASURABLE_RGB: Final = (255, 220, 0)
 ORGAN_RGB: Final = (96, 176, 96)
 TRUTH_RGB: Final = (0, 200, 255)
 CALIPER_RGB: Final = (255, 255, 255)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import uuid
+from typing import Final
+
+from salsa_node import __version__
 
 _NAMESPACE = uuid.UUID("6f0e1f0a-4c1d-5b0e-9a51-5a15a0000de1")
 
@@ -25,3 +28,8 @@ def derive(*parts: str) -> str:
     True
     """
     return f"2.25.{uuid.uuid5(_NAMESPACE, digest(*parts)).int}"
+
+
+# Who wrote a file, for its meta information (PS3.10 7.1).
+IMPLEMENTATION_CLASS_UID: Final = derive("implementation class", "salsa_node")
+IMPLEMENTATION_VERSION_NAME: Final = f"SALSA_NODE_{__version__}"[:16]  # a Short String

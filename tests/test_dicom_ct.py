@@ -9,6 +9,7 @@ import numpy as np
 import pydicom
 import pytest
 
+from salsa_node import uids
 from salsa_node.dicom_ct import CtHeader, write
 from salsa_node.errors import EncodingError
 from salsa_node.volume import CtVolume, Grid
@@ -44,6 +45,29 @@ def test_uids_derive_from_the_series_where_the_volume_has_none(tmp_path: Path) -
     again = [pydicom.dcmread(path).SOPInstanceUID for path in write(ct, tmp_path / "b", HEADER)]
     assert first == again
     assert len(set(first)) == 2
+
+
+def test_no_decimal_string_says_minus_zero(tmp_path: Path) -> None:
+    affine = np.eye(4)[:, [2, 1, 0, 3]] * (-1.0, 1.0, 1.0, 1.0)  # head to feet: the products hold -0.0
+    affine[:3, 3] = (-0.0, -1e-13, 0.0)
+    (path, *_) = write(CtVolume(np.zeros((2, 4, 4), np.int16), Grid((2, 4, 4), affine)), tmp_path, HEADER)
+    ds = pydicom.dcmread(path)
+    texts = [
+        str(x) for k in ("ImagePositionPatient", "ImageOrientationPatient", "SliceLocation") for x in _values(ds[k])
+    ]
+    assert all(float(text) != 0 or not text.startswith("-") for text in texts), texts
+    assert [float(x) for x in ds.ImagePositionPatient] == [0, 0, 0]
+
+
+def _values(element: pydicom.DataElement) -> list[object]:
+    return list(element.value) if element.VM > 1 else [element.value]
+
+
+def test_the_file_says_who_wrote_it(tmp_path: Path) -> None:
+    (path, *_) = write(volume(np.zeros((1, 2, 2), np.int16)), tmp_path, HEADER)
+    meta = pydicom.dcmread(path).file_meta
+    assert meta.ImplementationClassUID == uids.IMPLEMENTATION_CLASS_UID
+    assert meta.ImplementationVersionName == uids.IMPLEMENTATION_VERSION_NAME
 
 
 def test_fractions_are_rounded_to_whole_hounsfield_units(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from pydicom.dataset import Dataset
 from pydicom.uid import SecondaryCaptureImageStorage
 
-from salsa_node import dicom_sr
+from salsa_node import dicom_sr, uids
 from salsa_node.dicom_result import Identity, check_source, line, local, plain, same_patient_and_study, sign
 from salsa_node.errors import EncodingError
 from salsa_node.pipelines import DEMO_NOTICE
@@ -330,6 +330,8 @@ def test_the_same_run_gives_the_same_bytes():
 
 def test_the_file_says_who_wrote_it():
     meta = reread(report(made.headers(made.grid())[0])).file_meta
+    assert meta.ImplementationClassUID == uids.IMPLEMENTATION_CLASS_UID
+    assert meta.ImplementationVersionName == uids.IMPLEMENTATION_VERSION_NAME
     assert meta.ImplementationVersionName.startswith("SALSA_NODE_")
     assert len(meta.ImplementationVersionName) <= 16
     assert meta.TransferSyntaxUID == "1.2.840.10008.1.2.1"

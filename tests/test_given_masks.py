@@ -19,7 +19,7 @@ from salsa_node.criteria import Criteria
 from salsa_node.dicom_result import Identity
 from salsa_node.errors import ConfigError, PipelineError
 from salsa_node.findings import Disease, measure
-from salsa_node.nifti import read_labels, write_labels
+from salsa_node.nifti import LABEL_MAP, read_labels, write_labels
 from salsa_node.pipelines import Masks, Pipeline, PipelineSettings, Provenance
 from salsa_node.regrid import onto
 from salsa_node.series import headers, inspect, read_volume
@@ -104,8 +104,7 @@ def test_another_grid_is_refused_naming_both(ct, tmp_path):
 def test_one_label_alone_could_be_either_and_is_asked_for(ct, tmp_path):
     path = nifti(tmp_path, drawn(ct.grid.shape, _1=BIG), ct.grid)
     words = refusal(ct, path)
-    assert "organ_labels = [1]" in words
-    assert "lesion_labels = [1]" in words
+    assert "say --lesion-label 1 where that is lesions, --organ-label 1 where it is the liver" in words
     as_lesions = given(path, lesion_labels=[1]).segment(ct)
     assert as_lesions.organ is None
     assert as_lesions.lesions.labels.sum() == 75
@@ -113,6 +112,18 @@ def test_one_label_alone_could_be_either_and_is_asked_for(ct, tmp_path):
     assert as_liver.organ is not None
     assert as_liver.organ.labels.sum() == 75
     assert not as_liver.lesions.labels.any()
+
+
+def test_our_own_map_with_every_lesion_erased_says_that_there_is_none(ct, tmp_path):
+    path = tmp_path / "labels.nii.gz"
+    write_labels(LabelVolume(drawn(ct.grid.shape, _1=BIG), ct.grid), path, LABEL_MAP)
+    masks = given(path).segment(ct)
+    assert masks.organ is not None
+    assert masks.organ.labels.sum() == 75
+    assert not masks.lesions.labels.any()
+    assert given(path, lesion_labels=[1]).segment(ct).lesions.labels.sum() == 75  # a person's word goes first
+    write_labels(LabelVolume(drawn(ct.grid.shape, _1=BIG, _3=SMALL), ct.grid), path, LABEL_MAP)
+    assert np.unique(given(path).segment(ct).lesions.labels).tolist() == [0, 3]
 
 
 def test_an_empty_map_says_that_there_is_no_lesion(ct, tmp_path):
@@ -245,6 +256,7 @@ def test_other_anatomy_is_asked_for(ct, tmp_path):
     shape = ct.grid.shape
     path = written_seg(tmp_path, [(ANATOMY, SPLEEN, drawn(shape, _1=BIG)), (ABNORMAL, LESION, drawn(shape, _1=SMALL))])
     assert "segment 1 is Spleen: neither the liver nor a lesion" in refusal(ct, path)
+    assert "name the segments that count with --organ-label and --lesion-label" in refusal(ct, path)
     masks = given(path, lesion_labels=[2]).segment(ct)
     assert masks.organ is None
     assert masks.lesions.labels.sum() == 2 * 2

@@ -13,6 +13,7 @@ import numpy as np
 import pydicom
 import pytest
 
+from salsa_node.nifti import LABEL_MAP, read_description
 from salsa_node.phantom import ORGANS, LesionSpec, Phantom, Recipe, make, write_study
 
 SMALL = (48, 72, 72)
@@ -161,6 +162,7 @@ def test_a_study_holds_the_axial_series_a_localizer_and_the_truth(tmp_path: Path
     truth = nib.nifti1.load(study.truth_labels)  # type: ignore[no-untyped-call]
     labels = np.asarray(truth.dataobj).transpose(2, 1, 0)
     assert np.array_equal(labels > 0, phantom.liver.labels > 0)
+    assert read_description(study.truth_labels) == LABEL_MAP
     ras = truth.affine @ np.array([10, 20, 30, 1.0])
     assert np.allclose(ras[:3] * (-1, -1, 1), phantom.ct.grid.to_lps_mm((30, 20, 10)), atol=1e-3)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from salsa_node import picture
+from salsa_node import codes, picture
 from salsa_node.criteria import Criteria
 from salsa_node.findings import Findings, measure
 from salsa_node.pipelines import Masks
@@ -106,8 +106,8 @@ def test_lesions_are_outlined_in_the_colour_of_their_class(tmp_path):
     def count(rgb):
         return int((tiles == rgb).all(axis=2).sum())
 
-    assert count(picture.MEASURABLE_RGB) > 300
-    assert count(picture.NON_MEASURABLE_RGB) > 60
+    assert count(codes.MEASURABLE_RGB) > 300
+    assert count(codes.NON_MEASURABLE_RGB) > 60
     assert count(picture.ORGAN_RGB) > 1000
     assert count(picture.TRUTH_RGB) == 0
     with_truth = drawn(tmp_path / "t.png", ct, found(ct, None, made.boxes(ct.grid, made.MEASURABLE_BOX)), lesions)

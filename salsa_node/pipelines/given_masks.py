@@ -5,7 +5,8 @@ in place by its affine, never by index. What the labels mean is said by options 
 that cannot take one thing for another:
 
 * NIfTI: 1 is the liver, every other label is lesions. A map that holds 1 alone could mean either,
-  so it needs an option.
+  so it needs an option, unless its header says that it is this package's own map (`nifti.LABEL_MAP`):
+  then every lesion was taken out of it.
 * DICOM SEG: a segment whose type is Liver is the organ, other anatomy needs an option, and every
   other segment is lesions.
 
@@ -32,7 +33,7 @@ from pydicom.uid import SegmentationStorage
 
 import salsa_node
 from salsa_node.errors import ConfigError, PipelineError, SeriesRejected
-from salsa_node.nifti import read_labels
+from salsa_node.nifti import LABEL_MAP, read_description, read_labels
 from salsa_node.pipelines import Masks, PipelineSettings, Provenance
 from salsa_node.regrid import reordering
 from salsa_node.volume import CtVolume, Grid, LabelVolume
@@ -116,24 +117,31 @@ class GivenMasksPipeline:
     def _from_nifti(self, grid: Grid) -> tuple[npt.NDArray[np.uint8] | None, Labels]:
         try:
             given = read_labels(self._path)
+            ours = read_description(self._path) == LABEL_MAP
         except SeriesRejected as exc:
             raise PipelineError(f"the mask file {self._path} cannot be used: {exc.reason}") from exc
         same = reordering(given.grid, grid)
         labels = same.land(given.labels, grid.shape)[1] if same else given.labels
         if same is None or labels.shape != grid.shape or labels.size != given.labels.size:
             raise PipelineError(f"the masks lie on {given.grid}, the CT on {grid}; draw or resample them on the CT")
-        organ_labels, lesion_labels = self._meaning_of_labels([int(v) for v in np.unique(labels) if v])
+        present = [int(v) for v in np.unique(labels) if v]
+        if present == [ORGAN_LABEL] and not ours and not self._is_named():
+            raise PipelineError(
+                f"the label map {self._path} holds label {ORGAN_LABEL} alone: say --lesion-label {ORGAN_LABEL} where "
+                f"that is lesions, --organ-label {ORGAN_LABEL} where it is the liver without lesions "
+                f"(options lesion_labels and organ_labels)"
+            )
+        organ_labels, lesion_labels = self._meaning_of_labels(present)
         organ = np.isin(labels, organ_labels).astype(np.uint8) if organ_labels else None
         return organ, np.where(np.isin(labels, lesion_labels), labels, 0).astype(labels.dtype)
 
+    def _is_named(self) -> bool:
+        """Whether options say which labels count."""
+        return self._organ_labels is not None or self._lesion_labels is not None
+
     def _meaning_of_labels(self, present: Sequence[int]) -> tuple[list[int], list[int]]:
         """Which of the labels present are the organ, and which are lesions."""
-        if self._organ_labels is None and self._lesion_labels is None:
-            if list(present) == [ORGAN_LABEL]:
-                raise PipelineError(
-                    f"the label map {self._path} holds label {ORGAN_LABEL} alone: "
-                    f"say organ_labels = [{ORGAN_LABEL}] if it is the liver, lesion_labels = [{ORGAN_LABEL}] if lesions"
-                )
+        if not self._is_named():
             return [v for v in present if v == ORGAN_LABEL], [v for v in present if v != ORGAN_LABEL]
         organ, lesions = (self._organ_labels or ()), (self._lesion_labels or ())
         if not set(present) & {*organ, *lesions}:
@@ -165,7 +173,7 @@ class GivenMasksPipeline:
         """Numbers of the segments that are the organ, and of those that are lesions."""
         if 0 in segments:
             raise PipelineError("segment 0 is not the background; number the segments from 1")
-        if self._organ_labels is not None or self._lesion_labels is not None:
+        if self._is_named():
             organ, lesions = self._meaning_of_labels(sorted(segments))
             return [n for n in organ if n in segments], [n for n in lesions if n in segments]
         organ = [n for n, segment in segments.items() if segment.property_type in _LIVER]
@@ -174,7 +182,8 @@ class GivenMasksPipeline:
             if segments[number].category in _ANATOMY:
                 raise PipelineError(
                     f"segment {number} is {segments[number].meaning}: neither the liver nor a lesion; "
-                    f"name the segments that count with organ_labels and lesion_labels"
+                    f"name the segments that count with --organ-label and --lesion-label "
+                    f"(options organ_labels and lesion_labels)"
                 )
         return organ, lesions
 
