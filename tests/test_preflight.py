@@ -1,0 +1,64 @@
+"""What stands in the way of a start is named before the start."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from salsa_node import preflight
+from salsa_node.config import Config, parse
+from salsa_node.errors import ConfigError, WeightsMissing
+from salsa_node.settings import NodeSettings, PipelineChoice
+
+
+def failed(config: Config) -> list[str]:
+    return [f"{check.name}: {check.detail}" for check in preflight.checks(config) if not check.ok]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    return replace(Config(), node=NodeSettings(data_dir=tmp_path / "data"))
+
+
+def test_the_defaults_can_start(config):
+    assert failed(config) == []
+    preflight.require(config)
+
+
+def test_given_masks_cannot_be_the_node_s_pipeline(config):
+    (told,) = failed(replace(config, pipeline=PipelineChoice(name="given_masks")))
+    assert "rerun STUDY --masks" in told
+
+
+def test_an_option_that_the_pipeline_does_not_have_is_named(config):
+    (told,) = failed(replace(config, pipeline=PipelineChoice(options={"mirorring": True})))
+    assert "mirorring" in told
+    assert "mirroring" in told
+
+
+def test_missing_weights_name_the_folder_and_the_files(config, tmp_path):
+    (tmp_path / "demo").mkdir()
+    without = replace(config, pipeline=PipelineChoice(models_dir=str(tmp_path)))
+    (told,) = failed(without)
+    assert str(tmp_path / "demo") in told
+    assert "checkpoint_final.pth" in told
+    with pytest.raises(WeightsMissing):
+        preflight.require_pipeline("demo", without)
+    with pytest.raises(ConfigError, match="checkpoint_final"):
+        preflight.require(without)
+
+
+def test_a_folder_that_is_a_file_is_named(config, tmp_path):
+    (tmp_path / "file").write_text("")
+    (told,) = failed(replace(config, node=NodeSettings(data_dir=tmp_path / "file" / "data")))
+    assert "is not a folder" in told
+
+
+def test_destinations_are_told():
+    config = parse("[[destination]]\nname = 'pacs'\nae_title = 'PACS'\nhost = 'h'\nport = 104")
+    told = preflight.checks(config)[-1]
+    assert told.ok
+    assert "pacs = PACS at h:104" in told.detail
+    assert "until one is added" in preflight.checks(Config())[-1].detail
