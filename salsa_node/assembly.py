@@ -3,7 +3,8 @@
 A series is COMPLETE when nothing more came for `quiet_s`. A study none of whose series is still
 arriving is looked at once: the series that `selection` ranks first and that `series.inspect` accepts
 goes to the pipeline. Where there is none, a run with a refusal is queued, so that the reader hears why.
-A late instance opens all this again, and the new run supersedes the old result.
+A late instance opens all this again, and the new run supersedes the old result; only masks that a
+person gave stay in force until a person asks again.
 """
 
 from __future__ import annotations
@@ -76,7 +77,10 @@ def step(
         options=pipeline.options,
         refusal=found.refusal,
     )
-    told = found.refusal or f"series {found.series_uid} goes to pipeline {pipeline.name}"
+    if run.masks_path is not None:
+        told = store.KEPT
+    else:
+        told = found.refusal or f"series {found.series_uid} goes to pipeline {pipeline.name}"
     log.info("study assembled", extra={"event": "study.assembled", "study_uid": study.study_uid, "run": run.id})
     return record.study_assembled(study, f"run {run.id}: {told}", now)
 

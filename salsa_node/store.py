@@ -57,7 +57,7 @@ from salsa_node.store_rows import (
     SeriesState,
     Study,
 )
-from salsa_node.store_transaction import StoreSettings, Transaction, columns, connect, transaction, writer
+from salsa_node.store_transaction import StoreSettings, Transaction, columns, connect, hold, transaction, writer
 
 __all__ = [
     "Arrival",
@@ -75,8 +75,10 @@ __all__ = [
     "Store",
     "StoreSettings",
     "Study",
+    "hold",
 ]
 
+KEPT = "images came after the person's masks; the masks stay, salsa-node rerun analyses again"
 _UNDER_WAY = (RunState.QUEUED, RunState.RUNNING)
 
 
@@ -265,19 +267,21 @@ class Store(Queries):
 
         force: a person asks; always a new run. Otherwise, where the last unforced run of the study
         has the same source digest, pipeline, options and masks digest, that one is returned in
-        whatever state it is. Raises UnknownStudy.
+        whatever state it is; and a run with a person's masks that waits, runs or is current is
+        returned and stays (an event says so). Raises UnknownStudy.
         """
         with transaction(self._writer) as t:
             t.study(study_uid)
             runs = t.all(Run, sa.select(RUNS).where(RUNS.c.study_uid == study_uid).order_by(RUNS.c.id.desc()))
             asked = (source_digest, pipeline, dict(options or {}), masks_sha256)
-            last = next((run for run in runs if not run.forced), None)
-            if (
-                not force
-                and last is not None
-                and asked == (last.source_digest, last.pipeline, dict(last.options), last.masks_sha256)
-            ):
-                return last
+            if not force:
+                last = next((run for run in runs if not run.forced), None)
+                if last and asked == (last.source_digest, last.pipeline, dict(last.options), last.masks_sha256):
+                    return last
+                newest = next((run for run in runs if run.state in (*_UNDER_WAY, RunState.PRODUCED)), None)
+                if newest and newest.masks_path is not None:
+                    t.event(now, study_uid, "run", newest.id, "run.kept", KEPT)
+                    return newest
             current = next((run for run in runs if run.state is RunState.PRODUCED), None)
             number = t.insert(
                 RUNS,
@@ -305,14 +309,25 @@ class Store(Queries):
     def claim_run(self, owner: str, lease_s: float, now: datetime) -> Run | None:
         """The run that has waited longest, now RUNNING and leased to `owner`; a lease that ran out counts as waiting.
 
+        No run, a forced one neither, is claimed while a series of its study is RECEIVING, or while images
+        came after it that assembly has not looked at: an outdated refusal must not go out.
+
         owner: unique to this process. Counts an attempt; how many are allowed is the caller's to say.
         """
         due = sa.or_(
             sa.and_(RUNS.c.state == RunState.QUEUED, sa.or_(RUNS.c.not_before.is_(None), RUNS.c.not_before <= now)),
             sa.and_(RUNS.c.state == RunState.RUNNING, RUNS.c.lease_until <= now),
         )
+        receiving = sa.exists().where(SERIES.c.study_uid == RUNS.c.study_uid, SERIES.c.state == SeriesState.RECEIVING)
+        not_looked_at = sa.exists().where(
+            STUDIES.c.study_uid == RUNS.c.study_uid,
+            STUDIES.c.instances > STUDIES.c.assembled_instances,
+            STUDIES.c.last_at > RUNS.c.queued_at,
+        )
         with transaction(self._writer) as t:
-            run = t.one(Run, sa.select(RUNS).where(due).order_by(RUNS.c.queued_at, RUNS.c.id).limit(1))
+            run = t.one(
+                Run, sa.select(RUNS).where(due, ~receiving, ~not_looked_at).order_by(RUNS.c.queued_at, RUNS.c.id)
+            )
             if run is None:
                 return None
             if run.state is RunState.RUNNING:
@@ -383,11 +398,6 @@ class Store(Queries):
         with transaction(self._writer) as t:
             run = t.leased_run(run_id, owner)
             return t.become_run(run, RunState.FAILED, now, error, error=error, finished_at=now)
-
-    def cancel_run(self, run_id: int, reason: str, now: datetime) -> Run:
-        """A run that waits or runs is CANCELLED. Raises UnknownStudy, IllegalTransition."""
-        with transaction(self._writer) as t:
-            return t.become_run(t.run(run_id), RunState.CANCELLED, now, reason, finished_at=now)
 
     def release_owner(self, owner: str | None, now: datetime) -> tuple[Run, ...]:
         """Whatever a dead `owner` had leased is free again at once; returns its runs, now QUEUED.
@@ -471,8 +481,9 @@ class Store(Queries):
                     t.become_delivery(
                         delivery, DeliveryState.PENDING, now, "asked for again", attempt=0, not_before=None
                     )
-                elif delivery.lease_owner is None:
-                    t.execute(sa.update(DELIVERIES).where(DELIVERIES.c.id == delivery.id).values(not_before=None))
+                elif delivery.lease_until is None or delivery.lease_until <= now:
+                    mine = DELIVERIES.c.id == delivery.id
+                    t.execute(sa.update(DELIVERIES).where(mine).values(attempt=0, not_before=None))
             if destination is not None and not there:
                 for item in t.all(ResultObject, sa.select(OBJECTS).where(OBJECTS.c.run_id == run.id)):
                     t.new_deliveries(run, item.id, [destination], now)

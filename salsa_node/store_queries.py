@@ -103,11 +103,6 @@ class Queries:
         with transaction(self._engine) as t:
             return t.all(Event, sa.select(EVENTS).where(EVENTS.c.study_uid == study_uid).order_by(EVENTS.c.id))
 
-    def events(self, limit: int = 100) -> tuple[Event, ...]:
-        """What happened lately on the whole node, newest first."""
-        with transaction(self._engine) as t:
-            return t.all(Event, sa.select(EVENTS).order_by(EVENTS.c.id.desc()).limit(limit))
-
     def is_result(self, sop_instance_uid: str) -> bool:
         """Whether an object of that UID was made here."""
         with transaction(self._engine) as t:

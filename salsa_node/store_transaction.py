@@ -7,6 +7,7 @@ cut (WAL, synchronous=FULL) and a row cannot point at one that is not there (for
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -82,6 +83,33 @@ def connect(settings: StoreSettings, *, create: bool) -> sa.Engine:
 def writer(engine: sa.Engine) -> sa.Engine:
     """The same database, each transaction of which takes the writer's turn when it begins."""
     return engine.execution_options(begin="BEGIN IMMEDIATE")
+
+
+@contextmanager
+def hold(settings: StoreSettings) -> Iterator[None]:
+    """Hold the store for one node, whatever data folder it has: a node that starts frees every lease in the store.
+
+    Only those who ask for it keep each other out; asking and reading stay free. Ends with the process, however
+    that ends. Raises ConfigError where another node holds the store, or where its folder cannot be written.
+    """
+    file = _sqlite_file(settings.url).resolve()
+    try:
+        lock = os.open(file.with_name(f"{file.name}.lock"), os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise ConfigError(
+            f"the store's folder {file.parent} cannot be written: {error.strerror}; name a file in a folder that "
+            "exists and that this user can write to"
+        ) from error
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(
+                f"the store {file} is in use by another node ({error.strerror}); stop it or give this node its own"
+            ) from error
+        yield
+    finally:
+        os.close(lock)
 
 
 def _sqlite_file(url: str) -> Path:

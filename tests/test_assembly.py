@@ -11,6 +11,7 @@ import numpy as np
 import pydicom
 import pytest
 from pydicom.uid import ComprehensiveSRStorage
+from told import events
 
 from salsa_node import assembly, dicom_ct, phantom, series
 from salsa_node.errors import SeriesRejected
@@ -309,6 +310,38 @@ def test_a_person_asking_gets_a_new_run_of_the_same_input(
     assert settle(after(100)) == []
 
 
+def test_a_late_slice_leaves_a_persons_masks_in_force(
+    store: Store, data_dir: Path, ct: Files, receive: Receive, settle: Settle
+) -> None:
+    files = ct(slices=8)
+    receive(files[:7])
+    settle()
+    masks = ("masks/m.nii.gz", "c" * 64)
+    asked = assembly.queue_again(store, data_dir, store.study(STUDY), "given_masks", {}, after(40), masks)
+    receive(files[7:], after(50))
+    assert store.claim_run("w", 60, after(51)) is None
+    settle(after(80))
+    assert [run.state for run in store.runs_of(STUDY)] == [RunState.CANCELLED, RunState.QUEUED]
+    kept, looked_at = store.events_of(STUDY)[-2:]
+    assert (kept.name, kept.subject_id) == ("run.kept", str(asked.id))
+    assert looked_at.detail == f"run {asked.id}: {kept.detail}"
+    assert settle(after(200)) == []
+    assert store.claim_run("w", 60, after(200)) == store.run(asked.id)
+
+
+def test_a_late_slice_that_does_not_help_is_a_new_refusal(
+    store: Store, ct: Files, receive: Receive, settle: Settle
+) -> None:
+    files = ct(slices=6, image_type=("ORIGINAL", "PRIMARY", "LOCALIZER"))
+    receive(files[:5])
+    settle()
+    receive(files[5:], after(60))
+    settle(after(90))
+    first, second = store.runs_of(STUDY)
+    assert first.refusal == second.refusal
+    assert (first.state, second.state) == (RunState.CANCELLED, RunState.QUEUED)
+
+
 def test_neither_reasons_nor_events_nor_logs_hold_patient_identity(
     store: Store, ct: Files, receive: Receive, settle: Settle, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -319,7 +352,7 @@ def test_neither_reasons_nor_events_nor_logs_hold_patient_identity(
     ds.save_as(files[4])
     receive(files)
     settle()
-    said = f"{store.events(1000)} {store.runs_of(STUDY)} {store.series_of(STUDY)}"
+    said = f"{events(store)} {store.runs_of(STUDY)} {store.series_of(STUDY)}"
     said += " ".join(str(vars(record)) for record in caplog.records)
     assert only_run(store).refusal
     for secret in (NAME, PATIENT_ID, "SOMEBODY-ELSE", "Roe^Richard"):

@@ -28,6 +28,7 @@ from pydicom.uid import (
 from pynetdicom import AE
 from pynetdicom.association import Association
 from pynetdicom.dsutils import encode
+from told import events
 
 from salsa_node import durable
 from salsa_node import listener as listener_module
@@ -141,7 +142,7 @@ def kept(data_dir: Path) -> list[str]:
 
 
 def told(store: Store) -> list[str]:
-    return [f"{event.name} {event.detail}" for event in reversed(store.events(1000))]
+    return [f"{event.name} {event.detail}" for event in events(store)]
 
 
 # ---- what comes in ------------------------------------------------------------------------------
@@ -287,6 +288,7 @@ def test_a_file_that_was_lost_comes_back_with_the_same_content(
 
 def test_our_own_results_are_taken_without_becoming_input(listener: Listener, store: Store, data_dir: Path) -> None:
     sent(listener.port, a_slice())
+    store.complete_series(T0, T0)
     run = store.queue_run(STUDY, "demo", "d", T0)
     store.claim_run("w", 60, T0)
     store.produce(run.id, "w", [NewObject("SEG", "2.25.7", "1.9", "p", "0" * 64)], [], "lesions", None, "x", T0)

@@ -12,6 +12,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
+from told import events
 
 from salsa_node import store as store_module
 from salsa_node.errors import ConfigError, ContentConflict, IllegalTransition, LeaseLost, StoreError, UnknownStudy
@@ -24,6 +25,7 @@ from salsa_node.store import (
     SeriesState,
     Store,
     StoreSettings,
+    hold,
 )
 from salsa_node.store_rows import TRANSITIONS
 from salsa_node.store_transaction import transaction
@@ -75,7 +77,15 @@ def arrived(store: Store, count: int = 3, now: datetime = T0) -> None:
         store.add_instance(an_instance(number), now)
 
 
+def looked_at(store: Store, study_uid: str = STUDY, now: datetime = T0) -> None:
+    """As assembly does when all is quiet."""
+    while store.complete_series(now, now):
+        pass
+    store.study_assembled(store.study(study_uid), "looked at", now)
+
+
 def queued(store: Store, digest: str = "d1", now: datetime = T0, **more: object) -> Run:
+    looked_at(store, now=now)
     return store.queue_run(STUDY, "demo", digest, now, series_uid=SERIES, **more)  # type: ignore[arg-type]
 
 
@@ -113,19 +123,23 @@ def test_a_state_is_not_left_against_the_drawing(store: Store) -> None:
     arrived(store)
     with pytest.raises(IllegalTransition, match="is RECEIVING, which leads to COMPLETE, not to REJECTED"):
         store.reject_series(SERIES, "why", T0)
-    run = queued(store)
-    store.cancel_run(run.id, "asked", T0)
-    with pytest.raises(IllegalTransition, match="is CANCELLED, which leads to nothing"):
-        store.cancel_run(run.id, "asked", T0)
+    queued(store, "d1")
+    queued(store, "d2")
+    cancelled = store.runs_of(STUDY)[0]
+    with (
+        pytest.raises(IllegalTransition, match="is CANCELLED, which leads to nothing"),
+        transaction(store._writer) as t,
+    ):
+        t.become_run(cancelled, RunState.CANCELLED, T0, "again")
     assert names(store).count("run.cancelled") == 1
 
 
 def test_a_failed_transaction_leaves_nothing(store: Store) -> None:
     arrived(store)
-    before = store.events(1000)
+    before = events(store)
     with pytest.raises(ContentConflict):
         store.add_instance(an_instance(9, series_uid=SERIES, study_uid="9.9"), T0)
-    assert store.events(1000) == before
+    assert events(store) == before
     assert [study.study_uid for study in store.studies()] == [STUDY]
 
 
@@ -189,7 +203,7 @@ def test_no_event_holds_patient_identity(store: Store) -> None:
     arrived(store)
     queued(store)
     produced(store)
-    told = " ".join(f"{event.subject_id} {event.detail}" for event in store.events(1000))
+    told = " ".join(f"{event.subject_id} {event.detail}" for event in events(store))
     assert "P7" not in told
     assert "ACC7" not in told
 
@@ -244,6 +258,35 @@ def test_a_person_asking_always_gets_a_new_run_and_assembly_does_not_undo_it(sto
     assert corrected.id == forced.id
     assert queued(store).state is RunState.SUPERSEDED, "the same input again, say after a late localizer"
     assert store.current_run(STUDY) == corrected
+
+
+@pytest.mark.parametrize("state", [RunState.QUEUED, RunState.RUNNING, RunState.PRODUCED])
+def test_a_late_image_does_not_take_the_place_of_a_persons_masks(store: Store, state: RunState) -> None:
+    arrived(store)
+    queued(store, "d1")
+    produced(store)
+    masks = queued(store, "d1", force=True, masks_path="m.nii", masks_sha256="c" * 64)
+    if state is RunState.RUNNING:
+        store.claim_run("w", 60, T0)
+    elif state is RunState.PRODUCED:
+        produced(store)
+    held = store.run(masks.id)
+    assert held.state is state
+    assert queued(store, "d2") == held
+    assert [run.id for run in store.runs_of(STUDY)] == [1, masks.id]
+    last = store.events_of(STUDY)[-1]
+    assert (last.name, last.subject_id) == ("run.kept", str(masks.id))
+    assert "salsa-node rerun" in last.detail
+    assert queued(store, "d2", force=True).supersedes_id is not None, "a person asks"
+    assert queued(store, "d3").state is RunState.QUEUED, "and gave up the masks"
+
+
+def test_masks_that_failed_keep_nothing_out(store: Store) -> None:
+    arrived(store)
+    masks = queued(store, "d1", force=True, masks_path="m.nii", masks_sha256="c" * 64)
+    store.claim_run("w", 60, T0)
+    store.fail_run(masks.id, "w", "other shape", T0)
+    assert queued(store, "d2").id != masks.id
 
 
 def test_a_changed_input_is_work_even_where_it_changed_back(store: Store) -> None:
@@ -307,6 +350,7 @@ def test_runs_are_claimed_oldest_first_and_not_before_their_time(store: Store) -
     arrived(store)
     store.add_instance(an_instance(1, sop_instance_uid="5.1", series_uid="5.5", study_uid="5"), T0)
     older = queued(store)
+    looked_at(store, "5")
     newer = store.queue_run("5", "demo", "e", after(1))
     first = store.claim_run("w", 60, after(2))
     assert first is not None
@@ -320,6 +364,37 @@ def test_runs_are_claimed_oldest_first_and_not_before_their_time(store: Store) -
     third = store.claim_run("w", 60, after(100))
     assert third is not None
     assert (third.id, third.attempt) == (older.id, 2)
+
+
+@pytest.mark.parametrize("forced", [False, True])
+@pytest.mark.parametrize("died", [False, True])
+def test_no_run_is_claimed_while_its_study_is_arriving_again(store: Store, forced: bool, died: bool) -> None:
+    arrived(store)
+    store.add_instance(an_instance(1, sop_instance_uid="5.1", series_uid="5.5", study_uid="5"), T0)
+    run = queued(store, force=forced)
+    if died:
+        store.claim_run("dead", 1, T0)
+    store.add_instance(an_instance(4), after(5))
+    assert store.claim_run("w", 60, after(6)) is None
+    looked_at(store, "5")
+    other = store.queue_run("5", "demo", "e", after(7))
+    claimed = store.claim_run("w", 60, after(8))
+    assert claimed is not None
+    assert claimed.id == other.id, "another study goes on"
+    store.complete_series(after(5), after(35))
+    assert store.claim_run("w", 60, after(36)) is None, "assembly may be about to take its place"
+    looked_at(store, now=after(37))
+    claimed = store.claim_run("w", 60, after(38))
+    assert claimed is not None
+    assert claimed.id == run.id
+
+
+def test_a_run_that_a_person_asked_for_half_way_waits_for_the_series(store: Store) -> None:
+    arrived(store)
+    store.queue_run(STUDY, "demo", "d", T0, force=True)
+    assert store.claim_run("w", 60, T0) is None
+    store.complete_series(T0, T0)
+    assert store.claim_run("w", 60, T0) is not None
 
 
 def test_an_attempt_that_was_not_the_runs_fault_does_not_count(store: Store) -> None:
@@ -448,6 +523,30 @@ def test_resend_does_not_wait_for_the_backoff(store: Store) -> None:
     assert len(store.claim_deliveries("d", 60, after(1))) == 2
 
 
+@pytest.mark.parametrize("held", [False, True])
+def test_resend_gives_a_delivery_that_was_interrupted_all_its_attempts_again(store: Store, held: bool) -> None:
+    arrived(store)
+    queued(store)
+    produced(store)
+    for _ in range(3):
+        store.claim_deliveries("dead", 60, T0)
+        store.release_owner("dead", T0)
+    store.claim_deliveries("dead", 60, T0)
+    resent = store.resend(STUDY, None, after(59 if held else 60))
+    assert [d.attempt for d in resent] == ([4, 4] if held else [0, 0])
+
+
+def test_the_delivery_that_is_due_longest_goes_first(store: Store) -> None:
+    arrived(store)
+    queued(store)
+    produced(store, destinations=("pacs", "archive"))
+    for wait in (50, 20):
+        for delivery in store.claim_deliveries("d", 60, T0):
+            store.delivery_failed(delivery.id, "d", None, "down", after(wait), T0)
+    order = [{d.destination for d in store.claim_deliveries("d", 60, after(60))} for _ in range(2)]
+    assert order == [{"archive"}, {"pacs"}]
+
+
 def test_resend_without_a_result_says_so(store: Store) -> None:
     arrived(store)
     with pytest.raises(UnknownStudy, match="no result to send"):
@@ -521,6 +620,32 @@ def test_a_broken_database_is_a_store_error_without_values(store: Store, tmp_pat
     assert "P7" not in f"{caught.value} {caught.value.__cause__}"
 
 
+def test_a_store_is_held_for_one_node_by_whatever_name(store: Store, tmp_path: Path) -> None:
+    settings = StoreSettings(url_of(tmp_path))
+    (tmp_path / "alias").symlink_to(tmp_path)
+    (tmp_path / "other").mkdir()
+    with hold(settings):
+        for again in (settings, StoreSettings(url_of(tmp_path / "alias"))):
+            with pytest.raises(ConfigError, match=r"record\.sqlite is in use by another node"), hold(again):
+                pytest.fail("held twice")
+        with hold(StoreSettings(url_of(tmp_path / "other"))):
+            arrived(store)
+    with hold(settings):
+        assert (tmp_path / "record.sqlite.lock").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_store_is_free_again_when_the_node_fails(tmp_path: Path) -> None:
+    with pytest.raises(BlockingIOError, match="its own"), hold(StoreSettings(url_of(tmp_path))):
+        raise BlockingIOError("its own")
+    with hold(StoreSettings(url_of(tmp_path))):
+        pass
+
+
+def test_a_store_in_a_folder_that_is_none_cannot_be_held(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be written"), hold(StoreSettings(url_of(tmp_path / "absent"))):
+        pytest.fail("held")
+
+
 # ---- several processes --------------------------------------------------------------------------
 
 
@@ -546,6 +671,7 @@ def test_two_processes_never_claim_the_same_run(store: Store, tmp_path: Path) ->
     for number in range(40):
         uid = f"7.{number}"
         store.add_instance(an_instance(number, sop_instance_uid=f"{uid}.2", series_uid=f"{uid}.1", study_uid=uid), T0)
+        looked_at(store, uid)
         store.queue_run(uid, "demo", "d", T0)
     context = multiprocessing.get_context("spawn")
     pairs = [context.Pipe() for _ in range(2)]
