@@ -218,3 +218,57 @@ def test_run_on_a_series_with_a_gap_writes_the_report_that_says_so(cli, study, t
     assert "gap of 16.0 mm" in told.stdout
     assert b"gap of 16.0 mm" in (tmp_path / "out" / "sr.dcm").read_bytes()
     assert not (tmp_path / "out" / "seg.dcm").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--pipeline", "nosuch"), ["nosuch", "demo, given_masks"]),
+        (("--pipeline", "given_masks"), ["--masks FILE"]),
+        (("--lesion-label", "1"), ["--masks FILE"]),
+        (("--masks", "MASKS", "--pipeline", "demo"), ["--masks goes with"]),
+        (("--masks", "ABSENT"), ["cannot be read"]),
+    ],
+)
+def test_a_rerun_that_cannot_work_queues_nothing_and_cancels_nothing(cli, tmp_path, options, words):
+    from datetime import UTC, datetime
+
+    from test_store import STUDY, an_instance
+
+    from salsa_node.store import RunState, Store, StoreSettings
+
+    (tmp_path / "data").mkdir()
+    (tmp_path / "masks.nii.gz").write_bytes(b"")
+    now = datetime.now(UTC)
+    with Store.open(StoreSettings(f"sqlite:///{tmp_path / 'data' / 'salsa_node.sqlite'}"), create=True) as store:
+        store.add_instance(an_instance(), now)
+        store.queue_run(STUDY, "demo", "digest", now)
+        told = cli("rerun", STUDY, *(str(tmp_path / "masks.nii.gz") if o == "MASKS" else o for o in options))
+        assert told.returncode == 3, told
+        for word in words:
+            assert word in told.stderr
+        assert [run.state for run in store.runs_of(STUDY)] == [RunState.QUEUED]
+        told = cli("resend", STUDY)
+        assert told.returncode == 4
+        assert "no result to send" in told.stderr
+        told = cli("resend", STUDY, "--to", "nowhere")
+        assert told.returncode == 3
+        assert "nowhere" in told.stderr
+
+
+def test_a_mask_s_labels_can_be_named(cli, study, tmp_path):
+    import numpy as np
+
+    from salsa_node.nifti import write_labels
+    from salsa_node.volume import LabelVolume
+
+    truth = read_labels(study.truth_labels)
+    binary = tmp_path / "binary.nii.gz"
+    write_labels(LabelVolume((truth.labels >= 2).astype(np.uint8), truth.grid), binary)
+    folder = study.axial[0].parent
+    told = cli("run", folder, "--masks", binary, "--output", tmp_path / "a", "--json")
+    assert told.returncode == 1
+    assert "--lesion-label" in json.loads(told.stdout)[0]["told"]
+    told = cli("run", folder, "--masks", binary, "--lesion-label", 1, "--output", tmp_path / "a", "--json")
+    assert told.returncode == 0, told.stderr
+    assert json.loads(told.stdout)[0]["lesions"]
