@@ -28,6 +28,7 @@ from salsa_node.settings import (
     PipelineChoice,
     ResultSettings,
     WorkerSettings,
+    invalid_peer,
 )
 
 ENVIRONMENT = "SALSA_NODE_CONFIG"
@@ -180,6 +181,9 @@ def _check_together(config: Config) -> None:
             f"worker.heartbeat_s: expected at most half of worker.lease_s ({config.worker.lease_s:g}), "
             f"found {config.worker.heartbeat_s:g}"
         )
+    wrong = invalid_peer(config.listener.allowed)
+    if wrong:
+        raise ConfigError(wrong)
     if config.results.seg_series_number == config.results.sr_series_number:
         raise ConfigError("results.sr_series_number: expected another number than results.seg_series_number")
     if config.node.store_url and not config.node.store_url.startswith("sqlite:///"):

@@ -27,7 +27,7 @@ from salsa_node.config import Config
 from salsa_node.errors import ConfigError, SalsaNodeError
 from salsa_node.listener import Listener
 from salsa_node.log import unforeseen
-from salsa_node.store import Store, StoreSettings
+from salsa_node.store import Store, StoreSettings, hold
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +53,7 @@ def serve(config: Config, config_path: Path | None) -> None:
     with ExitStack() as stack:
         preflight.require(config)
         stack.enter_context(only_node(config.node.data_dir))
+        stack.enter_context(hold(StoreSettings(config.store_url)))
         store = stack.enter_context(Store.open(StoreSettings(config.store_url), create=True))
         store.release_owner(None, _now())  # the folder is ours alone: whatever is leased was left by the dead
         left = durable.sweep(config.node.data_dir)

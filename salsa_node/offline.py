@@ -201,7 +201,7 @@ def _write(analysis: Analysis, folder: Path) -> None:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else ["lesion"])
         writer.writeheader()
         writer.writerows(rows)
-    nifti.write_labels(label_map(analysis.findings), folder / "labels.nii.gz")
+    nifti.write_labels(label_map(analysis.findings), folder / "labels.nii.gz", nifti.LABEL_MAP)
     picture.overlay(analysis.ct, analysis.findings, folder / "overlay.png")
 
 

@@ -71,6 +71,7 @@ def test_the_readme_names_every_key():
         ("[assembly]\nquiet_s = nan", ["assembly.quiet_s", "nan"]),
         ("[delivery]\nlease_s = inf", ["delivery.lease_s", "inf"]),
         ("[worker]\npoll_s = 0", ["worker.poll_s", "more than 0"]),
+        ("[listener]\nallowed = [{ address = '10.0.0.300' }]", ["listener.allowed", "10.0.0.300"]),
         ("[listener]\nhost = ''", ["listener.host", "''"]),
         ("[results]\nseg_series_number = 0", ["results.seg_series_number", "at least 1"]),
         ("[results]\nseg_series_number = 9002", ["results.sr_series_number", "another number"]),

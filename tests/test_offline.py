@@ -61,6 +61,17 @@ def test_a_second_case_leaves_nothing_of_the_first(study, tmp_path):
     assert "gap of 16.0 mm" in json.loads((out / "findings.json").read_text())["reason"]
 
 
+def test_a_label_map_with_every_candidate_erased_says_that_there_is_none(study, tmp_path):
+    folder = study.axial[0].parent
+    offline.run([folder], wanted(tmp_path / "a", study.truth_labels), Config())
+    made = nib.load(tmp_path / "a" / "labels.nii.gz")
+    erased = np.minimum(np.asanyarray(made.dataobj), 1)
+    nib.save(nib.Nifti1Image(erased, made.affine, made.header), tmp_path / "erased.nii.gz")
+    (result,) = offline.run([folder], wanted(tmp_path / "b", tmp_path / "erased.nii.gz"), Config())
+    assert (result.analysed, result.told) == (True, "0 lesions marked by a person")
+    assert b"The person's mask marks no lesion" in (tmp_path / "b" / "sr.dcm").read_bytes()
+
+
 def test_every_study_below_a_folder_is_answered_in_a_folder_of_its_own(study, tmp_path):
     folder = tmp_path / "in"
     copied(study.axial, folder / "good", "a")
