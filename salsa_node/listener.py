@@ -17,7 +17,7 @@ import threading
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from io import BytesIO
 from pathlib import Path
 from types import TracebackType
@@ -34,7 +34,7 @@ from pynetdicom.transport import ThreadedAssociationServer
 from salsa_node import durable
 from salsa_node.errors import ConfigError, ContentConflict, StoreError
 from salsa_node.log import unforeseen
-from salsa_node.settings import ListenerSettings, Peer
+from salsa_node.settings import ListenerSettings, Peer, invalid_peer
 from salsa_node.store import NewInstance, Store
 
 log = logging.getLogger(__name__)
@@ -55,6 +55,8 @@ _LAST_TAG = 0x00200011  # Series Number: nothing behind it is read
 _UNREADABLE = (ValueError, KeyError, IndexError, TypeError, AttributeError, EOFError, OSError)
 _UNREADABLE_MORE = (NotImplementedError, RecursionError, OverflowError, struct.error, zlib.error)
 _LOCKS = 64
+_HOUR = timedelta(hours=1)
+_NOTES_AN_HOUR = 500
 
 
 class Refused(Exception):
@@ -84,6 +86,27 @@ class _Header:
     study_date: str
 
 
+class _Notes:
+    """What was noted lately, so that a peer that never tires cannot fill the store: the same once an hour.
+
+    Of one name no more than `_NOTES_AN_HOUR` different ones are new.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._noted: dict[str, dict[str, datetime]] = {}
+
+    def is_new(self, name: str, text: str, now: datetime) -> bool:
+        """Whether to write this down; it then counts as noted."""
+        with self._lock:
+            lately = {old: at for old, at in self._noted.get(name, {}).items() if now - at < _HOUR}
+            self._noted[name] = lately
+            if text in lately or len(lately) >= _NOTES_AN_HOUR:
+                return False
+            lately[text] = now
+            return True
+
+
 class Listener:
     """A C-ECHO and C-STORE provider on one port; a context manager, or `start` and `stop`.
 
@@ -105,7 +128,9 @@ class Listener:
         self._locks = tuple(threading.Lock() for _ in range(_LOCKS))
         self._ae: AE | None = None
         self._server: ThreadedAssociationServer | None = None
-        _check_peers(settings.allowed)
+        self._notes = _Notes()
+        if fault := invalid_peer(settings.allowed):
+            raise ConfigError(fault)
 
     @property
     def port(self) -> int:
@@ -183,9 +208,9 @@ class Listener:
             answer, why = _TOO_MANY, f"more than {self._settings.max_associations} associations at once"
         else:
             return
-        self._note("node", calling, "node.association_rejected", f"{calling!r} from {address}: {why}")
         event.assoc.acse.send_reject(*answer)
         event.assoc.kill()
+        self._note("node", calling, "node.association_rejected", f"{calling!r} from {address}: {why}")
 
     # ---- instances ------------------------------------------------------------------------------
 
@@ -266,10 +291,17 @@ class Listener:
         )
 
     def _note(self, subject: str, subject_id: str, name: str, detail: str, study_uid: str | None = None) -> None:
-        """An event in the store, and a line in the log even where the store cannot be written."""
-        log.warning(detail, extra={"event": name, "subject_id": subject_id})
+        """An event in the store, and a line in the log even where the store cannot be written.
+
+        What was noted within the hour is a line for debugging and no event.
+        """
+        now = self._clock()
+        is_new = self._notes.is_new(name, f"{subject_id} {detail}", now)
+        log.log(logging.WARNING if is_new else logging.DEBUG, detail, extra={"event": name, "subject_id": subject_id})
+        if not is_new:
+            return
         try:
-            self._store.add_event(subject, subject_id, name, detail, self._clock(), study_uid)
+            self._store.add_event(subject, subject_id, name, detail, now, study_uid)
         except StoreError as error:
             log.error("event not kept", extra={"event": name, "error": str(error)})
 
@@ -283,19 +315,6 @@ def _without_delay(event: evt.Event) -> None:
 
 def _sender(event: evt.Event) -> str:
     return str(event.assoc.requestor.ae_title).strip()
-
-
-def _check_peers(peers: tuple[Peer, ...]) -> None:
-    for peer in peers:
-        if peer.address == "*":
-            continue
-        try:
-            ipaddress.ip_network(peer.address, strict=False)
-        except ValueError as error:
-            raise ConfigError(
-                "listener.allowed: expected an IP address, a network such as 192.0.2.0/24, or '*', "
-                f"found {peer.address!r}"
-            ) from error
 
 
 def _is_from(peer: Peer, ae_title: str, address: str) -> bool:

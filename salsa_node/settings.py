@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import ipaddress
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,6 +28,21 @@ class Peer:
 
     ae_title: str = "*"
     address: str = "127.0.0.1"
+
+
+def invalid_peer(peers: Iterable[Peer]) -> str | None:
+    """What is wrong with the first peer whose address is none; None where every one can be used."""
+    for peer in peers:
+        if peer.address == "*":
+            continue
+        try:
+            ipaddress.ip_network(peer.address, strict=False)
+        except ValueError:
+            return (
+                "listener.allowed: expected an IP address, a network such as 192.0.2.0/24, or '*', "
+                f"found {peer.address!r}"
+            )
+    return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,10 +5,11 @@ import hashlib
 import logging
 import socket
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pydicom
@@ -42,7 +43,7 @@ from salsa_node.listener import (
     SUCCESS,
     Listener,
 )
-from salsa_node.settings import ListenerSettings, Peer
+from salsa_node.settings import ListenerSettings, Peer, invalid_peer
 from salsa_node.store import NewObject, SeriesState, Store, StoreSettings
 
 T0 = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
@@ -142,6 +143,9 @@ def kept(data_dir: Path) -> list[str]:
 
 
 def told(store: Store) -> list[str]:
+    for thread in threading.enumerate():  # a rejection is noted after the caller has heard of it
+        if isinstance(thread, Association) and thread.is_acceptor and not thread.is_established:
+            thread.join(20)
     return [f"{event.name} {event.detail}" for event in events(store)]
 
 
@@ -462,6 +466,68 @@ def test_more_associations_than_allowed_are_rejected(store: Store, data_dir: Pat
             assert second.is_rejected
         assert "more than 1 associations at once" in told(store)[-1]
         assert sent(door.port, a_slice()) == [SUCCESS]
+
+
+def test_a_rejection_does_not_wait_for_the_store(store: Store, data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard = threading.Event()
+    monkeypatch.setattr(store, "add_event", lambda *_: heard.wait(60))
+    with listening(store, data_dir, allowed=()) as door:
+        try:
+            with associated(door.port) as assoc:
+                assert assoc.is_rejected
+        finally:
+            heard.set()
+        told(store)
+
+
+def test_who_knocks_in_vain_again_and_again_is_noted_once_an_hour(
+    store: Store, data_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "salsa_node.listener")
+    now = [T0]
+    with Listener(ListenerSettings(port=0, allowed=()), store, data_dir, clock=lambda: now[0]) as door:
+
+        def knock(calling: str, seconds: float) -> int:
+            now[0] = T0 + timedelta(seconds=seconds)
+            with associated(door.port, calling=calling) as assoc:
+                assert assoc.is_rejected
+            return len(told(store))
+
+        assert [knock("CT1", at) for at in (0, 1, 3599)] == [1, 1, 1]
+        assert knock("CT2", 3599) == 2
+        assert [knock("CT1", at) for at in (3600, 3601)] == [3, 3]
+    levels = [record.levelno for record in caplog.records if "listener.allowed" in record.message]
+    assert (levels.count(logging.WARNING), levels.count(logging.DEBUG)) == (3, 3)
+
+
+def test_what_is_noted_in_an_hour_is_bounded_for_each_kind_of_note(
+    store: Store, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listener_module, "_NOTES_AN_HOUR", 2)
+    with listening(store, data_dir, allowed=(Peer("CT1"),)) as door:
+        assert sent(door.port, *(a_slice(number) for number in range(1, 5))) == [SUCCESS] * 4
+        assert sent(door.port, *(a_slice(number, Rows=9) for number in range(1, 5))) == [CONTENT_CONFLICT] * 4
+        assert [line.split()[0] for line in told(store)].count("instance.refused") == 2
+        for calling in ("A", "B", "C"):
+            with associated(door.port, calling=calling) as assoc:
+                assert assoc.is_rejected
+        assert [line.split()[0] for line in told(store)].count("node.association_rejected") == 2
+
+
+@pytest.mark.parametrize(
+    ("address", "welcome"), [("::ffff:127.0.0.1", True), ("::ffff:192.0.2.1", False), ("::1%lo", False)]
+)
+def test_an_ipv4_caller_of_an_ipv6_port_is_known_by_its_ipv4_address(address: str, welcome: bool) -> None:
+    assert listener_module._is_from(Peer("CT1", "127.0.0.0/8"), "CT1", address) is welcome
+
+
+def test_only_this_user_can_look_into_the_folder_of_images(listener: Listener, data_dir: Path) -> None:
+    assert (data_dir / "studies").stat().st_mode & 0o777 == 0o700
+
+
+def test_peers_can_be_checked_without_a_listener() -> None:
+    assert invalid_peer([Peer(), Peer("*", "*"), Peer("*", "2001:db8::/32"), Peer("CT1", "192.0.2.7/24")]) is None
+    assert str(invalid_peer([Peer(), Peer("*", "10.0.0")])).endswith("or '*', found '10.0.0'")
 
 
 def test_an_address_that_is_none_is_refused_before_the_start(store: Store, data_dir: Path) -> None:
