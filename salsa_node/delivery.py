@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from io import BytesIO
 from pathlib import Path
 
@@ -22,7 +22,8 @@ from pynetdicom.association import Association
 from pynetdicom.pdu_primitives import A_ASSOCIATE
 from pynetdicom.status import STATUS_SUCCESS, STATUS_WARNING, code_to_category
 
-from salsa_node.errors import DeliveryError, DestinationRefused, LeaseLost
+from salsa_node.errors import DeliveryError, DestinationRefused, LeaseLost, SalsaNodeError
+from salsa_node.log import unforeseen
 from salsa_node.settings import DeliverySettings, Destination
 from salsa_node.store import Delivery, ResultObject, Store
 
@@ -42,26 +43,52 @@ def step(
     data_dir: Path,
     owner: str,
     now: datetime,
+    clock: Callable[[], datetime] = lambda: datetime.now(UTC),
 ) -> tuple[Delivery, ...] | None:
     """Send what is due of one result to one destination; the deliveries as they then are, or None when nothing is due.
 
-    owner: the name on the leases. Failures are written against the deliveries; only StoreError is raised.
+    owner: the name on the leases. clock: the time when the network has answered, from which a retry waits.
+    Failures, unforeseen ones too, are written against the deliveries; only StoreError is raised.
     """
     claimed = store.claim_deliveries(owner, settings.lease_s, now)
     if not claimed:
         return None
-    outbox = _Outbox(store, settings, owner, now)
-    made = {item.id: item for item in store.objects_of(claimed[0].run_id)}
+    outbox = _Outbox(store, settings, owner, claimed, clock)
+    due = [delivery for delivery in claimed if outbox.may_try(delivery)]
     try:
-        destination = resolve(store, claimed[0], destinations)
-        files = [_read(data_dir, made[delivery.object_id]) for delivery in claimed]
-        with _associated(destination, {_context(ds) for ds in files}, settings.timeout_s) as assoc:
-            for delivery, ds in zip(claimed, files, strict=True):
-                outbox.send(assoc, destination, delivery, ds)
+        with _in_words("sending failed"):
+            _send_out(store, settings, destinations, data_dir, outbox, due)
     except DeliveryError as error:
-        for delivery in claimed:
+        for delivery in due:
             outbox.failed(delivery, error)
     return tuple(outbox.done.values())
+
+
+def _send_out(
+    store: Store,
+    settings: DeliverySettings,
+    destinations: Sequence[Destination],
+    data_dir: Path,
+    outbox: _Outbox,
+    due: Sequence[Delivery],
+) -> None:
+    """One association for all that can be read. Raises DeliveryError for what hinders every object alike."""
+    if not due:
+        return
+    destination = resolve(store, due[0], destinations)
+    made = {item.id: item for item in store.objects_of(due[0].run_id)}
+    files: list[tuple[Delivery, pydicom.Dataset]] = []
+    for delivery in due:
+        try:
+            with _in_words("reading failed"):
+                files.append((delivery, _read(data_dir, made[delivery.object_id])))
+        except DeliveryError as error:
+            outbox.failed(delivery, error)
+    if not files:
+        return
+    with _associated(destination, {_context(ds) for _, ds in files}, settings.timeout_s) as assoc:
+        for delivery, ds in files:
+            outbox.send(assoc, destination, delivery, ds)
 
 
 def echo(destination: Destination, settings: DeliverySettings) -> None:
@@ -97,49 +124,82 @@ def resolve(store: Store, delivery: Delivery, destinations: Sequence[Destination
 class _Outbox:
     """Writes down what became of each claimed delivery, once, as soon as it is known."""
 
-    def __init__(self, store: Store, settings: DeliverySettings, owner: str, now: datetime) -> None:
+    def __init__(
+        self,
+        store: Store,
+        settings: DeliverySettings,
+        owner: str,
+        claimed: Sequence[Delivery],
+        clock: Callable[[], datetime],
+    ) -> None:
         self._store = store
         self._settings = settings
         self._owner = owner
-        self._now = now
+        self._clock = clock
+        self._open = {delivery.id for delivery in claimed}
         self.done: dict[int, Delivery] = {}
+
+    def may_try(self, delivery: Delivery) -> bool:
+        """Whether this attempt is one of those allowed; gives up a delivery whose last one came to no end."""
+        if delivery.attempt <= self._settings.max_attempts:
+            return True
+        last = delivery.last_error or "the node ended while it was sending"
+        text = f"given up after {self._settings.max_attempts} attempts; last: {last}"
+        log.error(text, extra={"event": "delivery.failed", "delivery": delivery.id, "final": True})
+        self._settle(
+            delivery, lambda now: self._store.give_up(delivery.id, self._owner, delivery.last_status, text, now)
+        )
+        return False
 
     def send(self, assoc: Association, destination: Destination, delivery: Delivery, ds: pydicom.Dataset) -> None:
         """One C-STORE and its outcome; raises DeliveryError only when the association itself is gone."""
         try:
-            status, note = _store_one(assoc, destination, ds)
+            with _in_words(f"{destination.name}: sending failed"):
+                status, note = _store_one(assoc, destination, ds)
         except DeliveryError as error:
             self.failed(delivery, error)
             if error.retryable and not assoc.is_established:
                 raise
             return
-        try:
-            self.done[delivery.id] = self._store.delivered(delivery.id, self._owner, status, note, self._now)
-        except LeaseLost:
-            self._lost(delivery)
-        log.info("object delivered", extra={"event": "delivery.sent", "delivery": delivery.id, "status": status})
+        if self._settle(delivery, lambda now: self._store.delivered(delivery.id, self._owner, status, note, now)):
+            log.info("object delivered", extra={"event": "delivery.sent", "delivery": delivery.id, "status": status})
 
     def failed(self, delivery: Delivery, error: DeliveryError) -> None:
         """Try again later, or give up where a retry is pointless or all were used; nothing where it is settled."""
-        if delivery.id in self.done:
+        if delivery.id not in self._open:
             return
-        settings = self._settings
+        settings, text = self._settings, str(error)
         final = not error.retryable or delivery.attempt >= settings.max_attempts
         level = logging.ERROR if final else logging.WARNING
-        log.log(level, str(error), extra={"event": "delivery.failed", "delivery": delivery.id, "final": final})
-        try:
-            if final:
-                row = self._store.give_up(delivery.id, self._owner, error.status, str(error), self._now)
-            else:
-                later = self._now + timedelta(seconds=_wait_s(settings, delivery.attempt))
-                row = self._store.delivery_failed(delivery.id, self._owner, error.status, str(error), later, self._now)
-        except LeaseLost:
-            self._lost(delivery)
-            return
-        self.done[delivery.id] = row
+        log.log(level, text, extra={"event": "delivery.failed", "delivery": delivery.id, "final": final})
+        wait = timedelta(seconds=_wait_s(settings, delivery.attempt))
 
-    def _lost(self, delivery: Delivery) -> None:
-        log.warning("delivery taken over", extra={"event": "delivery.lease_lost", "delivery": delivery.id})
+        def write(now: datetime) -> Delivery:
+            if final:
+                return self._store.give_up(delivery.id, self._owner, error.status, text, now)
+            return self._store.delivery_failed(delivery.id, self._owner, error.status, text, now + wait, now)
+
+        self._settle(delivery, write)
+
+    def _settle(self, delivery: Delivery, write: Callable[[datetime], Delivery]) -> bool:
+        """Write it down; False where somebody else has the delivery by now, whose word then counts."""
+        try:
+            self.done[delivery.id] = write(self._clock())
+        except LeaseLost:
+            log.warning("delivery taken over", extra={"event": "delivery.lease_lost", "delivery": delivery.id})
+        self._open.discard(delivery.id)
+        return delivery.id in self.done
+
+
+@contextmanager
+def _in_words(what: str) -> Iterator[None]:
+    """Make a DeliveryError of what nobody foresaw, so that it is held against the delivery it befell, and counted."""
+    try:
+        yield
+    except SalsaNodeError:
+        raise
+    except Exception as error:  # one delivery that fails oddly must not hold up any other
+        raise DeliveryError(f"{what}: {unforeseen(error)}") from error
 
 
 def _wait_s(settings: DeliverySettings, attempt: int) -> float:

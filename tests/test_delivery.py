@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -87,6 +88,7 @@ class Pacs:
     seen: list[Dataset] = field(default_factory=list)
     associations: int = 0
     on_store: Callable[[], object] = lambda: None
+    on_request: Callable[[], object] = lambda: None
 
     @property
     def destination(self) -> Destination:
@@ -122,7 +124,11 @@ def a_pacs(
     ae.require_calling_aet = list(calling)
     for sop_class in classes:
         ae.add_supported_context(sop_class, [syntax, ImplicitVRLittleEndian] if sop_class not in BOTH else syntax)
-    handlers: list[evt.EventHandlerType] = [(evt.EVT_C_STORE, pacs.take), (evt.EVT_ESTABLISHED, pacs.count)]
+    handlers: list[evt.EventHandlerType] = [
+        (evt.EVT_C_STORE, pacs.take),
+        (evt.EVT_ESTABLISHED, pacs.count),
+        (evt.EVT_REQUESTED, lambda _: pacs.on_request()),
+    ]
     server = ae.start_server(("127.0.0.1", 0), block=False, evt_handlers=handlers)
     assert server is not None
     pacs.port = int(server.server_address[1])
@@ -136,7 +142,7 @@ def a_pacs(
 def step(store: Store, tmp_path: Path) -> Callable[..., tuple[Delivery, ...] | None]:
     def take(now: datetime, *destinations: Destination, **changes: object) -> tuple[Delivery, ...] | None:
         settings = replace(SETTINGS, **changes)  # type: ignore[arg-type]
-        return delivery.step(store, settings, destinations, tmp_path, "sender-1", now)
+        return delivery.step(store, settings, destinations, tmp_path, "sender-1", now, clock=lambda: now)
 
     return take
 
@@ -319,6 +325,13 @@ def test_the_sender_is_the_destination_of_that_ae_title(step: Step, produced: Pr
     assert states(store) == [SENT, SENT]
 
 
+def test_the_sender_is_found_by_a_title_that_was_padded(step: Step, produced: Produced, store: Store) -> None:
+    produced("sender", calling_ae="PACS")
+    with a_pacs() as pacs:
+        step(T0, replace(pacs.destination, ae_title=" PACS  "))
+    assert states(store) == [SENT, SENT]
+
+
 def test_an_unknown_sender_says_which_destination_to_add(step: Step, produced: Produced, store: Store) -> None:
     produced("sender", calling_ae="CT1")
     step(T0, Destination("pacs", "PACS", "127.0.0.1", 9))
@@ -336,16 +349,136 @@ def test_a_destination_that_left_the_config_says_so(step: Step, produced: Produc
 
 
 @pytest.mark.parametrize("damage", [lambda file: file.unlink(), lambda file: file.write_bytes(b"something else")])
-def test_an_object_that_is_not_what_was_produced_stays_here(
-    step: Step, produced: Produced, store: Store, tmp_path: Path, damage: Callable[[Path], object]
+@pytest.mark.parametrize(("kind", "expected"), [("SEG", [GAVE_UP, SENT]), ("SR", [SENT, GAVE_UP])])
+def test_an_object_that_is_not_what_was_produced_stays_here_and_the_other_goes(
+    step: Step,
+    produced: Produced,
+    store: Store,
+    tmp_path: Path,
+    damage: Callable[[Path], object],
+    kind: str,
+    expected: list[DeliveryState],
 ) -> None:
     produced("pacs")
-    damage(tmp_path / "SR.dcm")
+    damage(tmp_path / f"{kind}.dcm")
+    with a_pacs() as pacs:
+        step(T0, pacs.destination)
+    assert states(store) == expected
+    assert pacs.uids == [SR if kind == "SEG" else SEG]
+    (stays,) = (row for row in store.deliveries_of(1) if row.state is GAVE_UP)
+    assert str(stays.last_error).startswith(f"the {kind} of run 1 ")
+
+
+def test_nobody_is_called_where_nothing_can_be_read(
+    step: Step, produced: Produced, store: Store, tmp_path: Path
+) -> None:
+    produced("pacs")
+    for kind in ("SEG", "SR"):
+        (tmp_path / f"{kind}.dcm").unlink()
     with a_pacs() as pacs:
         step(T0, pacs.destination)
     assert states(store) == [GAVE_UP, GAVE_UP]
-    assert pacs.seen == []
-    assert str(store.deliveries_of(1)[0].last_error).startswith("the SR of run 1 ")
+    assert pacs.associations == 0
+
+
+def test_times_are_those_after_the_answer(produced: Produced, store: Store, tmp_path: Path) -> None:
+    produced("pacs")
+    with a_pacs() as pacs:
+        pacs.answers = {SEG: 0xA700}
+        delivery.step(store, SETTINGS, [pacs.destination], tmp_path, "s", T0, clock=lambda: after(200))
+    seg, sr = store.deliveries_of(1)
+    assert (seg.state, seg.not_before) == (PENDING, after(230))
+    assert (sr.state, sr.sent_at) == (SENT, after(200))
+    assert {event.at for event in store.events_of(STUDY) if event.subject == "delivery"} == {T0, after(200)}
+
+
+def test_an_attempt_that_never_came_to_an_end_counts(step: Step, produced: Produced, store: Store) -> None:
+    produced("pacs")
+    with a_pacs() as pacs:
+        pacs.answers = {SEG: 0xA700}
+        step(T0, pacs.destination)
+        for attempt in range(2, 5):  # the node dies each time
+            (claimed,) = store.claim_deliveries("dead", 1, after(1000 * attempt))
+            assert claimed.attempt == attempt
+        pacs.answers = {}
+        done = step(after(9000), pacs.destination)
+    assert done == store.deliveries_of(1)[:1]
+    assert states(store) == [GAVE_UP, SENT]
+    assert store.deliveries_of(1)[0].last_error == "given up after 4 attempts; last: pacs: status 0xA700"
+    assert store.deliveries_of(1)[0].last_status == 0xA700
+    assert pacs.uids == [SEG, SR]
+
+
+def test_what_nobody_foresaw_in_one_object_is_retried_and_the_other_goes(
+    step: Step, produced: Produced, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = delivery._store_one
+
+    def odd(assoc: object, destination: object, ds: Dataset) -> object:
+        if ds.SOPInstanceUID == SEG:
+            raise ZeroDivisionError(f"{SECRET} has no width")
+        return plain(assoc, destination, ds)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(delivery, "_store_one", odd)
+    produced("pacs")
+    now = T0
+    with a_pacs() as pacs:
+        while step(now, pacs.destination):
+            assert states(store)[1] is SENT
+            seg = store.deliveries_of(1)[0]
+            now = seg.not_before or now
+    assert (seg.state, seg.attempt, pacs.uids) == (GAVE_UP, 4, [SR])
+    assert str(seg.last_error).startswith("pacs: sending failed: unforeseen ZeroDivisionError at test_delivery:")
+    assert SECRET not in f"{events(store)}"
+
+
+@pytest.mark.parametrize("place", ["resolve", "_read", "_associated"])
+def test_what_nobody_foresaw_before_the_sending_is_retried(
+    step: Step, produced: Produced, store: Store, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    produced("pacs")
+    with a_pacs() as pacs:
+        with monkeypatch.context() as patch:
+            patch.setattr(delivery, place, lambda *_: 1 / 0)
+            step(T0, pacs.destination)
+        assert states(store) == [PENDING, PENDING]
+        assert {row.not_before for row in store.deliveries_of(1)} == {after(30)}
+        assert "failed: unforeseen ZeroDivisionError" in str(store.deliveries_of(1)[0].last_error)
+        step(after(30), pacs.destination)
+    assert states(store) == [SENT, SENT]
+
+
+@pytest.mark.parametrize("silent", ["on_request", "on_store"])
+def test_a_peer_that_falls_silent_is_left_and_tried_again(
+    step: Step, produced: Produced, store: Store, silent: str
+) -> None:
+    produced("pacs")
+    left = threading.Event()
+    with a_pacs() as pacs:
+        setattr(pacs, silent, lambda: left.wait(20))
+        try:
+            step(T0, pacs.destination, timeout_s=1)
+        finally:
+            left.set()
+    assert states(store) == [PENDING, PENDING]
+
+
+def test_no_wait_for_a_peer_is_longer_than_the_settings_say(
+    step: Step, produced: Produced, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[AE] = []
+
+    class Noted(AE):
+        def __init__(self, title: str) -> None:
+            super().__init__(title)
+            made.append(self)
+
+    monkeypatch.setattr(delivery, "AE", Noted)
+    produced("pacs")
+    with a_pacs() as pacs:
+        step(T0, pacs.destination, timeout_s=7)
+    (ae,) = made
+    assert [ae.connection_timeout, ae.acse_timeout, ae.dimse_timeout, ae.network_timeout] == [7] * 4
 
 
 @pytest.mark.parametrize("second_answer", [0x0000, 0x0111])
@@ -370,13 +503,24 @@ def test_a_crash_between_sending_and_noting_sends_the_same_object_again(
     assert pacs.seen[0] == pacs.seen[1]
 
 
-def test_a_lease_lost_half_way_is_left_to_its_new_owner(step: Step, produced: Produced, store: Store) -> None:
+@pytest.mark.parametrize("last", [0x0000, "abort"])
+def test_a_lease_lost_half_way_is_left_to_its_new_owner_and_told_once(
+    step: Step, produced: Produced, store: Store, caplog: pytest.LogCaptureFixture, last: int | str
+) -> None:
+    caplog.set_level(logging.INFO, "salsa_node.delivery")
     produced("pacs")
     with a_pacs() as pacs:
+        pacs.answers = {SR: last}
         pacs.on_store = lambda: store.release_owner("sender-1", T0)
         done = step(T0, pacs.destination)
     assert done == ()
     assert states(store) == [PENDING, PENDING]
+    told = [(vars(record)["event"], vars(record)["delivery"]) for record in caplog.records]
+    assert [what for what in told if what[0] == "delivery.lease_lost"] == [
+        ("delivery.lease_lost", 1),
+        ("delivery.lease_lost", 2),
+    ]
+    assert "delivery.sent" not in {name for name, _ in told}
 
 
 def test_nothing_is_due_when_nothing_was_produced(step: Step) -> None:
