@@ -40,7 +40,7 @@ room imports exactly what stands right of its arrow):
     store_queries          <- errors store_rows store_transaction
     store                  <- errors store_queries store_rows store_transaction
     listener               <- durable errors log settings store
-    delivery               <- errors settings store
+    delivery               <- errors log settings store
 
   where they meet
     assembly               <- errors log selection series settings store uids
