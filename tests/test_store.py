@@ -622,10 +622,11 @@ def test_a_broken_database_is_a_store_error_without_values(store: Store, tmp_pat
 
 def test_a_store_is_held_for_one_node_by_whatever_name(store: Store, tmp_path: Path) -> None:
     settings = StoreSettings(url_of(tmp_path))
-    (tmp_path / "alias").symlink_to(tmp_path)
+    alias = StoreSettings(f"sqlite:///{tmp_path / 'alias.sqlite'}")
+    (tmp_path / "alias.sqlite").symlink_to(tmp_path / "record.sqlite")
     (tmp_path / "other").mkdir()
     with hold(settings):
-        for again in (settings, StoreSettings(url_of(tmp_path / "alias"))):
+        for again in (settings, alias):
             with pytest.raises(ConfigError, match=r"record\.sqlite is in use by another node"), hold(again):
                 pytest.fail("held twice")
         with hold(StoreSettings(url_of(tmp_path / "other"))):
