@@ -276,7 +276,7 @@ def demo(
     output: Annotated[Path, typer.Option(help="Folder for everything that comes out; made when absent.")] = Path(
         "demo-output"
     ),
-    seed: Annotated[int, typer.Option(help="Which synthetic patient.")] = 2026,
+    seed: Annotated[int, typer.Option(help="Which synthetic patient.")] = 2,
     as_json: AsJson = False,
 ) -> None:
     """Send a phantom study through a real node and show what comes back beside the truth."""

@@ -171,6 +171,9 @@ def _tell(outcome: Demonstration, study: phantom.Study, say: Callable[[str], Non
     say(f"{study.truth_labels.parent} (the study as sent, with its truth)")
     say(f"{outcome.folder / 'salsa_node.toml'} (try: salsa-node show {study.study_uid[:16]} --config ...)")
     say(f"{DEMO_NOTICE}. AI candidate findings. Not a diagnosis.")
+    beyond = sum(row.lesion is None for row in outcome.rows)
+    if beyond:
+        say(f"{beyond} of the findings lie where there is no lesion")
     missed = [row.lesion for row in outcome.rows if row.missed]
     say(f"MISSED: lesion {', '.join(map(str, missed))}" if missed else "every lesion of 10 mm or more was found")
 
