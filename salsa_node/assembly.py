@@ -22,7 +22,7 @@ from pydicom.uid import CTImageStorage, EnhancedCTImageStorage, LegacyConvertedE
 from salsa_node import series, store
 from salsa_node.errors import SeriesRejected
 from salsa_node.log import unforeseen
-from salsa_node.selection import Candidate, choose, read_candidate
+from salsa_node.selection import Candidate, choose_volume, read_candidate
 from salsa_node.settings import AssemblySettings, PipelineChoice
 from salsa_node.store import Run, SeriesState, Store, Study
 from salsa_node.uids import digest
@@ -128,39 +128,31 @@ def examine(record: Store, data_dir: Path, study: Study) -> Input | None:
     refused: dict[str, str] = {}
     candidates: list[Candidate] = []
     for uid, files in paths.items():
-        read = _or_reason(partial(read_candidate, files))
-        if isinstance(read, str):
-            refused[uid] = read
-        else:
-            candidates.append(replace(read, series_uid=uid))
-    best: str | None = None
-    while candidates:
-        choice = choose(candidates)
-        refused |= {verdict.series_uid: verdict.reason for verdict in choice.verdicts if not verdict.accepted}
-        if choice.chosen is None:
-            break
-        uid = choice.chosen.series_uid
-        source = _or_reason(partial(series.inspect, choice.chosen.paths))
-        if not isinstance(source, str):
-            passed = {verdict.series_uid: verdict.reason for verdict in choice.verdicts if verdict.accepted}
-            return Input(uid, source.source_digest, None, refused, passed)
-        refused[uid] = source
-        best = best or uid
-        candidates = [candidate for candidate in candidates if candidate is not choice.chosen]
+        try:
+            candidates.append(replace(_verdict(partial(read_candidate, files)), series_uid=uid))
+        except SeriesRejected as verdict:
+            refused[uid] = verdict.reason
+    choice = choose_volume(candidates, lambda files: _verdict(partial(series.inspect, files)))
+    refused |= {verdict.series_uid: verdict.reason for verdict in choice.verdicts if not verdict.accepted}
+    if choice.chosen is not None and choice.series is not None:
+        accepted = {verdict.series_uid: verdict.reason for verdict in choice.verdicts if verdict.accepted}
+        return Input(choice.chosen.series_uid, choice.series.source_digest, None, refused, accepted)
+    best = choice.best_refused.series_uid if choice.best_refused else None
     refusal = refused[best] if best else _all_reasons(record, study, refused)
     everything = sorted(image.sop_instance_uid for image in images)
     return Input(best, digest("refused", refusal, *everything), refusal, refused, {})
 
 
-def _or_reason(read: Callable[[], _Read]) -> _Read | str:
-    """What `read` returns, or in words why it cannot be had."""
+def _verdict(read: Callable[[], _Read]) -> _Read:
+    """What `read` returns; whatever stands in the way becomes SeriesRejected."""
     try:
         return read()
-    except SeriesRejected as verdict:
-        return verdict.reason
-    except Exception as error:  # noqa: BLE001 - one odd file must not hold up every other study
+    except SeriesRejected:
+        raise
+    except Exception as error:
+        # One odd file must not hold up every other study.
         log.error("series not examined", extra={"event": "series.unforeseen", "error": unforeseen(error)})
-        return f"the series cannot be examined ({type(error).__name__})"
+        raise SeriesRejected(f"the series cannot be examined ({type(error).__name__})") from error
 
 
 def _all_reasons(record: Store, study: Study, refused: Mapping[str, str]) -> str:
