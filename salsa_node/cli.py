@@ -165,6 +165,15 @@ def _keep_masks(settings: config.Config, masks: Path) -> tuple[str, str]:
         content = masks.read_bytes()
     except OSError as exc:
         raise errors.ConfigError(f"--masks: {masks} cannot be read ({exc.strerror})") from exc
+    if masks.name.endswith((".nii", ".nii.gz")):
+        from salsa_node import nifti
+
+        try:
+            nifti.read_labels(masks)
+        except errors.SeriesRejected as verdict:
+            raise errors.ConfigError(f"--masks: {masks}: {verdict}") from verdict
+    elif content[128:132] != b"DICM":
+        raise errors.ConfigError(f"--masks: {masks} is neither NIfTI (.nii, .nii.gz) nor a DICOM Segmentation")
     sha256 = hashlib.sha256(content).hexdigest()
     suffix = next((known for known in (".nii.gz", ".nii") if masks.name.endswith(known)), ".dcm")
     kept = Path("masks") / f"{sha256}{suffix}"
@@ -265,8 +274,9 @@ def run(
         console.put_json([result.as_json() for result in results])
     else:
         for result in results:
-            console.put_lesions(result.lesions, f"{result.path}: {result.told}")
-            console.put(f"{result.path}: {result.told}; see {result.folder}")
+            console.put(f"{result.path}: {result.told}{f'; see {result.folder}' if result.written else ''}")
+            if result.lesions:
+                console.put_lesions(result.lesions)
     if not all(result.analysed for result in results):
         raise SystemExit(EXIT_NO)
 

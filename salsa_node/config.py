@@ -188,13 +188,13 @@ def _check_together(config: Config) -> None:
         raise ConfigError("results.sr_series_number: expected another number than results.seg_series_number")
     if config.node.store_url and not config.node.store_url.startswith("sqlite:///"):
         raise ConfigError('node.store_url: expected sqlite:///FILE, or "" for a file in node.data_dir')
-    if "?" in str(config.node.data_dir):
-        raise ConfigError("node.data_dir: a folder with '?' in its name cannot be part of the record's URL")
     names = [destination.name for destination in config.destination]
     for name in names:
         if names.count(name) > 1 or name == SENDER:
             raise ConfigError(f"destination: the name {name!r} is taken; each needs its own")
     for name in config.delivery.to:
+        if config.delivery.to.count(name) > 1:
+            raise ConfigError(f"delivery.to: {name!r} stands there twice; each destination once")
         if name != SENDER and name not in names:
             there = ", ".join([*names, SENDER])
             raise ConfigError(f"delivery.to: no [[destination]] is called {name!r}; there are: {there}")

@@ -77,9 +77,10 @@ def put_lesions(lesions: Sequence[Mapping[str, object]], title: str = "") -> Non
         "long_axis_mm": ">long axis mm",
         "short_axis_mm": ">short axis mm",
         "mean_hu": ">mean HU",
-        "slice_index": ">slice",
+        "slice": ">slice",
     }
-    put_table(columns, lesions, title)
+    rows = [{**lesion, "slice": int(str(lesion["slice_index"])) + 1} for lesion in lesions]  # people count from 1
+    put_table(columns, rows, title)
 
 
 def put_detail(study: Mapping[str, object]) -> None:
@@ -124,4 +125,6 @@ def _rows(value: object) -> Sequence[Mapping[str, object]]:
 def _cell(value: object) -> str:
     if value is None:
         return ""
-    return f"{value:.1f}" if isinstance(value, float) else printable(str(value))
+    if isinstance(value, float):
+        return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+    return printable(str(value))

@@ -20,7 +20,7 @@ from rich.progress import track
 from salsa_node import codes, console, loopback, overview, phantom, picture
 from salsa_node.config import load
 from salsa_node.criteria import Criteria
-from salsa_node.errors import DeliveryError, PipelineError
+from salsa_node.errors import ConfigError, DeliveryError, PipelineError
 from salsa_node.findings import Findings, measure
 from salsa_node.overview import Standing
 from salsa_node.pipelines import DEMO_NOTICE, PipelineSettings
@@ -112,7 +112,11 @@ def run(output: Path, seed: int, quiet: bool = False) -> Demonstration:
     Raises PipelineError or DeliveryError where the node did not come to an end.
     """
     say: Callable[[str], None] = (lambda _: None) if quiet else console.put
-    output.mkdir(parents=True, exist_ok=True)
+    output = output.absolute()
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        raise ConfigError(f"--output: {output} is no folder and cannot be made one ({exc.strerror})") from exc
     data_dir = output / "node"
     say(f"making a synthetic patient (seed {seed}) ...")
     study = phantom.make(phantom.Recipe(seed))
@@ -169,7 +173,7 @@ def _tell(outcome: Demonstration, study: phantom.Study, say: Callable[[str], Non
     for path in outcome.files:
         say(f"{path}")
     say(f"{study.truth_labels.parent} (the study as sent, with its truth)")
-    say(f"{outcome.folder / 'salsa_node.toml'} (try: salsa-node show {study.study_uid[:16]} --config ...)")
+    say(f"to see more: {sys.argv[0]} show {study.study_uid} --config '{outcome.folder / 'salsa_node.toml'}'")
     say(f"{DEMO_NOTICE}. AI candidate findings. Not a diagnosis.")
     beyond = sum(row.lesion is None for row in outcome.rows)
     if beyond:

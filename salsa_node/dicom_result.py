@@ -255,7 +255,7 @@ def sign(obj: Dataset, source: Dataset, identity: Identity, produced_at: datetim
     for keyword in ("SpecificCharacterSet", "TimezoneOffsetFromUTC", *_REQUIRED, *_OPTIONAL):
         obj.pop(keyword, None)
         element = _element(source, keyword)
-        if element is not None and (element.value or keyword != "SpecificCharacterSet"):  # type 1C: never empty
+        if element is not None and _fit(element):
             obj.add(deepcopy(element))
         elif keyword in _REQUIRED:
             setattr(obj, keyword, None)
@@ -274,6 +274,13 @@ def sign(obj: Dataset, source: Dataset, identity: Identity, produced_at: datetim
     meta.ImplementationClassUID = UID(uids.IMPLEMENTATION_CLASS_UID)
     meta.ImplementationVersionName = uids.IMPLEMENTATION_VERSION_NAME
     same_patient_and_study(obj, source)
+
+
+def _fit(element: DataElement) -> bool:
+    """Whether a result may carry it: an optional attribute only with a value, an age only as the standard writes it."""
+    if element.keyword == "PatientAge":
+        return bool(re.fullmatch(r"\d{3}[DWMY]", str(element.value or "")))  # PS3.5 6.2, value representation AS
+    return element.keyword in _REQUIRED or bool(element.value)
 
 
 def _element(source: Dataset, keyword: str) -> DataElement | None:

@@ -110,6 +110,13 @@ class LeaseLost(StoreError):
 
 
 class ContentConflict(StoreError):
-    """An instance arrived again under the same SOP Instance UID with other content."""
+    """An instance contradicts what is stored: the same UID with other content, or a series under another study.
+
+    brief: what contradicts what, in at most 64 characters, fit for a DIMSE Error Comment.
+    """
 
     retryable = False
+
+    def __init__(self, message: str, brief: str) -> None:
+        super().__init__(message)
+        self.brief = brief

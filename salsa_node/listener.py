@@ -46,6 +46,7 @@ CANNOT_UNDERSTAND = 0xC000
 CONTENT_CONFLICT = 0xC001  # in the "cannot understand" range, which is the node's to use (PS3.4 B.2.3)
 NODE_FAILED = 0xC0FF
 
+REQUEST_S = 5.0  # how long a connection may stay without asking for an association
 _VERIFICATION = "1.2.840.10008.1.1"  # PS3.4 annex A
 _CALLING_NOT_RECOGNISED = (0x01, 0x01, 0x03)  # rejected permanent, service user, PS3.8 table 9-21
 _CALLED_NOT_RECOGNISED = (0x01, 0x01, 0x07)
@@ -147,7 +148,8 @@ class Listener:
         ae = AE(settings.ae_title)
         ae.maximum_associations = settings.max_associations
         ae.maximum_pdu_size = settings.max_pdu_bytes
-        ae.network_timeout = ae.acse_timeout = ae.dimse_timeout = settings.idle_timeout_s
+        ae.network_timeout = ae.dimse_timeout = settings.idle_timeout_s
+        ae.acse_timeout = min(REQUEST_S, settings.idle_timeout_s)  # a bare connection holds a place no longer
         ae.add_supported_context(_VERIFICATION)
         for context in AllStoragePresentationContexts:
             ae.add_supported_context(str(context.abstract_syntax), ALL_TRANSFER_SYNTAXES)
@@ -222,8 +224,8 @@ class Listener:
             self._keep(event, request)
         except Refused as refused:
             status, reason = refused.status, refused.reason
-        except ContentConflict:
-            status, reason = CONTENT_CONFLICT, "stored already under this UID with other content"
+        except ContentConflict as conflict:
+            status, reason = CONTENT_CONFLICT, conflict.brief
         except OSError as error:
             status, reason = OUT_OF_RESOURCES, f"cannot write: {error.strerror}"
         except StoreError as error:

@@ -58,7 +58,7 @@ class Result:
     """What became of one path, or of one study below it.
 
     analysed: false where a verdict or an error stood in the way; `told` says which.
-    folder: where the results lie.
+    folder: where the results lie, if any were `written`.
     """
 
     path: Path
@@ -66,12 +66,13 @@ class Result:
     analysed: bool
     told: str
     lesions: Sequence[Mapping[str, object]] = ()
+    written: bool = False
 
     def as_json(self) -> dict[str, object]:
         """The same for machines."""
         return {
             "path": str(self.path),
-            "folder": str(self.folder),
+            "folder": str(self.folder) if self.written else None,
             "analysed": self.analysed,
             "told": self.told,
             "lesions": list(self.lesions),
@@ -172,12 +173,17 @@ def _one(path: Path, case: Case, pipeline: Pipeline, criteria: Criteria, config:
         analysis = refuse(case.paths, case.refusal, identity, lambda _: now)
     else:
         analysis = analyse(case.paths, pipeline, criteria, identity, lambda _: now, results.include_liver)
-    case.folder.mkdir(parents=True, exist_ok=True)
-    for name in _NAMES:
-        (case.folder / name).unlink(missing_ok=True)  # nothing of another case stays beside this one
-    _write(analysis, case.folder)
+    try:
+        case.folder.mkdir(parents=True, exist_ok=True)
+        for name in _NAMES:
+            (case.folder / name).unlink(missing_ok=True)  # nothing of another case stays beside this one
+        _write(analysis, case.folder)
+    except OSError as exc:
+        raise ConfigError(f"--output: {case.folder} cannot be written ({exc.strerror})") from exc
     lesions = table(analysis.findings) if analysis.findings else []
-    return Result(path, case.folder, analysis.outcome is not Outcome.NOT_ANALYSED, _told(analysis), lesions)
+    return Result(
+        path, case.folder, analysis.outcome is not Outcome.NOT_ANALYSED, _told(analysis), lesions, written=True
+    )
 
 
 def _told(analysis: Analysis) -> str:

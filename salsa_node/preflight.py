@@ -48,6 +48,8 @@ def require_pipeline(name: str, config: Config) -> int:
     if name not in pipelines.names():
         raise ConfigError(f"no pipeline is called {name!r}; there are {', '.join(pipelines.names())}")
     models_dir = Path(config.pipeline.models_dir) if config.pipeline.models_dir else None
+    if models_dir is not None and not models_dir.is_dir():
+        raise ConfigError(f"pipeline.models_dir: there is no folder {models_dir}")
     return len(models.folders_of(name, models_dir))
 
 

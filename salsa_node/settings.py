@@ -16,7 +16,7 @@ class NodeSettings:
     store_url: SQLAlchemy URL of the record; "" for an SQLite file in data_dir.
     """
 
-    data_dir: Path = Path("salsa-data")
+    data_dir: Path = field(default=Path("salsa-data"), metadata={"pattern": r"[^?]+"})
     store_url: str = ""
     log_level: str = field(default="info", metadata={"choices": ("debug", "info", "warning", "error")})
     log_format: str = field(default="text", metadata={"choices": ("text", "json")})

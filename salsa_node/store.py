@@ -150,7 +150,8 @@ class Store(Queries):
         if (there.sha256, there.study_uid, there.series_uid) != (new.sha256, new.study_uid, new.series_uid):
             raise ContentConflict(
                 f"instance {new.sop_instance_uid} is already stored with other content: SHA-256 {there.sha256[:12]}… "
-                f"is kept, {new.sha256[:12]}… was refused"
+                f"is kept, {new.sha256[:12]}… was refused",
+                brief="stored already under this UID with other content",
             )
         series = t.series(there.series_uid)
         alive = {"last_instance_at": now} if series.state is SeriesState.RECEIVING else {}
@@ -206,8 +207,8 @@ class Store(Queries):
             return
         if known.study_uid != new.study_uid:
             raise ContentConflict(
-                f"series {new.series_uid} is stored under study {known.study_uid}; an instance of it came with study "
-                f"{new.study_uid}"
+                f"series {new.series_uid} is stored under study {known.study_uid}, this came with {new.study_uid}",
+                brief="this series is stored already under another study",
             )
         changes = {"instances": known.instances + 1, "last_instance_at": now}
         if known.state is SeriesState.RECEIVING:
@@ -376,9 +377,8 @@ class Store(Queries):
                 t.become_run(past, RunState.SUPERSEDED, now, f"by run {run_id}")
             t.withdraw_superseded(now)
             detail = f"{outcome}: {len(objects)} objects to {len(destinations)} destinations"
-            return t.become_run(
-                run, RunState.PRODUCED, now, detail, outcome=outcome, findings=findings, digest=digest, finished_at=now
-            )
+            made = {"outcome": outcome, "findings": findings, "digest": digest, "finished_at": now, "error": None}
+            return t.become_run(run, RunState.PRODUCED, now, detail, **made)
 
     def return_run(
         self, run_id: int, owner: str, error: str, not_before: datetime, now: datetime, *, counts: bool = True

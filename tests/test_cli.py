@@ -228,6 +228,8 @@ def test_run_on_a_series_with_a_gap_writes_the_report_that_says_so(cli, study, t
         (("--lesion-label", "1"), ["--masks FILE"]),
         (("--masks", "MASKS", "--pipeline", "demo"), ["--masks goes with"]),
         (("--masks", "ABSENT"), ["cannot be read"]),
+        (("--masks", "MASKS"), ["cannot be read as NIfTI"]),
+        (("--masks", "TEXT"), ["neither NIfTI", "nor a DICOM Segmentation"]),
     ],
 )
 def test_a_rerun_that_cannot_work_queues_nothing_and_cancels_nothing(cli, tmp_path, options, words):
@@ -239,11 +241,16 @@ def test_a_rerun_that_cannot_work_queues_nothing_and_cancels_nothing(cli, tmp_pa
 
     (tmp_path / "data").mkdir()
     (tmp_path / "masks.nii.gz").write_bytes(b"")
+    (tmp_path / "text").write_text("no mask")
     now = datetime.now(UTC)
     with Store.open(StoreSettings(f"sqlite:///{tmp_path / 'data' / 'salsa_node.sqlite'}"), create=True) as store:
         store.add_instance(an_instance(), now)
         store.queue_run(STUDY, "demo", "digest", now)
-        told = cli("rerun", STUDY, *(str(tmp_path / "masks.nii.gz") if o == "MASKS" else o for o in options))
+        told = cli(
+            "rerun",
+            STUDY,
+            *({"MASKS": tmp_path / "masks.nii.gz", "TEXT": tmp_path / "text"}.get(o, o) for o in options),
+        )
         assert told.returncode == 3, told
         for word in words:
             assert word in told.stderr
@@ -272,3 +279,20 @@ def test_a_mask_s_labels_can_be_named(cli, study, tmp_path):
     told = cli("run", folder, "--masks", binary, "--lesion-label", 1, "--output", tmp_path / "a", "--json")
     assert told.returncode == 0, told.stderr
     assert json.loads(told.stdout)[0]["lesions"]
+
+
+def test_run_names_the_output_that_cannot_be_written(cli, study, tmp_path):
+    (tmp_path / "file").write_text("")
+    told = cli("run", study.axial[0].parent, "--masks", study.truth_labels, "--output", tmp_path / "file" / "out")
+    assert told.returncode == 1
+    assert "--output" in told.stdout
+    assert told.stdout.count("cannot be written") == 1
+
+
+def test_demo_into_a_file_is_refused_in_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    command = [sys.executable, "-m", "salsa_node", "demo", "--output", str(tmp_path / "file" / "out")]
+    told = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert told.returncode == 3
+    assert told.stderr.startswith("salsa-node: --output:")
+    assert "Traceback" not in told.stderr

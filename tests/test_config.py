@@ -61,6 +61,7 @@ def test_the_readme_names_every_key():
         ("[node]\nlog_level = 'loud'", ["node.log_level", "debug", "'loud'"]),
         ("[worker]\nlease_s = 5\nheartbeat_s = 4", ["worker.heartbeat_s", "half"]),
         ("[delivery]\nto = ['pacs']", ["delivery.to", "'pacs'", "sender"]),
+        ("[delivery]\nto = ['sender', 'sender']", ["delivery.to", "twice"]),
         ("[[destination]]\nname = 'a'\nae_title = 'A'\nhost = 'h'", ["destination[0].port", "missing"]),
         ("[[destination]]\nname = 'a'\nae_title = 'A'\nhost = 'h'\nport = 1\n" * 2, ["destination", "'a'"]),
         ("listener = 3", ["listener", "table", "3"]),

@@ -335,3 +335,16 @@ def test_the_file_says_who_wrote_it():
     assert meta.ImplementationVersionName.startswith("SALSA_NODE_")
     assert len(meta.ImplementationVersionName) <= 16
     assert meta.TransferSyntaxUID == "1.2.840.10008.1.2.1"
+
+
+def test_what_is_empty_or_malformed_and_optional_is_left_out():
+    source = made.headers(made.grid())[0]
+    source.DeidentificationMethod = ""  # type 1C: with a value or not at all
+    source.PatientAge = "0Y"
+    source.PatientWeight = None
+    obj = dicom_sr.build_not_analysed("no CT", source, Identity(), made.PRODUCED_AT, "run")
+    for keyword in ("DeidentificationMethod", "PatientAge", "PatientWeight"):
+        assert keyword not in obj, keyword
+    source.PatientAge = "066Y"
+    obj = dicom_sr.build_not_analysed("no CT", source, Identity(), made.PRODUCED_AT, "run")
+    assert obj.PatientAge == "066Y"

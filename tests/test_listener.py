@@ -257,6 +257,7 @@ def test_a_series_does_not_move_to_another_study(listener: Listener, store: Stor
     assert sent(listener.port, a_slice(1), a_slice(2, StudyInstanceUID="9")) == [SUCCESS, CONTENT_CONFLICT]
     assert len(kept(data_dir)) == 1
     assert [study.study_uid for study in store.studies()] == [STUDY]
+    assert any("this series is stored already under another study" in line for line in told(store))
 
 
 def test_two_senders_with_one_uid_at_once_leave_file_and_row_of_one(
@@ -457,6 +458,24 @@ def test_a_caller_must_call_us_by_our_name_unless_any_will_do(store: Store, data
         associated(door.port, called="OTHER") as assoc,
     ):
         assert assoc.is_established is any_title
+
+
+def test_bare_connections_give_their_places_back_soon(
+    store: Store, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listener_module, "REQUEST_S", 0.3)
+    with listening(store, data_dir, max_associations=2) as door:
+        idle = [socket.create_connection(("127.0.0.1", door.port)) for _ in range(6)]
+        gone = threading.Event()
+        for _ in range(200):
+            with associated(door.port) as assoc:
+                if assoc.is_established:
+                    break
+            gone.wait(0.1)
+        else:
+            pytest.fail("connections that never asked for an association kept every place")
+        for connection in idle:
+            connection.close()
 
 
 def test_more_associations_than_allowed_are_rejected(store: Store, data_dir: Path) -> None:

@@ -38,6 +38,11 @@ def test_an_option_that_the_pipeline_does_not_have_is_named(config):
     assert "mirroring" in told
 
 
+def test_a_models_folder_that_is_not_there_is_named(config, tmp_path):
+    (told,) = failed(replace(config, pipeline=PipelineChoice(models_dir=str(tmp_path / "absent"))))
+    assert "there is no folder" in told
+
+
 def test_missing_weights_name_the_folder_and_the_files(config, tmp_path):
     (tmp_path / "demo").mkdir()
     without = replace(config, pipeline=PipelineChoice(models_dir=str(tmp_path)))

@@ -216,6 +216,14 @@ def test_retries_wait_longer_each_time(store, config, study, monkeypatch):
     assert waits == [10, 20, 40]
 
 
+def test_a_run_that_comes_right_in_the_end_shows_no_error(store, worker, study, monkeypatch):
+    run = queue(store, study, study.truth_labels)
+    store.claim_run("other", 60.0, T0)
+    store.return_run(run.id, "other", "the worker was stopped", T0, T0, counts=False)
+    done = worker.step(T0)
+    assert (done.state, done.error) == (RunState.PRODUCED, None)
+
+
 def test_the_heartbeat_prolongs_the_lease_while_the_work_goes_on(store, config, study, monkeypatch):
     run = queue(store, study, study.truth_labels)
     ticks = iter(range(1, 10**6))
