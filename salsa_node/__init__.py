@@ -39,15 +39,16 @@ room imports exactly what stands right of its arrow):
     store_transaction      <- errors store_rows
     store_queries          <- errors store_rows store_transaction
     store                  <- errors store_queries store_rows store_transaction
-    listener               <- durable errors log settings store
-    delivery               <- errors log settings store
+    association            <-
+    listener               <- association durable errors log settings store
+    delivery               <- association errors log settings store
 
   where they meet
     assembly               <- errors log selection series settings store uids
     worker                 <- analysis config dicom_result durable errors log pipelines store
 
   on top
-    preflight              <- config errors models pipelines
+    preflight              <- config errors models pipelines settings
     node                   <- assembly config delivery durable errors listener log preflight store
     overview               <- store
     console                <-
@@ -55,9 +56,9 @@ room imports exactly what stands right of its arrow):
     offline                <- analysis config criteria dicom_ct dicom_result errors findings log nifti picture pipelines selection uids volume
     anatomy                <- volume
     phantom                <- anatomy dicom_ct nifti uids volume
-    loopback               <- errors
+    loopback               <- association errors
     demo                   <- codes config console criteria errors findings loopback overview phantom picture pipelines pipelines.given_masks series store
-    cli                    <- assembly config console delivery demo durable errors log nifti node offline overview preflight store worker
+    cli                    <- assembly config console delivery demo durable errors log nifti node offline overview preflight settings store worker
     __main__               <- cli
 """  # noqa: E501 - one room, one line
 

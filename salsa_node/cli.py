@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 
 from salsa_node import __version__, config, console, errors
+from salsa_node.settings import SENDER
 
 app = typer.Typer(
     help="A DICOM node that finds liver lesions on CT. Research software, not a medical device.",
@@ -195,7 +196,7 @@ def resend(
     settings = config.load(config_file)
     from salsa_node import store
 
-    if to and to != config.SENDER:
+    if to and to != SENDER:
         settings.destination_named(to)
     with store.Store.open(store.StoreSettings(settings.store_url)) as record:
         due = record.resend(record.study(study).study_uid, to or None, _now())

@@ -20,6 +20,7 @@ from pathlib import Path
 from salsa_node.criteria import Criteria
 from salsa_node.errors import ConfigError
 from salsa_node.settings import (
+    SENDER,
     AssemblySettings,
     DeliverySettings,
     Destination,
@@ -32,7 +33,6 @@ from salsa_node.settings import (
 )
 
 ENVIRONMENT = "SALSA_NODE_CONFIG"
-SENDER = "sender"  # in delivery.to: whoever sent the study
 
 
 @dataclass(frozen=True, slots=True)

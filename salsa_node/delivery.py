@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -22,15 +21,14 @@ from pynetdicom.association import Association
 from pynetdicom.pdu_primitives import A_ASSOCIATE
 from pynetdicom.status import STATUS_SUCCESS, STATUS_WARNING, code_to_category
 
+from salsa_node.association import VERIFICATION, without_delay
 from salsa_node.errors import DeliveryError, DestinationRefused, LeaseLost, SalsaNodeError
 from salsa_node.log import unforeseen
-from salsa_node.settings import DeliverySettings, Destination
+from salsa_node.settings import SENDER, DeliverySettings, Destination
 from salsa_node.store import Delivery, ResultObject, Store
 
 log = logging.getLogger(__name__)
 
-SENDER = "sender"  # the destination whose AE title sent the study
-_VERIFICATION = "1.2.840.10008.1.1"  # PS3.4 annex A
 _SOP_CLASS_NOT_SUPPORTED = 0x0122  # PS3.7 C.5.6: the same answer tomorrow
 _ALREADY_THERE = 0x0111  # PS3.7 C.5.8, duplicate SOP instance: what an interrupted delivery meets the second time
 _MAX_PDU_BYTES = 131072
@@ -93,7 +91,7 @@ def _send_out(
 
 def echo(destination: Destination, settings: DeliverySettings) -> None:
     """C-ECHO. Raises DeliveryError that says how far it came."""
-    with _associated(destination, {(_VERIFICATION, pydicom.uid.ImplicitVRLittleEndian)}, settings.timeout_s) as assoc:
+    with _associated(destination, {(VERIFICATION, pydicom.uid.ImplicitVRLittleEndian)}, settings.timeout_s) as assoc:
         if not assoc.accepted_contexts:
             raise DestinationRefused(f"{destination.name}: accepts the association but not C-ECHO")
         status = assoc.send_c_echo().get("Status")
@@ -260,7 +258,6 @@ def _store_one(assoc: Association, destination: Destination, ds: pydicom.Dataset
 @contextmanager
 def _associated(destination: Destination, contexts: set[tuple[str, UID]], timeout_s: float) -> Iterator[Association]:
     """An association with one presentation context for each pair; released at the end. Raises DeliveryError."""
-    logging.getLogger("pynetdicom").setLevel(logging.CRITICAL)  # it would log data sets
     ae = AE(destination.calling_ae_title)
     ae.connection_timeout = ae.acse_timeout = ae.dimse_timeout = ae.network_timeout = timeout_s
     for sop_class, syntax in sorted(contexts):
@@ -272,7 +269,7 @@ def _associated(destination: Destination, contexts: set[tuple[str, UID]], timeou
             destination.port,
             ae_title=destination.ae_title,
             max_pdu=_MAX_PDU_BYTES,
-            evt_handlers=[(evt.EVT_CONN_OPEN, _without_delay)],
+            evt_handlers=[(evt.EVT_CONN_OPEN, without_delay)],
         )
     except (RuntimeError, ValueError, OSError) as error:
         raise DeliveryError(f"{where}: cannot be reached ({type(error).__name__}: {error})") from error
@@ -290,10 +287,3 @@ def _why_not(assoc: Association) -> str:
     if assoc.is_rejected and isinstance(answer, A_ASSOCIATE):
         return f"rejected the association: {answer.result_str}, {answer.source_str}, {answer.reason_str}"
     return "no association: nobody listens there, or the peer aborted or did not answer in time"
-
-
-def _without_delay(event: evt.Event) -> None:
-    """Send at once: the end of an object must not wait for the peer's delayed acknowledgement (40 ms each)."""
-    connection = event.assoc.dul.socket
-    if connection is not None and connection.socket is not None:
-        connection.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -10,7 +10,6 @@ import hashlib
 import ipaddress
 import logging
 import re
-import socket
 import struct
 import tempfile
 import threading
@@ -32,6 +31,7 @@ from pynetdicom.pdu_primitives import A_ASSOCIATE
 from pynetdicom.transport import ThreadedAssociationServer
 
 from salsa_node import durable
+from salsa_node.association import VERIFICATION, without_delay
 from salsa_node.errors import ConfigError, ContentConflict, StoreError
 from salsa_node.log import unforeseen
 from salsa_node.settings import ListenerSettings, Peer, invalid_peer
@@ -47,7 +47,6 @@ CONTENT_CONFLICT = 0xC001  # in the "cannot understand" range, which is the node
 NODE_FAILED = 0xC0FF
 
 REQUEST_S = 5.0  # how long a connection may stay without asking for an association
-_VERIFICATION = "1.2.840.10008.1.1"  # PS3.4 annex A
 _CALLING_NOT_RECOGNISED = (0x01, 0x01, 0x03)  # rejected permanent, service user, PS3.8 table 9-21
 _CALLED_NOT_RECOGNISED = (0x01, 0x01, 0x07)
 _TOO_MANY = (0x02, 0x03, 0x02)  # rejected transient, local limit exceeded
@@ -143,18 +142,17 @@ class Listener:
     def start(self) -> None:
         """Listen. Raises ConfigError where the port is taken or the folder cannot be written."""
         self._prepare_folder()
-        logging.getLogger("pynetdicom").setLevel(logging.CRITICAL)  # it would log data sets
         settings = self._settings
         ae = AE(settings.ae_title)
         ae.maximum_associations = settings.max_associations
         ae.maximum_pdu_size = settings.max_pdu_bytes
         ae.network_timeout = ae.dimse_timeout = settings.idle_timeout_s
         ae.acse_timeout = min(REQUEST_S, settings.idle_timeout_s)  # a bare connection holds a place no longer
-        ae.add_supported_context(_VERIFICATION)
+        ae.add_supported_context(VERIFICATION)
         for context in AllStoragePresentationContexts:
             ae.add_supported_context(str(context.abstract_syntax), ALL_TRANSFER_SYNTAXES)
         handlers: list[evt.EventHandlerType] = [
-            (evt.EVT_CONN_OPEN, _without_delay),
+            (evt.EVT_CONN_OPEN, without_delay),
             (evt.EVT_REQUESTED, self._on_requested),
             (evt.EVT_C_STORE, self._on_store),
         ]
@@ -306,13 +304,6 @@ class Listener:
             self._store.add_event(subject, subject_id, name, detail, now, study_uid)
         except StoreError as error:
             log.error("event not kept", extra={"event": name, "error": str(error)})
-
-
-def _without_delay(event: evt.Event) -> None:
-    """Answer at once: a small response must not wait for the peer's delayed acknowledgement (40 ms each)."""
-    connection = event.assoc.dul.socket
-    if connection is not None and connection.socket is not None:
-        connection.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
 def _sender(event: evt.Event) -> str:

@@ -19,6 +19,7 @@ import pydicom
 from pydicom.uid import CTImageStorage
 from pynetdicom import AE, evt
 
+from salsa_node.association import VERIFICATION
 from salsa_node.errors import DeliveryError, PipelineError
 
 RECEIVER_AE = "VIEWER"
@@ -26,7 +27,6 @@ SENDER_AE = "DEMO"
 NODE_AE = "SALSA_NODE"
 START_S = 60.0
 STOP_S = 60.0
-_VERIFICATION = "1.2.840.10008.1.1"
 
 
 def free_port() -> int:
@@ -54,7 +54,7 @@ def receiver(port: int, folder: Path) -> Iterator[list[Path]]:
         return 0x0000
 
     ae = AE(ae_title=RECEIVER_AE)
-    for context in (_VERIFICATION, pydicom.uid.SegmentationStorage, pydicom.uid.Comprehensive3DSRStorage):
+    for context in (VERIFICATION, pydicom.uid.SegmentationStorage, pydicom.uid.Comprehensive3DSRStorage):
         ae.add_supported_context(context)
     server = ae.start_server(("127.0.0.1", port), block=False, evt_handlers=[(evt.EVT_C_STORE, keep)])
     assert server is not None, "start_server gives a server when it does not block"
@@ -101,7 +101,7 @@ def echoes(port: int) -> bool:
         if sock.connect_ex(("127.0.0.1", port)) != 0:
             return False
     ae = AE(ae_title=SENDER_AE)
-    ae.add_requested_context(_VERIFICATION)
+    ae.add_requested_context(VERIFICATION)
     association = ae.associate("127.0.0.1", port, ae_title=NODE_AE)
     if not association.is_established:
         return False

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from salsa_node import models, pipelines
-from salsa_node.config import SENDER, Config
+from salsa_node.config import Config
 from salsa_node.errors import ConfigError, PipelineError
+from salsa_node.settings import SENDER
 
 
 @dataclass(frozen=True, slots=True)

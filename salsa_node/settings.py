@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+SENDER = "sender"  #: in `DeliverySettings.to`: the destination whose AE title sent the study
+
 
 @dataclass(frozen=True, slots=True)
 class NodeSettings:
