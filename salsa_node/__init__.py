@@ -58,7 +58,8 @@ room imports exactly what stands right of its arrow):
     phantom                <- anatomy dicom_ct nifti uids volume
     loopback               <- association errors
     demo                   <- codes config console criteria errors findings loopback overview phantom picture pipelines pipelines.given_masks series store
-    cli                    <- assembly config console delivery demo durable errors log nifti node offline overview preflight settings store worker
+    options                <- config
+  cli                    <- assembly config console delivery demo durable errors log nifti node offline options overview preflight settings store worker
     __main__               <- cli
 """  # noqa: E501 - one room, one line
 

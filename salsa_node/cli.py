@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 
 from salsa_node import __version__, config, console, errors
+from salsa_node.options import AsJson, ConfigFile, LesionLabels, OrganLabels, StudyName
 from salsa_node.settings import SENDER
 
 app = typer.Typer(
@@ -24,24 +25,6 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="The settings.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
-
-ConfigFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--config", help=f"Settings file; without it ${config.ENVIRONMENT} names one, else the defaults hold."
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON document instead of tables.")]
-StudyName = Annotated[
-    str, typer.Argument(metavar="STUDY", help="Study Instance UID, a unique beginning of one, or an accession number.")
-]
-
-OrganLabels = Annotated[
-    list[int] | None, typer.Option("--organ-label", help="A label of --masks that is liver; may be repeated.")
-]
-LesionLabels = Annotated[
-    list[int] | None, typer.Option("--lesion-label", help="A label of --masks that is lesion; may be repeated.")
-]
 
 GIVEN_MASKS = "given_masks"
 EXIT_NO = 1  # done, and the answer is no
