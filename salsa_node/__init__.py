@@ -13,7 +13,9 @@ room imports exactly what stands right of its arrow):
     durable                <-
     criteria               <-
     settings               <-
-    config                 <- criteria errors settings
+    limits                 <-
+  products               <-
+  config                 <- criteria errors limits products settings
 
   the science wing, in the order of the flow
     volume                 <- uids
@@ -31,14 +33,21 @@ room imports exactly what stands right of its arrow):
     dicom_result           <- errors pipelines series uids volume
     dicom_seg              <- codes dicom_result errors findings pipelines uids
     dicom_sr               <- codes criteria dicom_result dicom_seg errors findings pipelines uids
+  dicom_viewer_sr        <- codes dicom_result dicom_sr findings volume
     picture                <- codes dicom_result findings volume
-    analysis               <- criteria dicom_result dicom_seg dicom_sr errors findings pipelines series uids volume
+    page                   <- codes dicom_result dicom_sr findings picture pipelines volume
+  dicom_sc               <- dicom_result errors pipelines uids
+  dicom_pdf              <- codes dicom_result pipelines uids
+  dicom_ko               <- codes dicom_result errors findings uids
+  guards                 <- codes dicom_result errors findings limits uids volume
+  analysis               <- criteria dicom_ko dicom_pdf dicom_result dicom_sc dicom_seg dicom_sr dicom_viewer_sr errors findings guards limits page picture pipelines products series uids volume
 
   the plumbing wing
     store_rows             <-
     store_transaction      <- errors store_rows
     store_queries          <- errors store_rows store_transaction
-    store                  <- errors store_queries store_rows store_transaction
+    store_deliveries       <- errors store_queries store_rows store_transaction
+  store                  <- errors store_deliveries store_rows store_transaction
     association            <-
     listener               <- association durable errors log settings store
     delivery               <- association errors log settings store
@@ -53,11 +62,11 @@ room imports exactly what stands right of its arrow):
     overview               <- store
     console                <-
     dicom_ct               <- errors uids volume
-    offline                <- analysis config criteria dicom_ct dicom_result errors findings log nifti picture pipelines selection uids volume
+    offline                <- analysis config criteria dicom_ct errors findings log nifti picture pipelines selection uids volume
     anatomy                <- volume
     phantom                <- anatomy dicom_ct nifti uids volume
     loopback               <- association errors
-    demo                   <- codes config console criteria errors findings loopback overview phantom picture pipelines pipelines.given_masks series store
+    demo                   <- codes config console criteria dicom_result errors findings loopback overview phantom picture pipelines pipelines.given_masks series store
     options                <- config
   cli                    <- assembly config console delivery demo durable errors log nifti node offline options overview preflight settings store worker
     __main__               <- cli

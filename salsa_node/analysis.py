@@ -6,21 +6,36 @@ liver in it) is an outcome with a report of its own, not a fault.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from enum import Enum
+from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 import pydicom
 from pydicom.errors import InvalidDicomError
 
-from salsa_node import dicom_seg, dicom_sr
+from salsa_node import (
+    dicom_ko,
+    dicom_pdf,
+    dicom_result,
+    dicom_sc,
+    dicom_seg,
+    dicom_sr,
+    dicom_viewer_sr,
+    guards,
+    page,
+    picture,
+)
 from salsa_node.criteria import Criteria
-from salsa_node.dicom_result import Identity, caveat
+from salsa_node.dicom_result import Identity, Kind, Made, caveat
 from salsa_node.errors import OrganNotFound, SeriesRejected
 from salsa_node.findings import Findings, measure, table
+from salsa_node.limits import Limits
 from salsa_node.pipelines import Pipeline, Provenance
+from salsa_node.products import Products
 from salsa_node.series import headers, inspect, read_volume
 from salsa_node.uids import digest
 from salsa_node.volume import CtVolume
@@ -34,36 +49,65 @@ class Outcome(Enum):
     NOT_ANALYSED = "not_analysed"  #: no analysis was possible; the report says why
 
 
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """By what rules a series is analysed, and what is made of it: everything beside images and pipeline."""
+
+    criteria: Criteria = field(default_factory=Criteria)
+    limits: Limits = field(default_factory=Limits)
+    products: Products = field(default_factory=Products)
+
+    @property
+    def identity(self) -> Identity:
+        """How the results are signed."""
+        return Identity(first_series_number=self.products.first_series_number)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Lineage:
+    """Where a result stands among those of its study.
+
+    produced_at: aware; the time that the objects carry; the same answer gives the same bytes.
+    predecessor: the report of the result that this one takes the place of.
+    """
+
+    produced_at: datetime
+    predecessor: pydicom.Dataset | None = None
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Analysis:
     """What is sent for one series, and what stands behind it.
 
-    seg: None where there is nothing to segment. report: always there.
+    objects: in the order in which they are sent; a report is always among them.
     findings, ct: None where no analysis was possible; then `reason` says why, otherwise it is "".
     run_digest: what every UID of the results derives from.
+    blocked: why the result must not leave; "" where it may.
     """
 
     outcome: Outcome
-    seg: pydicom.Dataset | None
-    report: pydicom.Dataset
+    objects: tuple[Made, ...]
     findings: Findings | None
     ct: CtVolume | None
     reason: str
     run_digest: str
+    blocked: str = ""
+
+    def of(self, kind: Kind) -> tuple[pydicom.Dataset, ...]:
+        """The objects of that kind."""
+        return tuple(made.ds for made in self.objects if made.kind is kind)
 
 
 def analyse(
     paths: Sequence[Path],
     pipeline: Pipeline,
-    criteria: Criteria,
-    identity: Identity,
-    dated: Callable[[str], datetime],
-    include_organ: bool = False,
+    terms: Terms,
+    lineage: Callable[[str], Lineage],
     progress: Callable[[str], None] = lambda _: None,
 ) -> Analysis:
     """Everything that is sent for the series in `paths`.
 
-    dated: told the run digest, says the aware time that the objects carry; the same answer gives the same bytes.
+    lineage: told the run digest, says when the result was made and what it takes the place of.
     progress: told what begins ("reading", "segmenting", "measuring", "writing").
     Raises PipelineError and EncodingError; verdicts on the input become an outcome.
     """
@@ -74,36 +118,98 @@ def analyse(
         progress("segmenting")
         masks = pipeline.segment(ct)
     except (SeriesRejected, OrganNotFound) as verdict:
-        return refuse(paths, str(verdict), identity, dated, pipeline.provenance)
+        return refuse(paths, str(verdict), terms, lineage, pipeline.provenance)
     progress("measuring")
-    findings = measure(ct, masks, criteria)
+    findings = measure(ct, masks, terms.criteria)
     # What else decides the bytes decides the UIDs too: other bytes never go out under a UID that was used before.
-    signed = digest(findings.run_digest, repr(identity), repr(include_organ))
-    findings = replace(findings, run_digest=signed)
+    signed = digest(findings.run_digest, repr(terms.identity), repr(terms.products), repr(terms.limits))
+    findings = replace(findings, run_digest=signed, flags=guards.flags(ct, findings, terms.limits))
     progress("writing")
-    source, produced_at = headers(series), dated(signed)
-    seg = dicom_seg.build(findings, source, identity, produced_at, include_organ=include_organ)
-    report = dicom_sr.build(findings, seg, source, identity, produced_at)
+    objects = _objects(ct, findings, headers(series), terms, lineage(signed))
     outcome = Outcome.LESIONS if findings.lesions else Outcome.NO_CANDIDATE
-    return Analysis(outcome, seg, report, findings, ct, "", findings.run_digest)
+    blocked = " ".join(flag.text for flag in findings.flags if flag.blocks)
+    return Analysis(outcome, objects, findings, ct, "", signed, blocked)
 
 
 def refuse(
     paths: Sequence[Path],
     reason: str,
-    identity: Identity,
-    dated: Callable[[str], datetime],
+    terms: Terms,
+    lineage: Callable[[str], Lineage],
     provenance: Provenance | None = None,
 ) -> Analysis:
     """The report that says why nothing was analysed, for the study that `paths` belong to.
 
     Raises SeriesRejected where no file of the study can be read: then there is nobody to report on.
     """
-    source = _any_header(paths)
+    source, identity = _any_header(paths), terms.identity
     made_of = digest("not analysed", reason, repr(identity), *sorted(path.name for path in paths))
-    run_digest = digest(made_of, provenance.digest) if provenance else made_of
-    report = dicom_sr.build_not_analysed(reason, source, identity, dated(run_digest), run_digest, provenance)
-    return Analysis(Outcome.NOT_ANALYSED, None, report, None, None, reason, run_digest)
+    run_digest = digest(made_of, provenance.digest if provenance else "", repr(terms.products))
+    born = lineage(run_digest)
+    report = dicom_sr.build_not_analysed(
+        reason, source, identity, born.produced_at, run_digest, provenance, born.predecessor
+    )
+    objects = [Made(Kind.SR, "sr", report)]
+    if terms.products.summary_page or terms.products.summary_pdf:
+        sheet = page.of_refusal(reason, provenance, dicom_result.local(born.produced_at, source))
+        objects += _pages(sheet, (), source, terms, born, run_digest, provenance)
+    return Analysis(Outcome.NOT_ANALYSED, tuple(objects), None, None, reason, run_digest)
+
+
+def check(contents: Iterable[bytes], paths: Sequence[Path], result: Analysis) -> None:
+    """Raises GuardFailed unless the objects, as written, belong to the images in `paths` and lie where those lie."""
+    objects = [pydicom.dcmread(BytesIO(content)) for content in contents]
+    if result.findings is None:
+        guards.check(objects, [_any_header(paths)], None)
+    else:
+        source = [pydicom.dcmread(path, stop_before_pixels=True) for path in paths]
+        guards.check(objects, source, result.findings)
+
+
+def _objects(
+    ct: CtVolume, findings: Findings, source: Sequence[pydicom.Dataset], terms: Terms, born: Lineage
+) -> tuple[Made, ...]:
+    identity, products, when = terms.identity, terms.products, born.produced_at
+    by_class = dicom_seg.build(findings, source, identity, when, include_organ=products.include_liver)
+    alone = dicom_seg.build_lesions(findings, source, identity, when) if products.per_lesion_seg else ()
+    segs = [*([by_class] if by_class is not None else []), *alone]
+    report = dicom_sr.build(findings, segs, source, identity, when, born.predecessor)
+    objects = [Made(Kind.SEG, "seg", by_class)] if by_class is not None else []
+    objects.append(Made(Kind.SR, "sr", report))
+    objects += [Made(Kind.LESION_SEG, f"lesion_seg_{n}", seg) for n, seg in enumerate(alone, start=1)]
+    if products.viewer_sr:
+        drawn = dicom_viewer_sr.build(findings, source, identity, when)
+        objects += [Made(Kind.VIEWER_SR, "viewer_sr", drawn)] if drawn is not None else []
+    if products.summary_page or products.summary_pdf or products.key_images:
+        sheet = page.of_findings(ct, findings, dicom_result.local(when, source[0]))
+        largest = sorted(findings.lesions, key=lambda lesion: -lesion.long_axis.length_mm)[: products.key_images]
+        keys = [(np.asarray(picture.key_image(ct, findings, one)), source[one.slice_index]) for one in largest]
+        objects += _pages(sheet, keys, source[0], terms, born, findings.run_digest, findings.provenance)
+    if products.key_object_selection:
+        selection = dicom_ko.build(findings, segs, source, identity, when)
+        objects += [Made(Kind.KO, "ko", selection)] if selection is not None else []
+    return tuple(objects)
+
+
+def _pages(
+    sheet: page.Page,
+    keys: Sequence[tuple[dicom_sc.Pixels, pydicom.Dataset]],
+    source: pydicom.Dataset,
+    terms: Terms,
+    born: Lineage,
+    run_digest: str,
+    provenance: Provenance | None,
+) -> list[Made]:
+    """The summary page and the key images as Secondary Captures, and the page as PDF, as the site wants them."""
+    pictures: list[tuple[dicom_sc.Pixels, pydicom.Dataset | None]] = []
+    if terms.products.summary_page:
+        pictures += [(pixels, None) for pixels in sheet.pictures()]
+    pictures += keys
+    signed = (source, terms.identity, born.produced_at, run_digest, provenance)
+    made = [Made(Kind.SC, f"sc_{n}", capture) for n, capture in enumerate(dicom_sc.build(pictures, *signed), start=1)]
+    if terms.products.summary_pdf:
+        made.append(Made(Kind.PDF, "pdf", dicom_pdf.build(sheet.pdf, *signed)))
+    return made
 
 
 def _any_header(paths: Sequence[Path]) -> pydicom.Dataset:
@@ -130,6 +236,7 @@ def summary(result: Analysis) -> dict[str, object]:
         "lesions": table(findings),
         "liver_ml": organ_ml,
         "dropped_specks": findings.dropped_specks,
+        "flags": [asdict(flag) for flag in findings.flags],
         "criteria": {**asdict(findings.criteria), "rule": findings.criteria.rule.value},
         "pipeline": {
             "name": provenance.pipeline,

@@ -54,6 +54,7 @@ CT_PROCEDURE: Final = Code("25045-6", "LN", "CT unspecified body region")
 ENGLISH: Final = Code("en-US", "RFC5646", "English (United States)")
 DEVICE: Final = Code("121007", "DCM", "Device")
 FINDING: Final = Code("121071", "DCM", "Finding")
+OF_INTEREST: Final = Code("113000", "DCM", "Of Interest")  # CID 7010
 COMMENT: Final = Code("121106", "DCM", "Comment")
 ARTIFICIAL_INTELLIGENCE: Final = Code("123110", "DCM", "Artificial Intelligence")
 ALGORITHM_NAME: Final = Code("111001", "DCM", "Algorithm Name")

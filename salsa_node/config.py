@@ -19,6 +19,8 @@ from pathlib import Path
 
 from salsa_node.criteria import Criteria
 from salsa_node.errors import ConfigError
+from salsa_node.limits import Limits
+from salsa_node.products import Products
 from salsa_node.settings import (
     SENDER,
     AssemblySettings,
@@ -27,7 +29,6 @@ from salsa_node.settings import (
     ListenerSettings,
     NodeSettings,
     PipelineChoice,
-    ResultSettings,
     WorkerSettings,
     invalid_peer,
 )
@@ -44,7 +45,8 @@ class Config:
     assembly: AssemblySettings = field(default_factory=AssemblySettings)
     pipeline: PipelineChoice = field(default_factory=PipelineChoice)
     criteria: Criteria = field(default_factory=Criteria)
-    results: ResultSettings = field(default_factory=ResultSettings)
+    guards: Limits = field(default_factory=Limits)
+    results: Products = field(default_factory=Products)
     worker: WorkerSettings = field(default_factory=WorkerSettings)
     delivery: DeliverySettings = field(default_factory=DeliverySettings)
     destination: tuple[Destination, ...] = ()
@@ -184,8 +186,6 @@ def _check_together(config: Config) -> None:
     wrong = invalid_peer(config.listener.allowed)
     if wrong:
         raise ConfigError(wrong)
-    if config.results.seg_series_number == config.results.sr_series_number:
-        raise ConfigError("results.sr_series_number: expected another number than results.seg_series_number")
     if config.node.store_url and not config.node.store_url.startswith("sqlite:///"):
         raise ConfigError('node.store_url: expected sqlite:///FILE, or "" for a file in node.data_dir')
     names = [destination.name for destination in config.destination]

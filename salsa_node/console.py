@@ -12,6 +12,7 @@ from rich.table import Table
 
 NEXT = {
     "failed": "salsa-node rerun STUDY, once the cause is mended",
+    "blocked": "look at the objects that salsa-node show STUDY names, then rerun with other settings or --masks",
     "not delivered": "salsa-node echo DESTINATION, then salsa-node resend STUDY",
 }
 
@@ -103,8 +104,10 @@ def put_detail(study: Mapping[str, object]) -> None:
     )  # fmt: skip
     for run in runs:
         findings = run.get("findings")
-        if isinstance(findings, Mapping) and run["state"] == "PRODUCED":
+        if isinstance(findings, Mapping) and run["state"] in ("PRODUCED", "BLOCKED"):
             put_lesions(_rows(findings.get("lesions", [])), f"Run {run['id']}: {findings.get('caveat', '')}")
+            for flag in _rows(findings.get("flags", [])):
+                put(f"{'BLOCKED' if flag['blocks'] else 'note'}: {flag['text']}")
             if findings.get("reason"):
                 put(f"not analysed: {findings['reason']}")
     deliveries = [delivery for run in runs for delivery in _rows(run["deliveries"])]

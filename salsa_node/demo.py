@@ -9,17 +9,19 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import highdicom as hd
 import numpy as np
+import pydicom
 from rich.progress import track
 
 from salsa_node import codes, console, loopback, overview, phantom, picture
-from salsa_node.config import load
+from salsa_node.config import Config, load
 from salsa_node.criteria import Criteria
+from salsa_node.dicom_result import Identity, Kind
 from salsa_node.errors import ConfigError, DeliveryError, PipelineError
 from salsa_node.findings import Findings, measure
 from salsa_node.overview import Standing
@@ -31,7 +33,7 @@ from salsa_node.store import Store, StoreSettings
 MUST_FIND_MM = 10.0  # a lesion of this longest diameter may not be missed
 MUST_COVER = 0.25  # share of a lesion's voxels that a finding must hold to count as having found it
 FINISH_S = 600.0
-_ENDS = (Standing.DONE, Standing.FAILED, Standing.NOT_DELIVERED, Standing.NOTHING, Standing.CANCELLED)
+_ENDS = (Standing.DONE, Standing.FAILED, Standing.BLOCKED, Standing.NOT_DELIVERED, Standing.NOTHING, Standing.CANCELLED)
 
 _CONFIG = """\
 # The node of this demonstration; see config/salsa_node.toml for every key.
@@ -126,6 +128,7 @@ def run(output: Path, seed: int, quiet: bool = False) -> Demonstration:
     config_path.write_text(
         _CONFIG.format(data_dir=json.dumps(data_dir.as_posix()), port=port, receiver_port=receiver_port)
     )
+    config = load(config_path)
     results = output / "results"
     node_log = output / "node.log"
     with loopback.receiver(receiver_port, results) as received, loopback.node(config_path, node_log, port):
@@ -133,14 +136,13 @@ def run(output: Path, seed: int, quiet: bool = False) -> Demonstration:
         files = [*written.localizer, *written.axial]
         say(f"sending {len(files)} images by C-STORE to the node at 127.0.0.1:{port} ...")
         loopback.send(track(files, "sending", disable=quiet or not sys.stdout.isatty()), port)
-        _wait(load(config_path).store_url, written.study_uid, say)
+        _wait(config.store_url, written.study_uid, say)
         seconds = time.monotonic() - begun
     ct = read_volume(inspect(written.axial))
-    seg = next((path for path in received if path.name.startswith("SEG")), None)
-    report = next((path for path in received if path.name.startswith("SR")), None)
+    seg, report = _of(received, "SEG", config, Kind.SEG), _of(received, "SR", config, Kind.SR)
     if report is None:
         raise DeliveryError(f"the node came to an end, but no report arrived; see {node_log}")
-    files_out = [path for path in (seg, report) if path]
+    files_out = sorted(set(received))
     rows = _missed_all(study)
     if seg is not None:
         masks = GivenMasksPipeline(PipelineSettings(masks_path=seg)).segment(ct)
@@ -152,6 +154,17 @@ def run(output: Path, seed: int, quiet: bool = False) -> Demonstration:
     outcome = Demonstration(tuple(rows), seconds, output, tuple(files_out))
     _tell(outcome, written, say)
     return outcome
+
+
+def _of(received: Sequence[Path], modality: str, config: Config, kind: Kind) -> Path | None:
+    """The first object of that kind among those received: of its modality and its series number."""
+    number = Identity(first_series_number=config.results.first_series_number).series_number(kind)
+    for path in received:
+        if path.name.startswith(f"{modality}-"):
+            header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["SeriesNumber"])
+            if header.SeriesNumber == number:
+                return path
+    return None
 
 
 def _tell(outcome: Demonstration, study: phantom.Study, say: Callable[[str], None]) -> None:

@@ -12,9 +12,11 @@ from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
+from enum import Enum
 from typing import Final
 
 import numpy as np
+from pydicom.charset import convert_encodings, default_encoding
 from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
 from pydicom.errors import BytesLengthException
@@ -104,6 +106,30 @@ _IMAGE = (
 )
 
 
+class Kind(Enum):
+    """What a result may consist of; each is a series of its own, numbered in this order."""
+
+    SEG = "SEG"  #: the lesions by class
+    SR = "SR"  #: the record
+    LESION_SEG = "LESION_SEG"  #: one segment per lesion
+    VIEWER_SR = "VIEWER_SR"  #: the diameters, as viewers draw them
+    SC = "SC"  #: the summary page and the key images, as pictures
+    PDF = "PDF"  #: the summary page
+    KO = "KO"  #: a selection that points at the source slices
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Made:
+    """One object of a result.
+
+    name: what its file is called, without suffix; unique within the result.
+    """
+
+    kind: Kind
+    name: str
+    ds: Dataset
+
+
 @dataclass(frozen=True, slots=True)
 class Identity:
     """The equipment that signs the results, and where their series stand in the study.
@@ -116,8 +142,7 @@ class Identity:
     device_serial_number: str = "1"
     station_name: str = "SALSA_NODE"
     institution_name: str = ""
-    seg_series_number: int = 9001
-    sr_series_number: int = 9002
+    first_series_number: int = 9001
     software_version: str = __version__
 
     def __post_init__(self) -> None:
@@ -132,12 +157,15 @@ class Identity:
             text = getattr(self, name)
             if len(text) > limit or plain(text) != text or "\\" in text:
                 raise ValueError(f"{name} must be at most {limit} ASCII characters without a backslash, found {text!r}")
-        for name in ("seg_series_number", "sr_series_number"):
-            number = getattr(self, name)
-            if not 1 <= number < 2**31:
-                raise ValueError(f"{name} must be a positive 32-bit number, found {number}")
-        if self.seg_series_number == self.sr_series_number:
-            raise ValueError(f"two series of one study need two numbers, found {self.sr_series_number} twice")
+        if not 1 <= self.first_series_number < 2**31 - len(Kind):
+            raise ValueError(
+                f"first_series_number must be a positive 32-bit number with {len(Kind)} free ones from it on, "
+                f"found {self.first_series_number}"
+            )
+
+    def series_number(self, kind: Kind) -> int:
+        """The Series Number of the objects of this kind: one series a kind, in the order of `Kind`."""
+        return self.first_series_number + list(Kind).index(kind)
 
     @property
     def device_uid(self) -> str:
@@ -155,6 +183,20 @@ def line(*parts: str, chars: int = LO_CHARS) -> str:
     """The non-empty parts as one Long String, joined by " - "; what is too long ends in "..."."""
     text = " - ".join(plain(part).replace("\\", "/").replace("\n", " ") for part in parts if part)
     return text if len(text) <= chars else text[: chars - 3] + "..."
+
+
+def fitting(text: str, source: Dataset) -> str:
+    """`text` where the source's Specific Character Set (0008,0005) can write it, else `plain(text)`."""
+    named = source.get("SpecificCharacterSet") or ""
+    for encoding in convert_encodings(named):
+        if encoding == default_encoding:  # the default repertoire is ASCII (PS3.5 6.1.1), pydicom reads it as more
+            continue
+        try:
+            text.encode(encoding)
+        except (UnicodeEncodeError, LookupError):
+            continue
+        return text
+    return plain(text)
 
 
 def caveat(provenance: Provenance | None) -> str:

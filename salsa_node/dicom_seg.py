@@ -1,4 +1,4 @@
-"""Findings -> DICOM Segmentation: the lesions by class, on the grid of their source images.
+"""Findings -> DICOM Segmentation: the lesions by class, or one by one, on the grid of their source images.
 
 BINARY and uncompressed, because every viewer tried shows that; empty frames are left out; each
 frame takes its position, word for word, from the source image it refers to.
@@ -7,7 +7,7 @@ frame takes its position, word for word, from the source image it refers to.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Final
 
@@ -18,11 +18,24 @@ from pydicom.dataset import Dataset
 from pydicom.sr.coding import Code
 from pydicom.uid import ExplicitVRLittleEndian
 from pydicom.valuerep import DSfloat
+from scipy.ndimage import find_objects
 
 from salsa_node import codes, uids
-from salsa_node.dicom_result import Identity, caveat, check_source, line, plain, reference, sign, titled, weights
+from salsa_node.dicom_result import (
+    Identity,
+    Kind,
+    caveat,
+    check_source,
+    fitting,
+    line,
+    plain,
+    reference,
+    sign,
+    titled,
+    weights,
+)
 from salsa_node.errors import EncodingError
-from salsa_node.findings import Disease, Findings
+from salsa_node.findings import Disease, Findings, Lesion
 from salsa_node.pipelines import Provenance
 
 Labels = npt.NDArray[np.uint8]
@@ -30,14 +43,31 @@ Labels = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """How a segment is named, coded and coloured."""
+    """How a segment is named, coded and coloured.
+
+    tracking: Tracking ID and Tracking UID, where the segment is one lesion.
+    """
 
     label: str
     category: Code
     property_type: Code
     regions: tuple[Code, ...]
     rgb: tuple[int, int, int]
+    tracking: tuple[str, str] | None = None
 
+
+@dataclass(frozen=True, slots=True)
+class _Series:
+    """What tells the two segmentations of a result apart."""
+
+    kind: Kind
+    title: str
+    content_label: str
+
+
+_BY_CLASS: Final = _Series(Kind.SEG, "SEG", "LIVER_LESIONS")
+_ONE_BY_ONE: Final = _Series(Kind.LESION_SEG, "SEG, one by one", "EACH_LESION")
+MAX_FRAMES: Final = 400  # a known viewer shows no segmentation of more (Weasis issue 680)
 
 _LESIONS: Final = {
     Disease.MEASURABLE: _Kind(
@@ -73,19 +103,107 @@ def build(
     if not kinds:
         return None
     uid = instance_uid(findings, with_organ=_ORGAN in kinds)
+    return _signed(_BY_CLASS, kinds, pixels, findings, source, identity, produced_at, uid)
+
+
+def build_lesions(
+    findings: Findings, source: Sequence[Dataset], identity: Identity, produced_at: datetime
+) -> tuple[Dataset, ...]:
+    """Valid Segmentations with one segment per lesion, named "L1 · measurable · 23 mm" and tracked by UID.
+
+    One object where its frames number at most 400, else as many as keep to that; one series in any case.
+    Arguments and errors as of `build`.
+    """
+    check_source(source, findings.lesion_labels.grid)
+    _check_lesions(findings, source)
+    labels = findings.lesion_labels.labels
+    objects = []
+    for part, lesions in enumerate(_parts(findings), start=1):
+        segment_of = np.zeros(len(findings.lesions) + 1, dtype=np.uint8)
+        segment_of[[lesion.number for lesion in lesions]] = range(1, len(lesions) + 1)
+        kinds = [_alone(lesion, source[0]) for lesion in lesions]
+        uid = uids.derive(findings.run_digest, "LESION_SEG", str(part))
+        pixels: Labels = segment_of[labels]
+        made = _signed(_ONE_BY_ONE, kinds, pixels, findings, source, identity, produced_at, uid, number=part)
+        objects.append(made)
+    return tuple(objects)
+
+
+def segment_of(lesion: Lesion, segs: Sequence[Dataset]) -> tuple[Dataset, int]:
+    """The segmentation and the segment number that show this lesion: alone if there is such a segment, else its class.
+
+    Raises EncodingError where none does.
+    """
+    for seg in segs:
+        for item in seg.SegmentSequence:
+            if item.get("TrackingUID") == lesion.tracking_uid:
+                return seg, int(item.SegmentNumber)
+    for seg in segs:
+        number = segment_numbers(seg).get(label_of(lesion.disease))
+        if number is not None:
+            return seg, number
+    raise EncodingError(f"no segmentation shows lesion {lesion.number}")
+
+
+def tracking_identifier(lesion: Lesion) -> str:
+    """What every object calls this lesion."""
+    return f"Lesion {lesion.number}"
+
+
+def _alone(lesion: Lesion, source: Dataset) -> _Kind:
+    of_class = _LESIONS[lesion.disease]
+    label = fitting(f"L{lesion.number} · {lesion.disease.value} · {lesion.long_axis.length_mm:.0f} mm", source)
+    return replace(of_class, label=label, tracking=(tracking_identifier(lesion), lesion.tracking_uid))
+
+
+def _parts(findings: Findings) -> list[list[Lesion]]:
+    """The lesions in order, in parts of at most MAX_FRAMES frames and 255 segments."""
+    boxes = find_objects(findings.lesion_labels.labels.astype(np.int32, copy=False))
+    parts: list[list[Lesion]] = []
+    frames = 0
+    for lesion in findings.lesions:
+        more = boxes[lesion.number - 1][0].stop - boxes[lesion.number - 1][0].start
+        if not parts or frames + more > MAX_FRAMES or len(parts[-1]) == 255:
+            parts.append([])
+            frames = 0
+        parts[-1].append(lesion)
+        frames += more
+    return parts
+
+
+def _signed(
+    series: _Series,
+    kinds: Sequence[_Kind],
+    pixels: Labels,
+    findings: Findings,
+    source: Sequence[Dataset],
+    identity: Identity,
+    produced_at: datetime,
+    uid: str,
+    number: int = 1,
+) -> Dataset:
     try:
-        seg = _segmentation(kinds, pixels, findings, source, identity, uid)
+        seg = _segmentation(series, kinds, pixels, findings, source, identity, uid, number)
     except (ValueError, TypeError, AttributeError) as exc:
         raise EncodingError(f"the segmentation could not be put together ({type(exc).__name__})") from exc
     seg.BodyPartExamined = source[0].get("BodyPartExamined") or "ABDOMEN"
     _fix_dimension_uid(seg, uids.derive(uid, "dimensions"))
     sign(seg, source[0], identity, produced_at)
+    for item, kind in zip(seg.SegmentSequence, kinds, strict=True):
+        item.SegmentLabel = kind.label
     return seg
 
 
 def instance_uid(findings: Findings, *, with_organ: bool = False) -> str:
     """The SOP Instance UID of the segmentation of these findings: other content, other UID."""
     return uids.derive(findings.run_digest, "SEG", "with organ" if with_organ else "lesions")
+
+
+def made_from(seg: Dataset, findings: Findings) -> bool:
+    """Whether `build` or `build_lesions` made this segmentation from these findings."""
+    number = str(seg.get("InstanceNumber"))
+    ours = {instance_uid(findings, with_organ=organ) for organ in (False, True)}
+    return seg.SOPInstanceUID in ours | {uids.derive(findings.run_digest, "LESION_SEG", number)}
 
 
 def segment_numbers(seg: Dataset) -> dict[str, int]:
@@ -99,12 +217,14 @@ def label_of(disease: Disease) -> str:
 
 
 def _segmentation(
+    series: _Series,
     kinds: Sequence[_Kind],
     pixels: Labels,
     findings: Findings,
     source: Sequence[Dataset],
     identity: Identity,
     uid: str,
+    number: int,
 ) -> Dataset:
     provenance = findings.provenance
     words = "Lesions marked by a person" if provenance.by_person else "AI candidate lesions"
@@ -113,21 +233,25 @@ def _segmentation(
         pixel_array=pixels,
         segmentation_type=hd.seg.SegmentationTypeValues.BINARY,
         segment_descriptions=[_describe(n, kind, provenance, identity) for n, kind in enumerate(kinds, start=1)],
-        series_instance_uid=uids.derive(uid, "series"),
-        series_number=identity.seg_series_number,
+        series_instance_uid=_series_uid(series, findings, uid),
+        series_number=identity.series_number(series.kind),
         sop_instance_uid=uid,
-        instance_number=1,
+        instance_number=number,
         manufacturer=identity.manufacturer,
         manufacturer_model_name=identity.model_name,
         software_versions=identity.software_version,
         device_serial_number=identity.device_serial_number,
-        content_label="LIVER_LESIONS",
+        content_label=series.content_label,
         content_description=line(words, provenance.notice),
         content_creator_name=f"{identity.manufacturer}^",
         transfer_syntax_uid=ExplicitVRLittleEndian,
         omit_empty_frames=True,
-        series_description=line(titled("SEG", provenance), provenance.notice),
+        series_description=line(titled(series.title, provenance), provenance.notice),
     )
+
+
+def _series_uid(series: _Series, findings: Findings, uid: str) -> str:
+    return uids.derive(uid if series is _BY_CLASS else uids.derive(findings.run_digest, "LESION_SEG"), "series")
 
 
 def _segments(findings: Findings, *, include_organ: bool) -> tuple[list[_Kind], Labels]:
@@ -165,13 +289,15 @@ def _describe(number: int, kind: _Kind, provenance: Provenance, identity: Identi
     made = hd.seg.SegmentAlgorithmTypeValues
     description = hd.seg.SegmentDescription(
         segment_number=number,
-        segment_label=kind.label,
+        segment_label=plain(kind.label),
         segmented_property_category=kind.category,
         segmented_property_type=kind.property_type,
         algorithm_type=made.MANUAL if provenance.by_person else made.AUTOMATIC,
         algorithm_identification=None if provenance.by_person else _algorithm(provenance, identity),
         anatomic_regions=list(kind.regions) or None,
         display_color=hd.color.CIELabColor.from_rgb(*kind.rgb),
+        tracking_id=kind.tracking[0] if kind.tracking else None,
+        tracking_uid=kind.tracking[1] if kind.tracking else None,
     )
     description.SegmentDescription = plain(" ".join(part for part in (caveat(provenance), provenance.notice) if part))
     return description

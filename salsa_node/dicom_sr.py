@@ -7,6 +7,7 @@ tree is written for machines; a container of plain sentences says the same to a 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
@@ -20,6 +21,7 @@ from salsa_node import codes, uids
 from salsa_node.criteria import Criteria, Rule
 from salsa_node.dicom_result import (
     Identity,
+    Kind,
     caveat,
     check_source,
     line,
@@ -30,7 +32,7 @@ from salsa_node.dicom_result import (
     titled,
     weights,
 )
-from salsa_node.dicom_seg import instance_uid, label_of, segment_numbers
+from salsa_node.dicom_seg import made_from, segment_of, tracking_identifier
 from salsa_node.errors import EncodingError
 from salsa_node.findings import Disease, Findings, Lesion
 from salsa_node.pipelines import Provenance
@@ -38,6 +40,8 @@ from salsa_node.pipelines import Provenance
 NOTHING_FOUND: Final = "The algorithm found no candidate lesion."
 NOTHING_MARKED: Final = "The person's mask marks no lesion."
 NOT_ANALYSED: Final = "No analysis was possible."
+PER_ORGAN: Final = 2  # target lesions per organ at most (RECIST 1.1 section 3.1.2)
+Group = sr.VolumetricROIMeasurementsAndQualitativeEvaluations | sr.MeasurementsAndQualitativeEvaluations
 _DECIMALS: Final = 6  # of every measured number: finer than any voxel
 
 _MEASURABILITY: Final = {Disease.MEASURABLE: codes.MEASURABLE, Disease.NON_MEASURABLE: codes.NON_MEASURABLE}
@@ -45,26 +49,31 @@ _METHOD: Final = {Rule.DIAMETER: codes.RECIST_1_1, Rule.VOLUME: codes.VOLUME_RUL
 
 
 def build(
-    findings: Findings, seg: Dataset | None, source: Sequence[Dataset], identity: Identity, produced_at: datetime
+    findings: Findings,
+    segs: Sequence[Dataset],
+    source: Sequence[Dataset],
+    identity: Identity,
+    produced_at: datetime,
+    predecessor: Dataset | None = None,
 ) -> Dataset:
     """A valid report on these findings.
 
-    seg: the segmentation that `dicom_seg.build` made of the same findings; None where there is no lesion.
+    segs: the segmentations that `dicom_seg` made of the same findings; each lesion refers to a segment of its own
+        where there is one, else to the segment of its class. Empty where there is no lesion.
     source: the headers of the images the findings were made from, in slice order along the grid.
     produced_at: aware; becomes the object's dates.
-    Raises EncodingError where findings, segmentation and source do not belong together.
+    predecessor: the report that this one takes the place of.
+    Raises EncodingError where findings, segmentations and source do not belong together.
     """
     check_source(source, findings.lesion_labels.grid)
-    _check_segmentation(findings, seg)
-    if seg is not None:
+    _check_segmentations(findings, segs)
+    for seg in segs:
         same_patient_and_study(seg, source[0])
-    groups = [_lesion_group(lesion, findings, seg, source) for lesion in findings.lesions if seg is not None]
-    sentences = [_outcome(findings), *_remarks(findings)]
-    content = _report(identity, groups, sentences, findings.provenance, findings.criteria)
-    evidence = [*(named(ds) for ds in source), *([seg] if seg is not None else [])]
-    return _document(
-        content, evidence, source[0], identity, produced_at, (findings.run_digest, "SR"), findings.provenance
-    )
+    groups = [_lesion_group(lesion, findings, segs, source) for lesion in findings.lesions]
+    content = content_tree(identity, groups, sentences(findings), findings.provenance, findings.criteria)
+    evidence = [*(named(ds) for ds in source), *segs]
+    made = DocumentOf(Kind.SR, (findings.run_digest, "SR"), "report", predecessor)
+    return document(made, content, evidence, source[0], identity, produced_at, findings.provenance)
 
 
 def build_not_analysed(
@@ -74,6 +83,7 @@ def build_not_analysed(
     produced_at: datetime,
     run_digest: str,
     provenance: Provenance | None = None,
+    predecessor: Dataset | None = None,
 ) -> Dataset:
     """A valid report that says no analysis was possible, and why.
 
@@ -82,9 +92,19 @@ def build_not_analysed(
     run_digest: the UIDs derive from it.
     provenance: of the pipeline that gave up, where one had been chosen.
     """
-    content = _report(identity, [], [f"{NOT_ANALYSED} Reason: {reason}"], provenance, None)
-    parts = (run_digest, "SR", "not analysed")
-    return _document(content, [named(source)], source, identity, produced_at, parts, provenance)
+    content = content_tree(identity, [], [refusal(reason)], provenance, None)
+    made = DocumentOf(Kind.SR, (run_digest, "SR", "not analysed"), "report", predecessor)
+    return document(made, content, [named(source)], source, identity, produced_at, provenance)
+
+
+def refusal(reason: str) -> str:
+    """The sentence that says no analysis was possible, and why."""
+    return f"{NOT_ANALYSED} Reason: {reason}"
+
+
+def sentences(findings: Findings) -> list[str]:
+    """The findings in words: the outcome first, then what else a reader should know."""
+    return [_outcome(findings), *_remarks(findings)]
 
 
 def rule_text(criteria: Criteria) -> str:
@@ -111,6 +131,17 @@ def _outcome(findings: Findings) -> str:
 
 def _remarks(findings: Findings) -> Iterable[str]:
     """What a reader should know besides the numbers of each lesion."""
+    largest = sorted(
+        (lesion for lesion in findings.lesions if lesion.disease is Disease.MEASURABLE),
+        key=lambda lesion: -lesion.long_axis.length_mm,
+    )[:PER_ORGAN]
+    if largest:
+        total_mm = sum(lesion.long_axis.length_mm for lesion in largest)
+        which = " and ".join(tracking_identifier(lesion) for lesion in largest)
+        yield (
+            f"Proposal, for the reader to accept or change: sum of the largest measurable diameters in the liver "
+            f"{total_mm:.1f} mm ({which}). Which lesions are targets is the reader's choice."
+        )
     if findings.organ_volume_mm3 is not None:
         yield f"Liver volume as segmented: {findings.organ_volume_mm3 / 1000:.1f} cm3."
     if findings.dropped_specks:
@@ -120,18 +151,18 @@ def _remarks(findings: Findings) -> Iterable[str]:
         )
     for lesion in findings.lesions:
         if lesion.touches_volume_edge:
-            yield f"{_name(lesion)} touches the edge of the scanned volume and may be larger than measured."
-
-
-def _name(lesion: Lesion) -> str:
-    return f"Lesion {lesion.number}"
+            where = "the edge of the scanned volume"
+            yield f"{tracking_identifier(lesion)} touches {where} and may be larger than measured."
+    for flag in findings.flags:
+        yield flag.text
 
 
 def _lesion_group(
-    lesion: Lesion, findings: Findings, seg: Dataset, source: Sequence[Dataset]
+    lesion: Lesion, findings: Findings, segs: Sequence[Dataset], source: Sequence[Dataset]
 ) -> sr.VolumetricROIMeasurementsAndQualitativeEvaluations:
     """TID 1411: one lesion, its segment, its class and its numbers."""
     image = source[lesion.slice_index]
+    seg, segment_number = segment_of(lesion, segs)
     slice_seen = [sr.SourceImageForMeasurement(image.SOPClassUID, image.SOPInstanceUID)]
     algorithm = sr.AlgorithmIdentification(line(findings.provenance.pipeline), line(findings.provenance.version))
     measured = [
@@ -164,11 +195,11 @@ def _lesion_group(
         ),
     ]
     return sr.VolumetricROIMeasurementsAndQualitativeEvaluations(
-        tracking_identifier=sr.TrackingIdentifier(uid=lesion.tracking_uid, identifier=_name(lesion)),
+        tracking_identifier=sr.TrackingIdentifier(uid=lesion.tracking_uid, identifier=tracking_identifier(lesion)),
         referenced_segment=sr.ReferencedSegment(
             sop_class_uid=seg.SOPClassUID,
             sop_instance_uid=seg.SOPInstanceUID,
-            segment_number=segment_numbers(seg)[label_of(lesion.disease)],
+            segment_number=segment_number,
             source_series=sr.SourceSeriesForSegmentation(image.SeriesInstanceUID),
         ),
         finding_type=codes.LESION,
@@ -181,9 +212,9 @@ def _lesion_group(
     )
 
 
-def _report(
+def content_tree(
     identity: Identity,
-    groups: Sequence[sr.VolumetricROIMeasurementsAndQualitativeEvaluations],
+    groups: Sequence[Group],
     sentences: Sequence[str],
     provenance: Provenance | None,
     criteria: Criteria | None,
@@ -251,45 +282,63 @@ def _observer(identity: Identity) -> sr.ObservationContext:
     return sr.ObservationContext(observer_device_context=context)
 
 
-def _check_segmentation(findings: Findings, seg: Dataset | None) -> None:
-    if seg is None:
-        if findings.lesions:
-            raise EncodingError(f"a report on {len(findings.lesions)} lesions needs their segmentation, found none")
-        return
-    if seg.SOPInstanceUID not in {instance_uid(findings, with_organ=organ) for organ in (False, True)}:
+def _check_segmentations(findings: Findings, segs: Sequence[Dataset]) -> None:
+    if findings.lesions and not segs:
+        raise EncodingError(f"a report on {len(findings.lesions)} lesions needs their segmentation, found none")
+    if not all(made_from(seg, findings) for seg in segs):
         raise EncodingError("the segmentation was made from other findings than the report")
 
 
-def _document(
+@dataclass(frozen=True, slots=True, eq=False)
+class DocumentOf:
+    """Which report a content tree becomes.
+
+    uid_parts: what its UIDs derive from. title: how its series is called.
+    predecessor: the report that this one takes the place of.
+    """
+
+    kind: Kind
+    uid_parts: tuple[str, ...]
+    title: str
+    predecessor: Dataset | None = None
+
+
+def document(
+    made: DocumentOf,
     content: Dataset,
     evidence: Sequence[Dataset],
     source: Dataset,
     identity: Identity,
     produced_at: datetime,
-    uid_parts: tuple[str, ...],
     provenance: Provenance | None,
 ) -> Dataset:
+    """The content tree as a signed document: Comprehensive 3D SR for the record, Comprehensive SR for viewers.
+
+    Raises EncodingError where it cannot be put together.
+    """
+    sop_class = sr.Comprehensive3DSR if made.kind is Kind.SR else sr.ComprehensiveSR
     notice = provenance.notice if provenance is not None else ""
     private = any(element.value == codes.PRIVATE_SCHEME for element in content.iterall())
     try:
-        document: Dataset = sr.Comprehensive3DSR(
+        report: Dataset = sop_class(
             evidence=evidence,
             content=content,
-            series_instance_uid=uids.derive(*uid_parts, "series"),
-            series_number=identity.sr_series_number,
-            sop_instance_uid=uids.derive(*uid_parts),
+            series_instance_uid=uids.derive(*made.uid_parts, "series"),
+            series_number=identity.series_number(made.kind),
+            sop_instance_uid=uids.derive(*made.uid_parts),
             instance_number=1,
             manufacturer=identity.manufacturer,
             is_complete=True,
             is_final=False,
             is_verified=False,
-            series_description=line(titled("report", provenance), notice),
+            series_description=line(titled(made.title, provenance), notice),
             coding_schemes=[_private_scheme()] if private else None,
+            previous_versions=[made.predecessor] if made.predecessor is not None else None,
         )
     except (ValueError, TypeError, AttributeError) as exc:
         raise EncodingError(f"the report could not be put together ({type(exc).__name__})") from exc
-    sign(document, source, identity, produced_at)
-    return document
+    sign(report, source, identity, produced_at)
+    return report
 
 
 def _private_scheme() -> CodingSchemeIdentificationItem:

@@ -8,6 +8,7 @@
         * WeightsMissing     the run fails until an admin installs the weights
         * DeviceExhausted    retryable
     * EncodingError          our bug: keep everything
+    * GuardFailed            the result may be wrong: keep everything, send nothing, a person decides
     * DeliveryError          retryable
         * DestinationRefused the peer will not take this object: a person decides
     * StoreError
@@ -64,6 +65,10 @@ class DeviceExhausted(PipelineError):
 
 class EncodingError(SalsaNodeError):
     """A result object could not be built from valid findings."""
+
+
+class GuardFailed(SalsaNodeError):
+    """A finished result does not lie on its own images, or cannot be what it says."""
 
 
 class DeliveryError(SalsaNodeError):

@@ -85,6 +85,19 @@ class Lesion:
     touches_volume_edge: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """Something odd that a reader should know.
+
+    name: for machines, such as "liver_cut_off". text: one sentence without patient identity.
+    blocks: the result is kept and not sent until a person has looked.
+    """
+
+    name: str
+    text: str
+    blocks: bool = False
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Findings:
     """What was found in one CT volume.
@@ -92,6 +105,7 @@ class Findings:
     lesion_labels: 0 = background, n = lesion number n, on the CT's grid.
     organ: 1 = liver, or None; organ_volume_mm3 likewise.
     run_digest: SHA-256 of source, pipeline and criteria; every UID of the results derives from it.
+    flags: what is odd about them, as `guards.flags` and the pipeline found.
     """
 
     lesions: tuple[Lesion, ...]
@@ -102,6 +116,7 @@ class Findings:
     criteria: Criteria
     provenance: Provenance
     run_digest: str
+    flags: tuple[Flag, ...] = ()
 
 
 def measure(ct: CtVolume, masks: Masks, criteria: Criteria) -> Findings:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
 
 import pydicom
 from pydicom.uid import CTImageStorage
@@ -27,6 +28,15 @@ SENDER_AE = "DEMO"
 NODE_AE = "SALSA_NODE"
 START_S = 60.0
 STOP_S = 60.0
+#: The SOP classes of everything that a result consists of.
+RESULTS: Final = (
+    pydicom.uid.SegmentationStorage,
+    pydicom.uid.Comprehensive3DSRStorage,
+    pydicom.uid.ComprehensiveSRStorage,
+    pydicom.uid.SecondaryCaptureImageStorage,
+    pydicom.uid.EncapsulatedPDFStorage,
+    pydicom.uid.KeyObjectSelectionDocumentStorage,
+)
 
 
 def free_port() -> int:
@@ -54,7 +64,7 @@ def receiver(port: int, folder: Path) -> Iterator[list[Path]]:
         return 0x0000
 
     ae = AE(ae_title=RECEIVER_AE)
-    for context in (VERIFICATION, pydicom.uid.SegmentationStorage, pydicom.uid.Comprehensive3DSRStorage):
+    for context in (VERIFICATION, *RESULTS):
         ae.add_supported_context(context)
     server = ae.start_server(("127.0.0.1", port), block=False, evt_handlers=[(evt.EVT_C_STORE, keep)])
     assert server is not None, "start_server gives a server when it does not block"

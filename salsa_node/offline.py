@@ -12,10 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from salsa_node import dicom_ct, nifti, picture, pipelines, selection
-from salsa_node.analysis import Analysis, Outcome, analyse, refuse, summary
+from salsa_node.analysis import Analysis, Lineage, Outcome, Terms, analyse, refuse, summary
 from salsa_node.config import Config
 from salsa_node.criteria import Criteria, Rule
-from salsa_node.dicom_result import Identity
 from salsa_node.errors import ConfigError, SalsaNodeError, SeriesRejected
 from salsa_node.findings import Findings, table
 from salsa_node.log import unforeseen
@@ -23,7 +22,7 @@ from salsa_node.pipelines import Pipeline, PipelineSettings
 from salsa_node.uids import derive
 from salsa_node.volume import LabelVolume
 
-_NAMES = ("seg.dcm", "sr.dcm", "labels.nii.gz", "findings.csv", "findings.json", "overlay.png")
+_PATTERNS = ("*.dcm", "labels.nii.gz", "findings.csv", "findings.json", "overlay.png")
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,17 +165,17 @@ def _as_series(path: Path, folder: Path) -> tuple[Path, ...]:
 
 
 def _one(path: Path, case: Case, pipeline: Pipeline, criteria: Criteria, config: Config) -> Result:
-    results = config.results
-    identity = Identity(seg_series_number=results.seg_series_number, sr_series_number=results.sr_series_number)
-    now = datetime.now(UTC)
+    terms = Terms(criteria, config.guards, config.results)
+    born = Lineage(datetime.now(UTC))
     if case.refusal:
-        analysis = refuse(case.paths, case.refusal, identity, lambda _: now)
+        analysis = refuse(case.paths, case.refusal, terms, lambda _: born)
     else:
-        analysis = analyse(case.paths, pipeline, criteria, identity, lambda _: now, results.include_liver)
+        analysis = analyse(case.paths, pipeline, terms, lambda _: born)
     try:
         case.folder.mkdir(parents=True, exist_ok=True)
-        for name in _NAMES:
-            (case.folder / name).unlink(missing_ok=True)  # nothing of another case stays beside this one
+        for pattern in _PATTERNS:
+            for other in case.folder.glob(pattern):
+                other.unlink()  # nothing of another case stays beside this one
         _write(analysis, case.folder)
     except OSError as exc:
         raise ConfigError(f"--output: {case.folder} cannot be written ({exc.strerror})") from exc
@@ -196,9 +195,8 @@ def _told(analysis: Analysis) -> str:
 
 
 def _write(analysis: Analysis, folder: Path) -> None:
-    if analysis.seg is not None:
-        analysis.seg.save_as(folder / "seg.dcm", enforce_file_format=True)
-    analysis.report.save_as(folder / "sr.dcm", enforce_file_format=True)
+    for made in analysis.objects:
+        made.ds.save_as(folder / f"{made.name}.dcm", enforce_file_format=True)
     (folder / "findings.json").write_text(json.dumps(summary(analysis), indent=2) + "\n")
     if analysis.findings is None or analysis.ct is None:
         return

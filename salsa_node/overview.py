@@ -19,6 +19,7 @@ class Standing(Enum):
     QUEUED = "queued"
     RUNNING = "running"
     FAILED = "failed"  #: the last run failed; a person decides
+    BLOCKED = "blocked"  #: a guard kept the last result here; a person decides
     SENDING = "sending"
     NOT_DELIVERED = "not delivered"  #: a delivery was given up; a person decides
     DONE = "done"  #: every object has reached every destination
@@ -78,7 +79,9 @@ def row(seen: Glance) -> dict[str, object]:
         "instances": seen.study.instances,
         "standing": seen.standing.value,
         "outcome": run.outcome if run else None,
-        "error": seen.latest.error if seen.latest and seen.latest.state is RunState.FAILED else None,
+        "error": seen.latest.error
+        if seen.latest and seen.latest.state in (RunState.FAILED, RunState.BLOCKED)
+        else None,
     }
 
 

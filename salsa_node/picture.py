@@ -1,4 +1,4 @@
-"""Findings -> one PNG: the slices where the lesions are, outlined, with their calipers.
+"""Findings -> pictures: the slices where the lesions are, outlined, with their calipers.
 
 Tiles are shown as a radiologist expects them, whatever the order on disk: an axial slice has the
 patient's right on the left and anterior at the top; pixels are drawn in their true proportions.
@@ -33,6 +33,7 @@ CALIPER_RGB: Final = (255, 255, 255)
 _TILES = 6
 _COLUMNS = 3
 _TILE_PX = 480  # the longer side of a tile
+_KEY_PX = 720  # of a key image
 _GAP_PX = 6
 _MARGIN_MM = 25.0  # around the liver
 _TEXT_PX = 15
@@ -47,7 +48,12 @@ _LETTERS: Final = (("R", "L"), ("A", "P"), ("F", "H"))  # at the low and the hig
 
 
 def overlay(ct: CtVolume, findings: Findings, path: Path, truth: LabelVolume | None = None) -> None:
-    """Write the picture to `path` (PNG).
+    """Write the picture that `mosaic` draws to `path` (PNG)."""
+    mosaic(ct, findings, truth).save(path, format="PNG")
+
+
+def mosaic(ct: CtVolume, findings: Findings, truth: LabelVolume | None = None) -> Image.Image:
+    """The slices where the lesions are, side by side.
 
     Up to six slices: those of the lesions, largest first, then those of truth lesions that were
     missed; without any, the slice with most liver. truth: 0 = background, on the same grid.
@@ -56,13 +62,22 @@ def overlay(ct: CtVolume, findings: Findings, path: Path, truth: LabelVolume | N
     for labels in (findings.lesion_labels, findings.organ, truth):
         if labels is not None and not labels.grid.matches(ct.grid):
             raise ValueError(f"labels of shape {labels.grid.shape} lie on another grid than the CT {ct.grid.shape}")
-    view = _View.of(ct.grid, _shown(ct.grid, findings, truth))
+    view = _View.of(ct.grid, _shown(ct.grid, findings, truth), _TILE_PX)
     tiles = [_tile(ct, findings, truth, view, k) for k in _slices(findings, truth, ct.grid.shape[0])]
     captions = [
         caveat(findings.provenance),
         *([plain(findings.provenance.notice)] if findings.provenance.notice else []),
     ]
-    _mosaic(tiles, captions, _legend(findings, truth)).save(path, format="PNG")
+    return _mosaic(tiles, captions, _legend(findings, truth))
+
+
+def key_image(ct: CtVolume, findings: Findings, lesion: Lesion) -> Image.Image:
+    """The whole slice where a lesion's diameters lie, contours and calipers drawn in, words of caution below."""
+    rows, columns = ct.grid.shape[1:]
+    view = _View.of(ct.grid, (slice(0, rows), slice(0, columns)), _KEY_PX)
+    tile = _tile(ct, findings, None, view, lesion.slice_index)
+    said = " ".join(part for part in (caveat(findings.provenance), plain(findings.provenance.notice)) if part)
+    return _mosaic([tile], [said], _legend(findings, None))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,7 +97,7 @@ class _View:
     letters: tuple[str, str, str, str]
 
     @classmethod
-    def of(cls, grid: Grid, box: Box) -> _View:
+    def of(cls, grid: Grid, box: Box, longer_side_px: int) -> _View:
         down, across = grid.affine_lps_mm[:3, 1], grid.affine_lps_mm[:3, 2]
         right_lps, down_lps = _SCREEN[int(np.argmax(np.abs(np.cross(across, down))))]
         turned = bool(abs(down @ right_lps) / np.linalg.norm(down) > abs(across @ right_lps) / np.linalg.norm(across))
@@ -93,7 +108,7 @@ class _View:
             (part.stop - part.start) * mm for part, mm in zip(box, grid.spacing_mm[1:], strict=True)
         ]  # of the rows' stack, of the columns' stack
         height_mm, width_mm = reversed(lengths_mm) if turned else lengths_mm
-        scale = _TILE_PX / max(width_mm, height_mm)
+        scale = longer_side_px / max(width_mm, height_mm)
         right = across * (-1 if flip_right else 1)
         below = down * (-1 if flip_down else 1)
         return cls(

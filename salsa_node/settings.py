@@ -120,18 +120,6 @@ class PipelineChoice:
 
 
 @dataclass(frozen=True, slots=True)
-class ResultSettings:
-    """What goes into the objects that are sent.
-
-    include_liver: the SEG gets a liver segment beside the lesions.
-    """
-
-    include_liver: bool = False
-    seg_series_number: int = field(default=9001, metadata={"min": 1, "max": 2**31 - 1})
-    sr_series_number: int = field(default=9002, metadata={"min": 1, "max": 2**31 - 1})
-
-
-@dataclass(frozen=True, slots=True)
 class WorkerSettings:
     """How runs are carried.
 

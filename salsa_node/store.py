@@ -10,7 +10,7 @@ States (a test holds this drawing against `store_rows.TRANSITIONS`)::
               COMPLETE -> REJECTED | RECEIVING
               REJECTED -> RECEIVING
     Run       QUEUED -> RUNNING | CANCELLED
-              RUNNING -> PRODUCED | QUEUED | FAILED | CANCELLED
+              RUNNING -> PRODUCED | QUEUED | FAILED | BLOCKED | CANCELLED
               PRODUCED -> SUPERSEDED
     Delivery  PENDING -> SENT | PENDING | GAVE_UP | WITHDRAWN
               SENT -> VERIFIED | PENDING
@@ -34,8 +34,8 @@ from types import TracebackType
 import sqlalchemy as sa
 
 from salsa_node import migrations
-from salsa_node.errors import ContentConflict, UnknownStudy
-from salsa_node.store_queries import Queries
+from salsa_node.errors import ContentConflict
+from salsa_node.store_deliveries import Deliveries
 from salsa_node.store_rows import (
     DELIVERIES,
     INSTANCES,
@@ -82,12 +82,8 @@ KEPT = "images came after the person's masks; the masks stay, salsa-node rerun a
 _UNDER_WAY = (RunState.QUEUED, RunState.RUNNING)
 
 
-class Store(Queries):
+class Store(Deliveries):
     """An open store; made by `Store.open`. Threads may share it, processes open their own."""
-
-    def __init__(self, engine: sa.Engine) -> None:
-        super().__init__(engine)
-        self._writer = writer(engine)
 
     @classmethod
     def open(cls, settings: StoreSettings, *, create: bool = False) -> Store:
@@ -380,6 +376,25 @@ class Store(Queries):
             made = {"outcome": outcome, "findings": findings, "digest": digest, "finished_at": now, "error": None}
             return t.become_run(run, RunState.PRODUCED, now, detail, **made)
 
+    def block_run(
+        self,
+        run_id: int,
+        owner: str,
+        objects: Sequence[NewObject],
+        outcome: str,
+        findings: Mapping[str, object] | None,
+        digest: str,
+        reason: str,
+        now: datetime,
+    ) -> Run:
+        """The run is BLOCKED: its objects are kept and go nowhere; the older result stays current. Raises LeaseLost."""
+        with transaction(self._writer) as t:
+            run = t.leased_run(run_id, owner)
+            for item in objects:
+                t.insert(OBJECTS, run_id=run_id, **columns(item))
+            made = {"outcome": outcome, "findings": findings, "digest": digest, "finished_at": now, "error": reason}
+            return t.become_run(run, RunState.BLOCKED, now, reason, **made)
+
     def return_run(
         self, run_id: int, owner: str, error: str, not_before: datetime, now: datetime, *, counts: bool = True
     ) -> Run:
@@ -413,81 +428,6 @@ class Store(Queries):
             return tuple(
                 t.become_run(run, RunState.QUEUED, now, f"{run.lease_owner} ended") for run in t.all(Run, held)
             )
-
-    # ---- delivering -----------------------------------------------------------------------------
-
-    def claim_deliveries(self, owner: str, lease_s: float, now: datetime) -> tuple[Delivery, ...]:
-        """The due deliveries of one run to one destination, leased to `owner`; () when none is due. Counts attempts."""
-        due = sa.and_(
-            DELIVERIES.c.state == DeliveryState.PENDING,
-            sa.or_(DELIVERIES.c.not_before.is_(None), DELIVERIES.c.not_before <= now),
-            sa.or_(DELIVERIES.c.lease_until.is_(None), DELIVERIES.c.lease_until <= now),
-        )
-        with transaction(self._writer) as t:
-            t.withdraw_superseded(now)
-            first = t.one(
-                Delivery,
-                sa.select(DELIVERIES).where(due).order_by(DELIVERIES.c.not_before, DELIVERIES.c.id).limit(1),
-            )
-            if first is None:
-                return ()
-            together = sa.and_(due, DELIVERIES.c.run_id == first.run_id, DELIVERIES.c.destination == first.destination)
-            ids = t.execute(sa.select(DELIVERIES.c.id).where(together)).scalars().all()
-            lease = {"lease_owner": owner, "lease_until": now + timedelta(seconds=lease_s)}
-            mine = DELIVERIES.c.id.in_(ids)
-            t.execute(sa.update(DELIVERIES).where(mine).values(attempt=DELIVERIES.c.attempt + 1, **lease))
-            return t.all(Delivery, sa.select(DELIVERIES).where(mine).order_by(DELIVERIES.c.id))
-
-    def delivered(self, delivery_id: int, owner: str, status: int, note: str | None, now: datetime) -> Delivery:
-        """The destination took the object; `note` is its warning, if any. Raises LeaseLost."""
-        with transaction(self._writer) as t:
-            delivery = t.leased_delivery(delivery_id, owner)
-            return t.become_delivery(
-                delivery, DeliveryState.SENT, now, note or "", last_status=status, last_error=note, sent_at=now
-            )
-
-    def delivery_failed(
-        self, delivery_id: int, owner: str, status: int | None, error: str, not_before: datetime, now: datetime
-    ) -> Delivery:
-        """The delivery stays PENDING, to be tried again from `not_before` on. Raises LeaseLost."""
-        with transaction(self._writer) as t:
-            delivery = t.leased_delivery(delivery_id, owner)
-            changes = {"last_status": status, "last_error": error, "not_before": not_before}
-            return t.become_delivery(delivery, DeliveryState.PENDING, now, error, **changes)
-
-    def give_up(self, delivery_id: int, owner: str, status: int | None, error: str, now: datetime) -> Delivery:
-        """The delivery is not tried again until a person asks. Raises LeaseLost."""
-        with transaction(self._writer) as t:
-            delivery = t.leased_delivery(delivery_id, owner)
-            return t.become_delivery(delivery, DeliveryState.GAVE_UP, now, error, last_status=status, last_error=error)
-
-    def resend(self, study_uid: str, destination: str | None, now: datetime) -> tuple[Delivery, ...]:
-        """The deliveries of the study's current result are due again, to one destination or to all it had.
-
-        A destination that the result never went to gets deliveries of its own. Raises UnknownStudy where the
-        study has no current result.
-        """
-        with transaction(self._writer) as t:
-            current = sa.select(RUNS).where(RUNS.c.study_uid == study_uid, RUNS.c.state == RunState.PRODUCED)
-            run = t.one(Run, current)
-            if run is None:
-                raise UnknownStudy("this study has no result to send; wait for its run, or start one with rerun")
-            of_run = sa.select(DELIVERIES).where(DELIVERIES.c.run_id == run.id).order_by(DELIVERIES.c.id)
-            if destination is not None:
-                of_run = of_run.where(DELIVERIES.c.destination == destination)
-            there = t.all(Delivery, of_run)
-            for delivery in there:
-                if delivery.state is not DeliveryState.PENDING:
-                    t.become_delivery(
-                        delivery, DeliveryState.PENDING, now, "asked for again", attempt=0, not_before=None
-                    )
-                elif delivery.lease_until is None or delivery.lease_until <= now:
-                    mine = DELIVERIES.c.id == delivery.id
-                    t.execute(sa.update(DELIVERIES).where(mine).values(attempt=0, not_before=None))
-            if destination is not None and not there:
-                for item in t.all(ResultObject, sa.select(OBJECTS).where(OBJECTS.c.run_id == run.id)):
-                    t.new_deliveries(run, item.id, [destination], now)
-            return t.all(Delivery, of_run)
 
     def add_event(
         self, subject: str, subject_id: str, name: str, detail: str, now: datetime, study_uid: str | None = None

@@ -30,6 +30,7 @@ class RunState(Enum):
     RUNNING = "RUNNING"
     PRODUCED = "PRODUCED"
     FAILED = "FAILED"
+    BLOCKED = "BLOCKED"
     CANCELLED = "CANCELLED"
     SUPERSEDED = "SUPERSEDED"
 
@@ -51,9 +52,12 @@ TRANSITIONS: Final[Mapping[State, frozenset[State]]] = {
     SeriesState.COMPLETE: frozenset({SeriesState.REJECTED, SeriesState.RECEIVING}),
     SeriesState.REJECTED: frozenset({SeriesState.RECEIVING}),
     RunState.QUEUED: frozenset({RunState.RUNNING, RunState.CANCELLED}),
-    RunState.RUNNING: frozenset({RunState.PRODUCED, RunState.QUEUED, RunState.FAILED, RunState.CANCELLED}),
+    RunState.RUNNING: frozenset(
+        {RunState.PRODUCED, RunState.QUEUED, RunState.FAILED, RunState.BLOCKED, RunState.CANCELLED}
+    ),
     RunState.PRODUCED: frozenset({RunState.SUPERSEDED}),
     RunState.FAILED: frozenset(),
+    RunState.BLOCKED: frozenset(),
     RunState.CANCELLED: frozenset(),
     RunState.SUPERSEDED: frozenset(),
     DeliveryState.PENDING: frozenset(
@@ -161,7 +165,7 @@ class Run:
     source_digest: what decides the input; see `salsa_node.series.Series.source_digest`.
     forced: a person asked for it, so assembly must not take its own last run for outdated.
     attempt: how often it was claimed.
-    outcome: "lesions", "no_candidate" or "not_analysed" once PRODUCED.
+    outcome: "lesions", "no_candidate" or "not_analysed" once PRODUCED or BLOCKED.
     findings: the numbers that `show` prints.
     digest: the findings' run digest, from which the UIDs of the objects derive.
     """
@@ -193,7 +197,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class NewObject:
-    """A result file that lies on disk; kind is "SEG" or "SR", path is relative to the data folder."""
+    """A result file that lies on disk; kind is "SEG", "SR" and the like, path is relative to the data folder."""
 
     kind: str
     sop_instance_uid: str

@@ -13,7 +13,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
@@ -23,15 +23,17 @@ from types import FrameType
 import pydicom
 
 from salsa_node import durable, pipelines
-from salsa_node.analysis import Analysis, analyse, refuse, summary
+from salsa_node.analysis import Analysis, Lineage, Terms, analyse, check, refuse, summary
 from salsa_node.config import Config
-from salsa_node.dicom_result import Identity
-from salsa_node.errors import LeaseLost, SalsaNodeError, StoreError
+from salsa_node.dicom_result import Kind
+from salsa_node.errors import GuardFailed, LeaseLost, SalsaNodeError, StoreError
 from salsa_node.log import unforeseen
 from salsa_node.pipelines import Pipeline, PipelineSettings
 from salsa_node.store import NewObject, Run, RunState, Store, StoreSettings
 
 log = logging.getLogger(__name__)
+
+_SENT = (RunState.PRODUCED, RunState.SUPERSEDED)
 
 
 class Worker:
@@ -89,6 +91,12 @@ class Worker:
         self._still_ours(run)
         objects = self._earlier(run, result) or self._write(run, result)
         findings = summary(result)
+        blocked = result.blocked or self._guard(run, result, objects)
+        if blocked:
+            log.warning("run blocked", extra={"event": "run.blocked", "run": run.id, "reason": blocked})
+            return self._store.block_run(
+                run.id, self._owner, objects, result.outcome.value, findings, result.run_digest, blocked, self._clock()
+            )
         done = self._store.produce(
             run.id,
             self._owner,
@@ -103,26 +111,43 @@ class Worker:
         return done
 
     def _analysis(self, run: Run) -> Analysis:
-        data_dir = self._config.node.data_dir
-        results = self._config.results
-        identity = Identity(seg_series_number=results.seg_series_number, sr_series_number=results.sr_series_number)
-        paths = [data_dir / image.path for image in self._store.instances_of(run.study_uid, run.series_uid)]
+        terms = Terms(self._config.criteria, self._config.guards, self._config.results)
         if run.refusal is not None:
-            return refuse(paths, run.refusal, identity, lambda digest: self._dated(run, digest))
+            return refuse(self._paths(run), run.refusal, terms, lambda digest: self._lineage(run, digest))
         return analyse(
-            paths,
+            self._paths(run),
             self._pipeline(run),
-            self._config.criteria,
-            identity,
-            lambda digest: self._dated(run, digest),
-            include_organ=results.include_liver,
+            terms,
+            lambda digest: self._lineage(run, digest),
             progress=lambda stage: self._tell(run, stage),
         )
 
-    def _dated(self, run: Run, run_digest: str) -> datetime:
-        """When the first run that came to this very result was asked for, so that the bytes never differ."""
+    def _paths(self, run: Run) -> list[Path]:
+        images = self._store.instances_of(run.study_uid, run.series_uid)
+        return [self._config.node.data_dir / image.path for image in images]
+
+    def _lineage(self, run: Run, run_digest: str) -> Lineage:
+        """As the first run that came to this very result has it, so that the bytes never differ."""
         runs = self._store.runs_of(run.study_uid)
-        return next((past.queued_at for past in runs if past.digest == run_digest), run.queued_at)
+        first = next((past for past in runs if past.digest == run_digest), run)
+        earlier = [past for past in runs if past.id < first.id and past.state in _SENT]
+        return Lineage(first.queued_at, self._report_of(earlier[-1]) if earlier else None)
+
+    def _report_of(self, run: Run) -> pydicom.Dataset | None:
+        """The report of an earlier run, where it still lies on disk as it was made."""
+        for item in self._store.objects_of(run.id):
+            path = self._config.node.data_dir / item.path
+            if item.kind == Kind.SR.value and _sha256(path) == item.sha256:
+                return pydicom.dcmread(path)
+        return None
+
+    def _guard(self, run: Run, result: Analysis, objects: Sequence[NewObject]) -> str:
+        """What the guards say against the objects as they lie on disk; "" where they may leave."""
+        try:
+            check([(self._config.node.data_dir / item.path).read_bytes() for item in objects], self._paths(run), result)
+        except GuardFailed as failed:
+            return str(failed)
+        return ""
 
     def _pipeline(self, run: Run) -> Pipeline:
         choice = self._config.pipeline
@@ -143,7 +168,7 @@ class Worker:
     def _earlier(self, run: Run, result: Analysis) -> list[NewObject]:
         """The objects of an earlier run that came to the very same result: they are sent again, no second ones made."""
         for past in self._store.runs_of(run.study_uid):
-            if past.digest == result.run_digest and past.state in (RunState.PRODUCED, RunState.SUPERSEDED):
+            if past.digest == result.run_digest and past.state in _SENT:
                 there = self._store.objects_of(past.id)
                 whole = all(_sha256(self._config.node.data_dir / item.path) == item.sha256 for item in there)
                 if there and whole:
@@ -157,14 +182,13 @@ class Worker:
         attempt = f"{run.id}-{run.attempt}-{sha256(self._owner.encode()).hexdigest()[:8]}"
         folder = Path("results") / run.study_uid / attempt  # no other worker writes there, however late it comes
         objects = []
-        for kind, ds in (("SEG", result.seg), ("SR", result.report)):
-            if ds is None:
-                continue
-            content = encoded(ds)
-            path = folder / f"{kind.lower()}.dcm"
+        for made in result.objects:
+            content = encoded(made.ds)
+            path = folder / f"{made.name}.dcm"
             durable.write(self._config.node.data_dir / path, [content])
-            made = sha256(content).hexdigest()
-            objects.append(NewObject(kind, ds.SOPInstanceUID, ds.SOPClassUID, path.as_posix(), made))
+            digest = sha256(content).hexdigest()
+            uids = made.ds.SOPInstanceUID, made.ds.SOPClassUID
+            objects.append(NewObject(made.kind.value, *uids, path.as_posix(), digest))
         return objects
 
     def _failed(self, run: Run, text: str, retryable: bool) -> Run:

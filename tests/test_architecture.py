@@ -12,7 +12,21 @@ import pytest
 import salsa_node
 
 PACKAGE = Path(salsa_node.__file__).parent
-SCIENCE = ("volume", "regrid", "series", "selection", "pipelines", "findings", "nifti", "dicom_", "picture", "phantom")
+SCIENCE = (
+    "volume",
+    "regrid",
+    "series",
+    "selection",
+    "pipelines",
+    "findings",
+    "nifti",
+    "dicom_",
+    "picture",
+    "phantom",
+    "guards",
+    "page",
+    "analysis",
+)
 PLUMBING = ("store", "listener", "delivery")
 
 

@@ -297,8 +297,8 @@ def test_all_that_a_source_says_of_its_patient_and_study_arrives():
         {"station_name": "x" * 17},
         {"institution_name": "Spital Zürich"},
         {"model_name": "a\\b"},
-        {"seg_series_number": 0},
-        {"sr_series_number": 9001},
+        {"first_series_number": 0},
+        {"first_series_number": 2**31 - 2},
     ],
 )
 def test_an_identity_that_no_object_can_carry_is_refused(wrong):
@@ -307,9 +307,9 @@ def test_an_identity_that_no_object_can_carry_is_refused(wrong):
 
 
 def test_the_identity_is_in_the_object():
-    identity = Identity(institution_name="Ward 7", device_serial_number="42", sr_series_number=77)
+    identity = Identity(institution_name="Ward 7", device_serial_number="42", first_series_number=77)
     result = report(made.headers(made.grid())[0], identity=identity)
-    assert (result.InstitutionName, result.DeviceSerialNumber, result.SeriesNumber) == ("Ward 7", "42", 77)
+    assert (result.InstitutionName, result.DeviceSerialNumber, result.SeriesNumber) == ("Ward 7", "42", 78)
     assert Identity().device_uid != identity.device_uid
 
 

@@ -26,7 +26,7 @@ PRIVATE_WARNING = "Warning - Unrecognized defined term <99SALSA> for value 1 of 
 
 def both(findings: Findings, source: list[Dataset]) -> tuple[Dataset | None, Dataset]:
     seg = dicom_seg.build(findings, source, IDENTITY, made.PRODUCED_AT)
-    return seg, dicom_sr.build(findings, seg, source, IDENTITY, made.PRODUCED_AT)
+    return seg, dicom_sr.build(findings, [] if seg is None else [seg], source, IDENTITY, made.PRODUCED_AT)
 
 
 def report(findings: Findings, source: list[Dataset]) -> Dataset:
@@ -220,15 +220,15 @@ def test_reports_that_cannot_be_true_are_refused():
     findings, source = made.case()
     seg, _ = both(findings, source)
     with pytest.raises(EncodingError, match="needs their segmentation"):
-        dicom_sr.build(findings, None, source, IDENTITY, made.PRODUCED_AT)
+        dicom_sr.build(findings, [], source, IDENTITY, made.PRODUCED_AT)
     other = made.findings(made.grid(), source, made.MEASURABLE_BOX, criteria=Criteria(min_diameter_mm=11))
     with pytest.raises(EncodingError, match="made from other findings"):
-        dicom_sr.build(findings, both(other, source)[0], source, IDENTITY, made.PRODUCED_AT)
+        dicom_sr.build(findings, [both(other, source)[0]], source, IDENTITY, made.PRODUCED_AT)
     with pytest.raises(EncodingError, match="slice 0"):
-        dicom_sr.build(findings, seg, source[::-1], IDENTITY, made.PRODUCED_AT)
+        dicom_sr.build(findings, [seg], source[::-1], IDENTITY, made.PRODUCED_AT)
     seg.StudyInstanceUID = "1.2.3"
     with pytest.raises(EncodingError, match="StudyInstanceUID"):
-        dicom_sr.build(findings, seg, source, IDENTITY, made.PRODUCED_AT)
+        dicom_sr.build(findings, [] if seg is None else [seg], source, IDENTITY, made.PRODUCED_AT)
 
 
 def test_the_same_run_gives_the_same_bytes():

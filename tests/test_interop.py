@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import highdicom as hd
@@ -20,6 +20,7 @@ import numpy as np
 import pydicom
 import pytest
 from made_series import files, given_uids
+from pydicom.uid import Comprehensive3DSRStorage
 
 from salsa_node import codes, loopback, overview
 from salsa_node.nifti import read_labels, write_labels
@@ -165,6 +166,12 @@ def judged(path: Path, tool) -> pydicom.Dataset:
     return ds
 
 
+def record_of(reports: Iterable[pydicom.Dataset]) -> pydicom.Dataset:
+    """The one record among the reports of a result; the others are for viewers."""
+    (record,) = (ds for ds in reports if ds.SOPClassUID == Comprehensive3DSRStorage)
+    return record
+
+
 def test_a_real_ct_is_routed_analysed_and_answered_in_the_same_study(pacs, node_port, testdata, tool, tmp_path):
     orthanc, dicom_port = pacs
     (tmp_path / "set01").mkdir()
@@ -203,13 +210,13 @@ port = {dicom_port}
 
         # the demo models never saw a real CT: whatever they find, a truthful report appears
         wait_done(store_url, study_uid, runs=1)
-        (sr_id,) = orthanc.instances("SR", study_uid)
-        report = judged(orthanc.fetch(sr_id, tmp_path), tool)
+        earlier = orthanc.instances("SR", study_uid)
+        report = record_of(judged(orthanc.fetch(one, tmp_path), tool) for one in earlier)
         assert "DEMO MODEL" in report.SeriesDescription
         shown = json.loads(cli("show", study_uid, "--json").stdout)
         by_demo = orthanc.instances("SEG", study_uid)
         assert bool(by_demo) == (shown["outcome"] == "lesions")
-        for instance in by_demo:
+        for instance in by_demo + [one for kind in ("OT", "DOC", "KO") for one in orthanc.instances(kind, study_uid)]:
             judged(orthanc.fetch(instance, tmp_path), tool)
 
         # a person's masks: the reference liver, and two lesions drawn inside it
@@ -217,10 +224,14 @@ port = {dicom_port}
         assert cli("rerun", study_uid, "--masks", str(tmp_path / "masks.nii.gz")).returncode == 0
         wait_done(store_url, study_uid, runs=2)
 
-    (seg_id,) = set(orthanc.instances("SEG", study_uid)) - set(by_demo)
-    (sr2_id,) = set(orthanc.instances("SR", study_uid)) - {sr_id}
-    seg = judged(orthanc.fetch(seg_id, tmp_path), tool)
-    report = judged(orthanc.fetch(sr2_id, tmp_path), tool)
+    seg_ids = set(orthanc.instances("SEG", study_uid)) - set(by_demo)
+    segs = [judged(orthanc.fetch(one, tmp_path), tool) for one in seg_ids]
+    (seg,) = (ds for ds in segs if ds.ContentLabel == "LIVER_LESIONS")
+    sr_ids = set(orthanc.instances("SR", study_uid)) - set(earlier)
+    predecessor = report.SOPInstanceUID
+    report = record_of(judged(orthanc.fetch(one, tmp_path), tool) for one in sr_ids)
+    (named,) = report.PredecessorDocumentsSequence[0].ReferencedSeriesSequence[0].ReferencedSOPSequence
+    assert named.ReferencedSOPInstanceUID == predecessor
     source = pydicom.dcmread(axial[0], stop_before_pixels=True)
     for result in (seg, report):
         for keyword in ("StudyInstanceUID", "PatientID", "PatientName", "PatientBirthDate", "AccessionNumber"):
@@ -228,8 +239,7 @@ port = {dicom_port}
         assert "DEMO" not in result.SeriesDescription
     assert seg.FrameOfReferenceUID == source.FrameOfReferenceUID
     expected = sorted(float((labels == value).sum()) * voxel_mm3 / 1000 for value in (2, 3))
-    report_path = orthanc.fetch(sr2_id, tmp_path)
-    groups = hd.sr.srread(report_path).content.get_volumetric_roi_measurement_groups()
+    groups = hd.sr.srread(report.filename).content.get_volumetric_roi_measurement_groups()
     volumes = sorted(float(group.get_measurements(name=codes.VOLUME)[0].value) for group in groups)
     assert volumes == pytest.approx(expected, abs=0.001)
     measurability = {

@@ -57,7 +57,7 @@ def test_a_second_case_leaves_nothing_of_the_first(study, tmp_path):
     holed = copied(study.axial, tmp_path / "holed", "holed", skip=9)
     (third,) = offline.run([holed], wanted(out, study.truth_labels), Config())
     assert not third.analysed
-    assert {path.name for path in out.iterdir()} == {"sr.dcm", "findings.json"}
+    assert {path.name for path in out.iterdir()} == {"sr.dcm", "sc_1.dcm", "pdf.dcm", "findings.json"}
     assert "gap of 16.0 mm" in json.loads((out / "findings.json").read_text())["reason"]
 
 

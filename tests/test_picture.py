@@ -64,7 +64,7 @@ def test_the_same_slice_looks_the_same_however_it_is_stored(tmp_path, axes, flip
 
 
 def tile_view(ct: CtVolume, findings: Findings) -> picture._View:
-    return picture._View.of(ct.grid, picture._shown(ct.grid, findings, None))
+    return picture._View.of(ct.grid, picture._shown(ct.grid, findings, None), picture._TILE_PX)
 
 
 def test_right_is_left_and_front_is_up():

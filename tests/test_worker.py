@@ -14,7 +14,7 @@ from pathlib import Path
 import pydicom
 import pytest
 
-from salsa_node import phantom
+from salsa_node import overview, phantom
 from salsa_node import worker as worker_module
 from salsa_node.config import Config, parse
 from salsa_node.errors import LeaseLost
@@ -111,14 +111,19 @@ def test_a_run_becomes_objects_with_rows_files_and_deliveries(store, worker, con
     assert done is not None
     assert (done.state, done.outcome) == (RunState.PRODUCED, "lesions"), done.error
     objects = store.objects_of(run.id)
-    assert [item.kind for item in objects] == ["SEG", "SR"]
+    measured = len(done.findings["lesions"])
+    pages = 1 + min(measured, config.results.key_images)
+    kinds = ["SEG", "SR", "LESION_SEG", "VIEWER_SR", *["SC"] * pages, "PDF", "KO"]
+    assert [item.kind for item in objects] == kinds
     for item in objects:
         content = (config.node.data_dir / item.path).read_bytes()
         assert hashlib.sha256(content).hexdigest() == item.sha256
         ds = pydicom.dcmread(config.node.data_dir / item.path)
         assert ds.StudyInstanceUID == study.study_uid
         assert ds.SOPInstanceUID == item.sop_instance_uid
-    assert [(d.destination, d.state) for d in store.deliveries_of(run.id)] == [("pacs", DeliveryState.PENDING)] * 2
+    assert [(d.destination, d.state) for d in store.deliveries_of(run.id)] == [("pacs", DeliveryState.PENDING)] * len(
+        kinds
+    )
     assert done.findings is not None
     assert len(done.findings["lesions"]) >= 1
     assert worker.step(T0) is None
@@ -145,7 +150,7 @@ def test_other_settings_make_other_objects(store, worker, config, study):
     Worker(store, with_liver, "worker", clock=lambda: T0).step(T0)
     before = {item.sop_instance_uid for item in store.objects_of(first.id)}
     after = {item.sop_instance_uid for item in store.objects_of(again.id)}
-    assert len(before) == len(after) == 2
+    assert len(before) == len(after) > 2
     assert not before & after
 
 
@@ -267,8 +272,8 @@ def test_a_refusal_becomes_a_report_that_says_why(store, worker, config, study):
     run = queue(store, study, refusal="gap of 10.0 mm after slice 4, spacing is 5.0 mm")
     done = worker.step(T0)
     assert (done.state, done.outcome) == (RunState.PRODUCED, "not_analysed"), done.error
-    (report,) = store.objects_of(run.id)
-    assert report.kind == "SR"
+    report, *pages = store.objects_of(run.id)
+    assert [report.kind, *(item.kind for item in pages)] == ["SR", "SC", "PDF"]
     assert b"gap of 10.0 mm after slice 4" in (config.node.data_dir / report.path).read_bytes()
 
 
@@ -360,3 +365,63 @@ def test_a_worker_that_lost_its_lease_puts_nothing_down(store, worker, study, mo
 
 def test_the_axial_series_of_the_study_is_one_volume(study):
     assert inspect(study.axial).grid.shape == (24, 64, 64)
+
+
+def test_a_result_that_fits_its_images_only_when_mirrored_is_kept_here(store, worker, config, study, tmp_path):
+    labels = read_labels(study.truth_labels)
+    mirrored = tmp_path / "mirrored.nii.gz"
+    write_labels(LabelVolume(labels.labels[:, :, ::-1].copy(), labels.grid), mirrored)
+    run = queue(store, study, mirrored)
+    done = worker.step(T0)
+    assert done.state is RunState.BLOCKED
+    assert "mirrored" in done.error
+    assert store.deliveries_of(run.id) == ()
+    kept = store.objects_of(run.id)
+    assert {"SEG", "SR"} <= {item.kind for item in kept}
+    assert all((config.node.data_dir / item.path).is_file() for item in kept)
+    assert done.findings["flags"][0] == {"name": "mirrored", "text": done.error, "blocks": True}
+    page = overview.detail(store, overview.glance(store, store.study(study.study_uid)))
+    assert (page["standing"], page["error"]) == ("blocked", done.error)
+
+
+def test_an_object_that_was_changed_on_disk_into_another_patients_is_kept_here(store, worker, study, monkeypatch):
+    original = worker_module.encoded
+
+    def of_somebody_else(ds: pydicom.Dataset) -> bytes:
+        ds.PatientID = "another"
+        return original(ds)
+
+    monkeypatch.setattr(worker_module, "encoded", of_somebody_else)
+    queue(store, study, study.truth_labels)
+    done = worker.step(T0)
+    assert done.state is RunState.BLOCKED
+    assert "PatientID" in done.error
+    assert "another" not in done.error
+
+
+def test_a_blocked_result_leaves_the_earlier_one_current(store, worker, study, tmp_path):
+    first = queue(store, study, study.truth_labels)
+    worker.step(T0)
+    labels = read_labels(study.truth_labels)
+    mirrored = tmp_path / "mirrored.nii.gz"
+    write_labels(LabelVolume(labels.labels[:, :, ::-1].copy(), labels.grid), mirrored)
+    second = rerun(store, study, mirrored, T0)
+    worker.step(T0)
+    assert store.run(second.id).state is RunState.BLOCKED
+    assert store.current_run(study.study_uid).id == first.id
+
+
+def test_a_new_result_names_the_one_it_takes_the_place_of(store, worker, config, study, tmp_path):
+    first = queue(store, study, study.truth_labels)
+    worker.step(T0)
+    with_liver = replace(config, results=replace(config.results, include_liver=True))
+    second = rerun(store, study, study.truth_labels, T0)
+    Worker(store, with_liver, "worker", clock=lambda: T0).step(T0)
+
+    def report(run: Run) -> pydicom.Dataset:
+        (item,) = (item for item in store.objects_of(run.id) if item.kind == "SR")
+        return pydicom.dcmread(config.node.data_dir / item.path)
+
+    assert "PredecessorDocumentsSequence" not in report(first)
+    (series,) = report(second).PredecessorDocumentsSequence[0].ReferencedSeriesSequence
+    assert series.ReferencedSOPSequence[0].ReferencedSOPInstanceUID == report(first).SOPInstanceUID

@@ -1,0 +1,269 @@
+"""Before anything leaves: whether findings can be what they say, and objects lie on their own images.
+
+`flags` looks at the findings beside the CT, before the report is written, so that the report says what is odd.
+`check` looks at the finished objects beside the headers of their source, as a stranger would: it trusts nothing
+that the builders kept in mind. A flag that blocks, or a failed check, keeps the result here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+from pydicom.dataset import Dataset
+from pydicom.uid import SegmentationStorage
+from scipy.ndimage import distance_transform_edt
+
+from salsa_node import codes, uids
+from salsa_node.dicom_result import GRID_TOLERANCE, same_patient_and_study
+from salsa_node.errors import EncodingError, GuardFailed
+from salsa_node.findings import Findings, Flag
+from salsa_node.limits import Limits
+from salsa_node.volume import CtVolume, Grid
+
+Mask = npt.NDArray[np.bool_]
+Indices = npt.NDArray[np.int64]
+Hu = npt.NDArray[np.int16] | npt.NDArray[np.float32]
+
+BODY_HU: Final = -300.0  # what is denser belongs to the body or lies on the table
+LIVER_HU: Final = (0.0, 250.0)  # where the middle of a liver's attenuation can lie, native to arterial
+WITHIN_HU: Final = 50.0  # of that middle: parenchyma and its noise
+BETTER_BY: Final = 0.15  # so much better must a mirrored mask fit (phantoms: 0.2)
+_SHELL_MM: Final = (3.0, 10.0)  # around the liver: what looks like liver there speaks against the mask
+_COARSE_MM: Final = 2.0  # steps of the grid that distances are judged on
+_AXES: Final = ("slice order", "rows", "columns")
+
+
+def flags(ct: CtVolume, findings: Findings, limits: Limits) -> tuple[Flag, ...]:
+    """What a reader should know before trusting these findings, the gravest first.
+
+    Raises nothing: what cannot be judged (no liver in the masks) is not flagged.
+    """
+    grid = findings.lesion_labels.grid
+    found = list(_of_slices(grid, findings))
+    organ = findings.organ.labels == 1 if findings.organ is not None else None
+    if organ is not None and organ.any():
+        found += _of_liver(ct, organ, findings, limits)
+        found += _of_lesions(organ, findings, limits)
+    return tuple(sorted(found, key=lambda flag: not flag.blocks))
+
+
+def check(objects: Sequence[Dataset], source: Sequence[Dataset], findings: Findings | None) -> None:
+    """Raises GuardFailed unless every object is of the source's patient and study and lies where its images lie.
+
+    objects: as they were written. source: the headers of every image of the series, read anew, in any order.
+    findings: None where nothing was analysed.
+    Checked of a segmentation: Frame of Reference, orientation, pixel spacing, size, the position of each frame
+    against the image it names, and, voxel for voxel, its lesions against the findings.
+    """
+    for obj in objects:
+        for ds in source:
+            try:
+                same_patient_and_study(obj, ds)
+            except EncodingError as exc:
+                raise GuardFailed(str(exc)) from exc
+        if obj.SOPClassUID == SegmentationStorage and findings is not None:
+            _check_segmentation(obj, {ds.SOPInstanceUID: ds for ds in source}, findings)
+
+
+# ---- findings beside the CT -------------------------------------------------------------------
+
+
+def _of_slices(grid: Grid, findings: Findings) -> Iterable[Flag]:
+    step_mm = grid.spacing_mm[0]
+    if step_mm > findings.criteria.thick_slice_mm:
+        yield Flag(
+            "thick_slices",
+            f"Thick slices: they lie {step_mm:.1f} mm apart, and small lesions may be missed; "
+            f"{findings.criteria.thick_slice_mm:g} mm or less is recommended.",
+        )
+
+
+def _of_liver(ct: CtVolume, organ: Mask, findings: Findings, limits: Limits) -> Iterable[Flag]:
+    grid = findings.lesion_labels.grid
+    volume_ml = np.count_nonzero(organ) * grid.voxel_volume_mm3 / 1000
+    cut = [name for name, edge in (("first", organ[0]), ("last", organ[-1])) if edge.any()]
+    if cut:
+        which = " and the ".join(cut)
+        yield Flag(
+            "liver_cut_off",
+            f"The liver reaches the {which} slice: part of it may not have been scanned, its volume is a lower bound.",
+        )
+    if volume_ml > limits.max_liver_ml or (volume_ml < limits.min_liver_ml and not cut):
+        yield Flag(
+            "liver_volume",
+            f"Implausible liver volume: {volume_ml:.0f} cm3, expected {limits.min_liver_ml:.0f} to "
+            f"{limits.max_liver_ml:.0f} cm3.",
+        )
+    share = _share_of_body(ct, organ)
+    if share > limits.max_share_of_body:
+        yield Flag(
+            "not_an_abdomen",
+            f"What was taken for the liver fills {100 * share:.0f} % of the body's cross-section, at most "
+            f"{100 * limits.max_share_of_body:.0f} % are plausible: this may not be an abdomen.",
+        )
+    mirrored = _better_mirrored(ct, organ)
+    if mirrored:
+        yield Flag(
+            "mirrored",
+            f"The masks fit the images far better when their {mirrored} is reversed: they are probably mirrored.",
+            blocks=limits.mirrored == "block",
+        )
+    elif _on_the_left(ct, organ):
+        yield Flag(
+            "liver_on_the_left",
+            "Most of the liver lies in the left half of the body: situs inversus, or images whose sides are swapped.",
+        )
+
+
+def _of_lesions(organ: Mask, findings: Findings, limits: Limits) -> Iterable[Flag]:
+    labels = findings.lesion_labels.labels
+    near = _Near.of(organ, findings.lesion_labels.grid)
+    for lesion in findings.lesions:
+        voxels = np.argwhere(labels == lesion.number)
+        share = float(np.mean(organ[tuple(voxels.T)] | (near.mm(voxels) <= limits.near_liver_mm)))
+        if share < limits.min_share_in_liver:
+            yield Flag(
+                "lesion_outside_liver",
+                f"Lesion {lesion.number} lies outside the liver region: {100 * share:.0f} % of it within "
+                f"{limits.near_liver_mm:g} mm of the liver.",
+            )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Near:
+    """How far from the liver, on every n-th voxel: enough for lengths of millimetres.
+
+    apart_mm: (slices, rows, columns) of the coarse grid. stride: voxels of the CT a step.
+    """
+
+    apart_mm: npt.NDArray[np.float64]
+    stride: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(cls, organ: Mask, grid: Grid) -> _Near:
+        stride = np.array([max(1, int(_COARSE_MM / mm)) for mm in grid.spacing_mm])
+        coarse = organ[tuple(slice(None, None, step) for step in stride)]
+        if not coarse.any():
+            return cls(np.full(coarse.shape, np.inf), stride)
+        apart_mm: npt.NDArray[np.float64] = distance_transform_edt(~coarse, sampling=stride * grid.spacing_mm)
+        return cls(apart_mm, stride)
+
+    def mm(self, voxels: Indices) -> npt.NDArray[np.float64]:
+        """The distance of each (n, 3) index of the CT's grid from the liver."""
+        at: npt.NDArray[np.float64] = self.apart_mm[tuple((voxels // self.stride).T)]
+        return at
+
+    def between(self, more_than_mm: float, at_most_mm: float) -> Indices:
+        """(n, 3) indices of the CT's grid that lie so far from the liver; from -1 on, those inside it."""
+        found: Indices = np.argwhere((self.apart_mm > more_than_mm) & (self.apart_mm <= at_most_mm)) * self.stride
+        return found
+
+
+def _share_of_body(ct: CtVolume, organ: Mask) -> float:
+    """Of the body's cross-section, in the slice with most liver."""
+    k = int(np.argmax(organ.sum(axis=(1, 2))))
+    body = (ct.voxels_hu[k] > BODY_HU) | organ[k]
+    return float(np.count_nonzero(organ[k]) / np.count_nonzero(body))
+
+
+def _better_mirrored(ct: CtVolume, organ: Mask) -> str:
+    """Which axes of the mask to reverse so that it fits far better, in words; "" where it fits best as it is.
+
+    A mask fits where its inside looks like liver and what lies just around it does not.
+    """
+    near = _Near.of(organ, ct.grid)
+    inside, around = near.between(-1.0, 0.0), near.between(*_SHELL_MM)
+    last = np.array(organ.shape) - 1
+    fits = {}
+    for flip in product((False, True), repeat=3):
+        hu = [ct.voxels_hu[tuple(np.where(flip, last - voxels, voxels).T)] for voxels in (inside, around)]
+        fits[flip] = _looks_like_liver(hu[0], hu[0]) - _looks_like_liver(hu[0], hu[1])
+    best = max(fits, key=lambda flip: (fits[flip], -sum(flip)))
+    if fits[best] - fits[False, False, False] < BETTER_BY:
+        return ""
+    return " and ".join(name for name, reversed_ in zip(_AXES, best, strict=True) if reversed_)
+
+
+def _looks_like_liver(liver_hu: Hu, voxels_hu: Hu) -> float:
+    """The share of `voxels_hu` near the middle of `liver_hu`, which must be one that livers have; 0 for no voxels."""
+    if not len(voxels_hu):
+        return 0.0
+    middle = np.clip(np.median(liver_hu), *LIVER_HU)
+    return float(np.mean(np.abs(voxels_hu - middle) <= WITHIN_HU))
+
+
+def _on_the_left(ct: CtVolume, organ: Mask) -> bool:
+    """Whether most of the liver lies left of the body's middle (LPS: x grows to the left)."""
+    k = int(np.argmax(organ.sum(axis=(1, 2))))
+    grid = ct.grid
+    rows, columns = np.nonzero(ct.voxels_hu[k] > BODY_HU)
+    middle_x = np.mean([grid.to_lps_mm((k, rows[n], columns[n]))[0] for n in (columns.argmin(), columns.argmax())])
+    if abs(grid.affine_lps_mm[0, 2]) < abs(grid.affine_lps_mm[0, 1]):
+        middle_x = np.mean([grid.to_lps_mm((k, rows[n], columns[n]))[0] for n in (rows.argmin(), rows.argmax())])
+    slices, of_rows, of_columns = np.nonzero(organ)
+    x = grid.affine_lps_mm[0] @ np.array([slices.mean(), of_rows.mean(), of_columns.mean(), 1.0])
+    return bool(x > middle_x)
+
+
+# ---- objects beside their source ---------------------------------------------------------------
+
+
+def _check_segmentation(seg: Dataset, source: dict[str, Dataset], findings: Findings) -> None:
+    first = next(iter(source.values()))
+    frame = first.get("FrameOfReferenceUID") or uids.derive("frame of reference", first.SeriesInstanceUID)
+    if seg.FrameOfReferenceUID != frame:
+        raise GuardFailed(
+            f"the segmentation lies in frame of reference {seg.FrameOfReferenceUID}, its source in {frame}"
+        )
+    if (seg.Rows, seg.Columns) != (first.Rows, first.Columns):
+        raise GuardFailed(
+            f"the segmentation has {seg.Rows} x {seg.Columns} pixels, its source {first.Rows} x {first.Columns}"
+        )
+    shared = seg.SharedFunctionalGroupsSequence[0]
+    _same(
+        shared.PlaneOrientationSequence[0].ImageOrientationPatient, first.ImageOrientationPatient, 1e-4, "orientation"
+    )
+    _same(shared.PixelMeasuresSequence[0].PixelSpacing, first.PixelSpacing, 1e-4, "pixel spacing")
+    allowed_mm = GRID_TOLERANCE * min(findings.lesion_labels.grid.spacing_mm)
+    slices = _slices(source, findings)
+    lesions = {
+        item.SegmentNumber
+        for item in seg.SegmentSequence
+        if item.SegmentedPropertyTypeCodeSequence[0].CodeValue == codes.LESION.value
+    }
+    frames = np.atleast_3d(seg.pixel_array).reshape(-1, seg.Rows, seg.Columns)
+    shown = np.zeros(findings.lesion_labels.labels.shape, dtype=np.bool_)
+    for pixels, item in zip(frames, seg.PerFrameFunctionalGroupsSequence, strict=True):
+        named = item.DerivationImageSequence[0].SourceImageSequence[0].ReferencedSOPInstanceUID
+        if named not in source:
+            raise GuardFailed(f"a frame of the segmentation names image {named}, which is not of its series")
+        position = item.PlanePositionSequence[0].ImagePositionPatient
+        _same(position, source[named].ImagePositionPatient, allowed_mm, f"position of the frame on image {named}")
+        if item.SegmentIdentificationSequence[0].ReferencedSegmentNumber in lesions:
+            shown[slices[named]] |= pixels != 0
+    differing = np.count_nonzero(shown != (findings.lesion_labels.labels > 0))
+    if differing:
+        raise GuardFailed(f"the segmentation and the findings differ in {differing} voxels")
+
+
+def _slices(source: dict[str, Dataset], findings: Findings) -> dict[str, int]:
+    """SOP Instance UID -> slice index on the findings' grid, from the image's own position."""
+    grid = findings.lesion_labels.grid
+    found = {}
+    for uid, ds in source.items():
+        x, y, z = (float(mm) for mm in ds.ImagePositionPatient)
+        found[uid] = round(grid.to_index((x, y, z))[0])
+    if sorted(found.values()) != list(range(grid.shape[0])):
+        raise GuardFailed(f"{len(found)} source images do not fill the {grid.shape[0]} slices of the findings' grid")
+    return found
+
+
+def _same(found: Iterable[float], expected: Iterable[float], tolerance: float, what: str) -> None:
+    a, b = (np.array([float(x) for x in values]) for values in (found, expected))
+    if a.shape != b.shape or np.abs(a - b).max() > tolerance:
+        raise GuardFailed(f"the {what} differs from the source's: found {a.tolist()}, expected {b.tolist()}")

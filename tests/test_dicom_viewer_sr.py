@@ -1,0 +1,256 @@
+"""The viewers' report, the summary page, and what carries them: each is valid, and says what the findings say."""
+
+from __future__ import annotations
+
+import subprocess
+from io import BytesIO
+from pathlib import Path
+
+import made_findings as made
+import numpy as np
+import pydicom
+import pypdfium2
+import pytest
+from pydicom.dataset import Dataset
+
+from salsa_node import codes, dicom_ko, dicom_pdf, dicom_sc, dicom_seg, dicom_viewer_sr, page, picture
+from salsa_node.dicom_result import CAVEAT, Identity, Kind
+from salsa_node.findings import Findings
+from salsa_node.pipelines import DEMO_NOTICE
+from salsa_node.volume import CtVolume
+
+IDENTITY = Identity()
+
+
+def ct_of(findings: Findings) -> CtVolume:
+    grid = findings.lesion_labels.grid
+    return CtVolume(np.full(grid.shape, 60, dtype=np.int16), grid)
+
+
+def written(ds: Dataset) -> bytes:
+    buffer = BytesIO()
+    ds.save_as(buffer, enforce_file_format=True)
+    return buffer.getvalue()
+
+
+def everything(findings: Findings, source: list[Dataset]) -> dict[str, Dataset]:
+    when = made.PRODUCED_AT
+    segs = dicom_seg.build_lesions(findings, source, IDENTITY, when)
+    sheet = page.of_findings(ct_of(findings), findings, when)
+    signed = (source[0], IDENTITY, when, findings.run_digest, findings.provenance)
+    key = np.asarray(picture.key_image(ct_of(findings), findings, findings.lesions[0]))
+    shown = source[findings.lesions[0].slice_index]
+    captures = dicom_sc.build([*((p, None) for p in sheet.pictures()), (key, shown)], *signed)
+    return {
+        "viewer_sr": dicom_viewer_sr.build(findings, source, IDENTITY, when),
+        "lesion_seg": segs[0],
+        "ko": dicom_ko.build(findings, segs, source, IDENTITY, when),
+        "pdf": dicom_pdf.build(sheet.pdf, *signed),
+        "page": captures[0],
+        "key_image": captures[-1],
+    }
+
+
+NAMES = ("viewer_sr", "lesion_seg", "ko", "pdf", "page", "key_image")
+
+
+@pytest.fixture(scope="module")
+def objects() -> dict[str, Dataset]:
+    return everything(*made.case())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_validator_finds_an_error(objects, name, tool, tmp_path):
+    path = tmp_path / f"{name}.dcm"
+    path.write_bytes(written(objects[name]))
+    for program in ("dcmdump", *(["dsrdump"] if name in ("viewer_sr", "ko") else [])):
+        subprocess.run([tool(program), str(path)], check=True, capture_output=True)
+    verdict = subprocess.run([tool("dciodvfy", "dicom3tools"), str(path)], capture_output=True, text=True, check=False)
+    said = [line for line in verdict.stderr.splitlines() if line.startswith(("Error", "Warning"))]
+    assert said == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_same_run_gives_the_same_bytes(objects, name):
+    assert written(everything(*made.case())[name]) == written(objects[name])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_everything_is_the_patients_and_says_that_it_is_a_demonstration(objects, name):
+    source = made.case()[1][0]
+    ds = objects[name]
+    for keyword in ("PatientName", "PatientID", "StudyInstanceUID", "AccessionNumber", "SpecificCharacterSet"):
+        assert ds.get(keyword) == source.get(keyword), keyword
+    assert "DEMO MODEL" in ds.SeriesDescription
+
+
+def test_each_kind_is_a_series_of_its_own(objects):
+    numbers = {name: ds.SeriesNumber for name, ds in objects.items()}
+    assert numbers == {
+        "lesion_seg": 9003, "viewer_sr": 9004, "page": 9005, "key_image": 9005, "pdf": 9006, "ko": 9007,
+    }  # fmt: skip
+    assert len({ds.SeriesInstanceUID for ds in objects.values()}) == 5
+    assert [IDENTITY.series_number(kind) for kind in (Kind.SEG, Kind.SR)] == [9001, 9002]
+
+
+# ---- the diameters as lines -----------------------------------------------------------------------
+
+
+def on_the_image(item: Dataset, source: list[Dataset]) -> tuple[Dataset, np.ndarray]:
+    """The image that a SCOORD names, and its points in the patient, by PS3.3 C.7.6.2.1.1 alone."""
+    named = item.ContentSequence[0].ReferencedSOPSequence[0].ReferencedSOPInstanceUID
+    image = next(ds for ds in source if named == ds.SOPInstanceUID)
+    column, row = np.array(item.GraphicData, dtype=float).reshape(-1, 2).T - 0.5  # of the first pixel's centre
+    between_rows, between_columns = (float(mm) for mm in image.PixelSpacing)
+    along, down = np.array(image.ImageOrientationPatient, dtype=float).reshape(2, 3)
+    corner = np.array(image.ImagePositionPatient, dtype=float)
+    return image, corner + np.outer(column * between_columns, along) + np.outer(row * between_rows, down)
+
+
+@pytest.mark.parametrize("orientation", made.ORIENTATIONS)
+def test_the_lines_lie_where_the_axes_lie(orientation):
+    findings, source = made.case(orientation)
+    report = dicom_viewer_sr.build(findings, source, IDENTITY, made.PRODUCED_AT)
+    measurements = next(
+        i for i in report.ContentSequence if i.ConceptNameCodeSequence[0].CodeValue == codes.IMAGING_MEASUREMENTS.value
+    )
+    assert len(measurements.ContentSequence) == len(findings.lesions) == 2
+    for lesion, group in zip(findings.lesions, measurements.ContentSequence, strict=True):
+        by_name = {item.ConceptNameCodeSequence[0].CodeMeaning: item for item in group.ContentSequence}
+        assert by_name["Tracking Identifier"].TextValue == "Cornerstone3DTools@^0.1.0:Bidirectional"
+        assert lesion.tracking_uid == by_name["Tracking Unique Identifier"].UID
+        for name, axis in (("Long Axis", lesion.long_axis), ("Short Axis", lesion.short_axis)):
+            number = by_name[name]
+            assert float(number.MeasuredValueSequence[0].NumericValue) == pytest.approx(axis.length_mm, abs=0.006)
+            (drawn,) = number.ContentSequence  # a viewer drops a number with other children
+            image, points = on_the_image(drawn, source)
+            assert image is source[lesion.slice_index]
+            np.testing.assert_allclose(points, [axis.start_lps_mm, axis.end_lps_mm], atol=1e-3)
+
+
+def test_without_lesions_there_is_nothing_to_draw_or_to_select():
+    grid = made.grid()
+    source = made.headers(grid)
+    findings = made.findings(grid, source)
+    assert dicom_viewer_sr.build(findings, source, IDENTITY, made.PRODUCED_AT) is None
+    assert dicom_ko.build(findings, [], source, IDENTITY, made.PRODUCED_AT) is None
+    assert dicom_seg.build_lesions(findings, source, IDENTITY, made.PRODUCED_AT) == ()
+
+
+def test_the_selection_names_the_slices_of_the_diameters_and_the_segmentation(objects):
+    findings, source = made.case()
+    named = {
+        item.ReferencedSOPSequence[0].ReferencedSOPInstanceUID
+        for item in objects["ko"].ContentSequence
+        if item.ValueType in ("IMAGE", "COMPOSITE")
+    }
+    slices = {source[lesion.slice_index].SOPInstanceUID for lesion in findings.lesions}
+    assert named == slices | {objects["lesion_seg"].SOPInstanceUID}
+
+
+# ---- one segment per lesion ---------------------------------------------------------------------------
+
+
+def test_each_lesion_has_a_segment_of_its_own():
+    findings, source = made.case()
+    (seg,) = dicom_seg.build_lesions(findings, source, IDENTITY, made.PRODUCED_AT)
+    first, second = findings.lesions
+    assert [item.SegmentLabel for item in seg.SegmentSequence] == [
+        f"L1 · measurable · {first.long_axis.length_mm:.0f} mm",
+        f"L2 · non-measurable · {second.long_axis.length_mm:.0f} mm",
+    ]
+    assert [(item.TrackingID, item.TrackingUID) for item in seg.SegmentSequence] == [
+        ("Lesion 1", first.tracking_uid),
+        ("Lesion 2", second.tracking_uid),
+    ]
+    frames = np.atleast_3d(seg.pixel_array)
+    for lesion in findings.lesions:
+        of_segment = [
+            f for f, item in zip(frames, seg.PerFrameFunctionalGroupsSequence, strict=True)
+            if item.SegmentIdentificationSequence[0].ReferencedSegmentNumber == lesion.number
+        ]  # fmt: skip
+        assert sum(int(f.sum()) for f in of_segment) == lesion.voxels
+        assert dicom_seg.segment_of(lesion, [seg]) == (seg, lesion.number)
+
+
+def test_a_character_set_without_the_dot_gets_a_hyphen():
+    findings, source = made.case()
+    for ds in source:
+        ds.SpecificCharacterSet = "ISO_IR 6"
+        ds.PatientName = ds.StudyDescription = ds.ReferringPhysicianName = "X"
+    (seg,) = dicom_seg.build_lesions(findings, source, IDENTITY, made.PRODUCED_AT)
+    assert seg.SegmentSequence[0].SegmentLabel.startswith("L1 - measurable - ")
+
+
+def test_many_frames_become_several_objects_of_one_series(monkeypatch):
+    monkeypatch.setattr(dicom_seg, "MAX_FRAMES", 5)
+    findings, source = made.case()  # 5 and 2 slices
+    first, second = dicom_seg.build_lesions(findings, source, IDENTITY, made.PRODUCED_AT)
+    assert (first.NumberOfFrames, second.NumberOfFrames) == (5, 2)
+    assert first.SeriesInstanceUID == second.SeriesInstanceUID
+    assert first.SOPInstanceUID != second.SOPInstanceUID
+    assert dicom_seg.segment_of(findings.lesions[1], [first, second]) == (second, 1)
+    assert dicom_seg.made_from(second, findings)
+
+
+# ---- the page -------------------------------------------------------------------------------------------
+
+
+def text_of(pdf: bytes) -> str:
+    document = pypdfium2.PdfDocument(pdf)
+    words = "\n".join(sheet.get_textpage().get_text_range() for sheet in document)
+    document.close()
+    return words.replace("\r\n", "\n")
+
+
+def test_the_page_says_what_was_found_in_words_that_can_be_searched(objects):
+    findings, _ = made.case()
+    text = text_of(objects["pdf"].EncapsulatedDocument)
+    for lesion in findings.lesions:
+        assert f"{lesion.long_axis.length_mm:.1f} x {lesion.short_axis.length_mm:.1f}" in text
+        assert f"{lesion.volume_mm3 / 1000:.2f}" in text
+    assert CAVEAT in text
+    assert DEMO_NOTICE.replace("–", "-") in text
+    assert "2 candidate lesions: 1 measurable, 1 non-measurable" in text
+    assert "sha256:0123456789ab" in text
+    assert "Müller" not in text
+    assert "P-1" not in text
+
+
+def test_a_page_about_nothing_says_why():
+    why = page.of_refusal("gap of 10.0 mm after slice 41", None, made.PRODUCED_AT)
+    assert "No analysis was possible. Reason: gap of 10.0 mm after slice 41" in text_of(why.pdf)
+    grid = made.grid()
+    findings = made.findings(grid, made.headers(grid))
+    nothing = text_of(page.of_findings(ct_of(findings), findings, made.PRODUCED_AT).pdf)
+    assert "The algorithm found no candidate lesion." in nothing
+    assert "no lesions" not in nothing
+
+
+def test_sixty_lesions_go_on_to_a_second_page():
+    grid = made.grid()
+    source = made.headers(grid)
+    boxes = [
+        (slice(k, k + 1), slice(r, r + 2), slice(c, c + 2))
+        for k in (3, 9, 15)
+        for r in range(8, 40, 8)
+        for c in range(6, 36, 6)
+    ]
+    findings = made.findings(grid, source, *boxes)
+    assert len(findings.lesions) == 60
+    sheet = page.of_findings(ct_of(findings), findings, made.PRODUCED_AT)
+    assert len(sheet.pictures()) >= 2
+    assert "L60" in text_of(sheet.pdf)
+
+
+def test_a_key_image_names_its_slice_and_is_not_blank(objects):
+    findings, source = made.case()
+    key = objects["key_image"]
+    named = key.SourceImageSequence[0].ReferencedSOPInstanceUID
+    assert named == source[findings.lesions[0].slice_index].SOPInstanceUID
+    pixels = key.pixel_array.astype(int)
+    red = (np.abs(pixels - codes.MEASURABLE_RGB).max(axis=2) < 20).sum()
+    assert red > 50
+    assert key.BurnedInAnnotation == "NO"
+    assert Path(key.get("filename", "")).name == ""
+    assert pydicom.dcmread(BytesIO(written(key))).pixel_array.shape == key.pixel_array.shape

@@ -1,0 +1,205 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from io import BytesIO
+
+import made_findings as made
+import numpy as np
+import pydicom
+import pytest
+
+from salsa_node import dicom_seg, dicom_sr, guards, phantom
+from salsa_node.criteria import Criteria
+from salsa_node.dicom_result import Identity
+from salsa_node.errors import GuardFailed
+from salsa_node.findings import Findings, Flag, measure
+from salsa_node.limits import Limits
+from salsa_node.pipelines import Masks
+from salsa_node.volume import CtVolume, Grid, LabelVolume
+
+IDENTITY = Identity()
+
+
+@pytest.fixture(scope="module", params=["SPL", "IPL", "SAR", "PSL"])
+def patient(request) -> phantom.Phantom:
+    shape, spacing = ((32, 96, 96), (6.0, 3.0, 3.0))
+    if request.param == "PSL":
+        shape, spacing = ((96, 32, 96), (3.0, 6.0, 3.0))
+    return phantom.make(phantom.Recipe(3, shape=shape, spacing_mm=spacing, orientation=request.param))
+
+
+def flagged(ct: CtVolume, organ: np.ndarray, lesions: np.ndarray, **limits: object) -> dict[str, Flag]:
+    masks = Masks(
+        LabelVolume(organ.astype(np.uint8), ct.grid), LabelVolume(lesions.astype(np.uint16), ct.grid), made.PROVENANCE
+    )
+    return {f.name: f for f in guards.flags(ct, measure(ct, masks, Criteria(thick_slice_mm=7)), Limits(**limits))}
+
+
+def test_the_truth_is_not_flagged(patient):
+    assert flagged(patient.ct, patient.liver.labels, patient.lesion_labels.labels) == {}
+
+
+def left_right_axis(grid: Grid) -> int:
+    return int(np.argmax(np.abs(grid.affine_lps_mm[0, :3])))
+
+
+@pytest.mark.parametrize("axes", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)])
+def test_a_mirrored_mask_is_caught_and_blocks(patient, axes):
+    flags = flagged(patient.ct, np.flip(patient.liver.labels, axes), np.flip(patient.lesion_labels.labels, axes))
+    assert flags["mirrored"].blocks
+    assert not flagged(
+        patient.ct,
+        np.flip(patient.liver.labels, axes),
+        np.flip(patient.lesion_labels.labels, axes),
+        mirrored="flag",
+    )["mirrored"].blocks
+
+
+def test_images_and_masks_that_are_both_mirrored_put_the_liver_on_the_left(patient):
+    axis = left_right_axis(patient.ct.grid)
+    ct = CtVolume(np.flip(patient.ct.voxels_hu, axis).copy(), patient.ct.grid)
+    flags = flagged(ct, np.flip(patient.liver.labels, axis), np.zeros(ct.grid.shape))
+    assert set(flags) == {"liver_on_the_left"}
+    assert not flags["liver_on_the_left"].blocks
+
+
+def test_a_lesion_far_from_the_liver_is_flagged_and_one_beside_it_is_not(patient):
+    liver, grid = patient.liver.labels == 1, patient.ct.grid
+    lesions = np.zeros(grid.shape)
+    far = np.array(np.unravel_index(np.argmin(patient.organs.labels == 1), grid.shape))
+    lesions[tuple(slice(n, n + 2) for n in far)] = 1
+    edge = np.argwhere(liver)[0]
+    lesions[tuple(edge)] = 2
+    flags = flagged(patient.ct, liver, lesions)
+    assert set(flags) == {"lesion_outside_liver"}
+    assert "0 % of it" in flags["lesion_outside_liver"].text
+
+
+def test_livers_too_small_too_large_or_cut_off_are_flagged(patient):
+    liver, nothing = patient.liver.labels == 1, np.zeros(patient.ct.grid.shape)
+    assert "expected 300 to 500" in flagged(patient.ct, liver, nothing, max_liver_ml=500)["liver_volume"].text
+    assert "expected 2000 to" in flagged(patient.ct, liver, nothing, min_liver_ml=2000)["liver_volume"].text
+    middle = int(np.argwhere(liver)[:, 0].mean())
+    cut = CtVolume(patient.ct.voxels_hu[middle:].copy(), shifted(patient.ct.grid, middle))
+    flags = flagged(cut, liver[middle:], nothing[middle:], min_liver_ml=2000)
+    assert "the first slice" in flags["liver_cut_off"].text
+    assert "liver_volume" not in flags  # a part of a liver may be small
+
+
+def shifted(grid: Grid, slices: int) -> Grid:
+    affine = grid.affine_lps_mm.copy()
+    affine[:3, 3] = grid.to_lps_mm((slices, 0, 0))
+    return Grid((grid.shape[0] - slices, *grid.shape[1:]), affine, grid.frame_of_reference_uid)
+
+
+def test_a_head_taken_for_a_liver_is_flagged():
+    """A brain fills most of its cross-section; an ellipse of soft tissue in a skull stands for it."""
+    grid = Grid((20, 80, 80), np.diag([5.0, 2.5, 2.5, 1.0]))
+    _, r, c = np.indices(grid.shape)
+    radius = np.hypot((r - 40) / 36, (c - 40) / 30)
+    hu = np.select([radius < 0.9, radius < 1], [35, 900], -1000).astype(np.int16)
+    flags = flagged(
+        CtVolume(hu, Grid(grid.shape, grid.affine_lps_mm[:, [2, 1, 0, 3]])), radius < 0.88, np.zeros(grid.shape)
+    )
+    assert "fills 7" in flags["not_an_abdomen"].text
+
+
+def test_thick_slices_are_flagged():
+    findings, _ = made.case()
+    voxels = np.zeros(findings.lesion_labels.grid.shape, dtype=np.int16)
+    ct = CtVolume(voxels, findings.lesion_labels.grid)
+    thin = guards.flags(ct, replace(findings, organ=None), Limits())
+    thick = guards.flags(ct, replace(findings, organ=None, criteria=Criteria(thick_slice_mm=2)), Limits())
+    assert [f.name for f in thin] == []
+    assert [f.name for f in thick] == ["thick_slices"]
+    assert "2.5 mm apart" in thick[0].text
+
+
+# ---- objects beside their source ---------------------------------------------------------------
+
+
+@pytest.fixture
+def case() -> tuple[Findings, list[pydicom.Dataset], pydicom.Dataset]:
+    findings, source = made.case("oblique")
+    seg = dicom_seg.build(findings, source, IDENTITY, made.PRODUCED_AT)
+    assert seg is not None
+    return findings, source, as_written(seg)
+
+
+def as_written(ds: pydicom.Dataset) -> pydicom.Dataset:
+    buffer = BytesIO()
+    ds.save_as(buffer, enforce_file_format=True)
+    return pydicom.dcmread(BytesIO(buffer.getvalue()))
+
+
+def test_objects_on_their_own_images_pass(case):
+    findings, source, seg = case
+    report = dicom_sr.build(findings, [seg], source, IDENTITY, made.PRODUCED_AT)
+    alone = dicom_seg.build_lesions(findings, source, IDENTITY, made.PRODUCED_AT)
+    guards.check([seg, report, *map(as_written, alone)], source[::-1], findings)
+
+
+def other_patient(seg, source):
+    seg.PatientID = "somebody else"
+
+
+def one_source_of_another_study(seg, source):
+    source[3].StudyInstanceUID = "1.2.3"
+
+
+def other_frame_of_reference(seg, source):
+    seg.FrameOfReferenceUID = "1.2.3"
+
+
+def turned_plane(seg, source):
+    plane = seg.SharedFunctionalGroupsSequence[0].PlaneOrientationSequence[0]
+    plane.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
+
+
+def other_spacing(seg, source):
+    seg.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0].PixelSpacing = [1.1, 0.9]
+
+
+def frame_on_another_slice(seg, source):
+    frames = seg.PerFrameFunctionalGroupsSequence
+    frames[0].PlanePositionSequence, frames[1].PlanePositionSequence = (
+        frames[1].PlanePositionSequence,
+        frames[0].PlanePositionSequence,
+    )
+
+
+def image_of_another_series(seg, source):
+    image = seg.PerFrameFunctionalGroupsSequence[0].DerivationImageSequence[0].SourceImageSequence[0]
+    image.ReferencedSOPInstanceUID = "1.2.3"
+
+
+def one_pixel_more(seg, source):
+    content = bytearray(seg.PixelData)
+    content[0] |= 1
+    seg.PixelData = bytes(content)
+
+
+def missing_slice(seg, source):
+    del source[0]
+
+
+@pytest.mark.parametrize(
+    ("breakage", "told"),
+    [
+        (other_patient, "differs from its source in PatientID"),
+        (one_source_of_another_study, "differs from its source in StudyInstanceUID"),
+        (other_frame_of_reference, "frame of reference 1.2.3"),
+        (turned_plane, "the orientation differs"),
+        (other_spacing, "the pixel spacing differs"),
+        (frame_on_another_slice, "the position of the frame"),
+        (image_of_another_series, "names image 1.2.3"),
+        (one_pixel_more, "differ in 1 voxels"),
+        (missing_slice, "19 source images do not fill the 20 slices"),
+    ],
+)
+def test_whatever_lies_elsewhere_is_kept_here(case, breakage, told):
+    findings, source, seg = case
+    breakage(seg, source)
+    with pytest.raises(GuardFailed, match=told) as caught:
+        guards.check([seg], source, findings)
+    assert "somebody" not in str(caught.value)
