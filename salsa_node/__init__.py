@@ -32,7 +32,7 @@ room imports exactly what stands right of its arrow):
     dicom_seg              <- codes dicom_result errors findings pipelines uids
     dicom_sr               <- codes criteria dicom_result dicom_seg errors findings pipelines uids
     picture                <- codes dicom_result findings volume
-    analysis               <- criteria dicom_result dicom_seg dicom_sr errors findings pipelines series uids volume
+    analysis               <- criteria dicom_result dicom_seg dicom_sr errors findings pipelines series settings uids volume
 
   the plumbing wing
     store_rows             <-

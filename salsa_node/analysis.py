@@ -6,9 +6,8 @@ liver in it) is an outcome with a report of its own, not a fault.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime
 from enum import Enum
 from pathlib import Path
 
@@ -17,11 +16,12 @@ from pydicom.errors import InvalidDicomError
 
 from salsa_node import dicom_seg, dicom_sr
 from salsa_node.criteria import Criteria
-from salsa_node.dicom_result import Identity, caveat
+from salsa_node.dicom_result import SERIES_NUMBERS, Identity, Issue, Kind, caveat
 from salsa_node.errors import OrganNotFound, SeriesRejected
 from salsa_node.findings import Findings, measure, table
 from salsa_node.pipelines import Pipeline, Provenance
 from salsa_node.series import headers, inspect, read_volume
+from salsa_node.settings import ResultSettings
 from salsa_node.uids import digest
 from salsa_node.volume import CtVolume
 
@@ -38,32 +38,38 @@ class Outcome(Enum):
 class Analysis:
     """What is sent for one series, and what stands behind it.
 
-    seg: None where there is nothing to segment. report: always there.
+    objects: what is sent, in the order it is sent, each with its kind; a kind may stand there several times.
     findings, ct: None where no analysis was possible; then `reason` says why, otherwise it is "".
     run_digest: what every UID of the results derives from.
     """
 
     outcome: Outcome
-    seg: pydicom.Dataset | None
-    report: pydicom.Dataset
+    objects: tuple[tuple[Kind, pydicom.Dataset], ...]
     findings: Findings | None
     ct: CtVolume | None
     reason: str
     run_digest: str
+
+    def named(self) -> Iterator[tuple[str, Kind, pydicom.Dataset]]:
+        """File name, kind and data set of every object: "sr.dcm", or "sr-1.dcm", "sr-2.dcm" where there are several."""
+        kinds = [kind for kind, _ in self.objects]
+        for n, (kind, ds) in enumerate(self.objects):
+            number = f"-{kinds[:n].count(kind) + 1}" if kinds.count(kind) > 1 else ""
+            yield f"{kind.stem}{number}.dcm", kind, ds
 
 
 def analyse(
     paths: Sequence[Path],
     pipeline: Pipeline,
     criteria: Criteria,
-    identity: Identity,
-    dated: Callable[[str], datetime],
-    include_organ: bool = False,
+    results: ResultSettings,
+    issued: Callable[[str], Issue],
     progress: Callable[[str], None] = lambda _: None,
 ) -> Analysis:
     """Everything that is sent for the series in `paths`.
 
-    dated: told the run digest, says the aware time that the objects carry; the same answer gives the same bytes.
+    issued: told the run digest, says when the objects were made and what they replace; the same answer gives the
+        same bytes.
     progress: told what begins ("reading", "segmenting", "measuring", "writing").
     Raises PipelineError and EncodingError; verdicts on the input become an outcome.
     """
@@ -74,36 +80,50 @@ def analyse(
         progress("segmenting")
         masks = pipeline.segment(ct)
     except (SeriesRejected, OrganNotFound) as verdict:
-        return refuse(paths, str(verdict), identity, dated, pipeline.provenance)
+        return refuse(paths, str(verdict), results, issued, pipeline.provenance)
     progress("measuring")
     findings = measure(ct, masks, criteria)
     # What else decides the bytes decides the UIDs too: other bytes never go out under a UID that was used before.
-    signed = digest(findings.run_digest, repr(identity), repr(include_organ))
+    identity = _identity(results)
+    signed = digest(findings.run_digest, repr(identity), repr(results))
     findings = replace(findings, run_digest=signed)
     progress("writing")
-    source, produced_at = headers(series), dated(signed)
-    seg = dicom_seg.build(findings, source, identity, produced_at, include_organ=include_organ)
-    report = dicom_sr.build(findings, seg, source, identity, produced_at)
     outcome = Outcome.LESIONS if findings.lesions else Outcome.NO_CANDIDATE
-    return Analysis(outcome, seg, report, findings, ct, "", findings.run_digest)
+    objects = tuple(_objects(findings, headers(series), identity, results, issued(signed)))
+    return Analysis(outcome, objects, findings, ct, "", findings.run_digest)
+
+
+def _objects(
+    findings: Findings, source: Sequence[pydicom.Dataset], identity: Identity, results: ResultSettings, issue: Issue
+) -> Iterator[tuple[Kind, pydicom.Dataset]]:
+    """Everything that is sent for these findings, in the order it is sent."""
+    seg = dicom_seg.build(findings, source, identity, issue.produced_at, include_organ=results.include_liver)
+    if seg is not None:
+        yield Kind.SEG, seg
+    yield Kind.SR, dicom_sr.build(findings, seg, source, identity, issue.produced_at)
+
+
+def _identity(results: ResultSettings) -> Identity:
+    return Identity(**{name: getattr(results, name) for name in SERIES_NUMBERS})
 
 
 def refuse(
     paths: Sequence[Path],
     reason: str,
-    identity: Identity,
-    dated: Callable[[str], datetime],
+    results: ResultSettings,
+    issued: Callable[[str], Issue],
     provenance: Provenance | None = None,
 ) -> Analysis:
     """The report that says why nothing was analysed, for the study that `paths` belong to.
 
     Raises SeriesRejected where no file of the study can be read: then there is nobody to report on.
     """
-    source = _any_header(paths)
+    source, identity = _any_header(paths), _identity(results)
     made_of = digest("not analysed", reason, repr(identity), *sorted(path.name for path in paths))
     run_digest = digest(made_of, provenance.digest) if provenance else made_of
-    report = dicom_sr.build_not_analysed(reason, source, identity, dated(run_digest), run_digest, provenance)
-    return Analysis(Outcome.NOT_ANALYSED, None, report, None, None, reason, run_digest)
+    issue = issued(run_digest)
+    report = dicom_sr.build_not_analysed(reason, source, identity, issue.produced_at, run_digest, provenance)
+    return Analysis(Outcome.NOT_ANALYSED, ((Kind.SR, report),), None, None, reason, run_digest)
 
 
 def _any_header(paths: Sequence[Path]) -> pydicom.Dataset:

@@ -184,8 +184,13 @@ def _check_together(config: Config) -> None:
     wrong = invalid_peer(config.listener.allowed)
     if wrong:
         raise ConfigError(wrong)
-    if config.results.seg_series_number == config.results.sr_series_number:
-        raise ConfigError("results.sr_series_number: expected another number than results.seg_series_number")
+    taken: dict[int, str] = {}
+    for entry in fields(config.results):
+        if entry.name.endswith("_series_number"):
+            number = getattr(config.results, entry.name)
+            if number in taken:
+                raise ConfigError(f"results.{entry.name}: expected another number than results.{taken[number]}")
+            taken[number] = entry.name
     if config.node.store_url and not config.node.store_url.startswith("sqlite:///"):
         raise ConfigError('node.store_url: expected sqlite:///FILE, or "" for a file in node.data_dir')
     names = [destination.name for destination in config.destination]

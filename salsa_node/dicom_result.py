@@ -8,10 +8,11 @@ UIDs derive from the run, dates from `produced_at`, so the same run gives the sa
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from datetime import datetime, timedelta, timezone
+from enum import StrEnum
 from typing import Final
 
 import numpy as np
@@ -87,8 +88,8 @@ _OPTIONAL = (
     "ClinicalTrialTimePointID",
     "ClinicalTrialTimePointDescription",
 )
+INSTANCE_UIDS: Final = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID")
 # What the segmentation's own headers are made from.
-_UIDS = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID")
 _IMAGE = (
     "Modality",
     "Rows",
@@ -102,6 +103,18 @@ _IMAGE = (
     "LossyImageCompressionRatio",
     "LossyImageCompressionMethod",
 )
+
+
+class Kind(StrEnum):
+    """What kinds of objects are made for a study."""
+
+    SEG = "SEG"  #: the lesions by measurability
+    SR = "SR"  #: the record
+
+    @property
+    def stem(self) -> str:
+        """How the name of such a file begins."""
+        return self.value.lower().replace(" ", "-")
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,17 +145,32 @@ class Identity:
             text = getattr(self, name)
             if len(text) > limit or plain(text) != text or "\\" in text:
                 raise ValueError(f"{name} must be at most {limit} ASCII characters without a backslash, found {text!r}")
-        for name in ("seg_series_number", "sr_series_number"):
-            number = getattr(self, name)
+        numbers = [getattr(self, name) for name in SERIES_NUMBERS]
+        for name, number in zip(SERIES_NUMBERS, numbers, strict=True):
             if not 1 <= number < 2**31:
                 raise ValueError(f"{name} must be a positive 32-bit number, found {number}")
-        if self.seg_series_number == self.sr_series_number:
-            raise ValueError(f"two series of one study need two numbers, found {self.sr_series_number} twice")
+            if numbers.count(number) > 1:
+                raise ValueError(f"two series of one study need two numbers, found {number} twice")
 
     @property
     def device_uid(self) -> str:
         """The same for the same device, whatever it reports on."""
         return uids.derive("device", self.manufacturer, self.model_name, self.device_serial_number, self.station_name)
+
+
+SERIES_NUMBERS: Final = tuple(f.name for f in fields(Identity) if f.name.endswith("_series_number"))
+
+
+@dataclass(frozen=True, slots=True)
+class Issue:
+    """The circumstances of a result's making, which its run decides.
+
+    produced_at: aware; becomes the objects' dates.
+    predecessors: kind of object -> what it replaces: the four UIDs that name the superseded document.
+    """
+
+    produced_at: datetime
+    predecessors: Mapping[Kind, Dataset] = field(default_factory=dict)
 
 
 def plain(text: str) -> str:
@@ -236,7 +264,7 @@ def named(ds: Dataset) -> Dataset:
     Raises EncodingError where one of its UIDs is missing.
     """
     stand_in = Dataset()
-    for keyword in _UIDS:
+    for keyword in INSTANCE_UIDS:
         if not ds.get(keyword):
             raise EncodingError(f"the source header has no {keyword}")
         setattr(stand_in, keyword, ds.get(keyword))

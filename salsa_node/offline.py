@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -15,7 +16,7 @@ from salsa_node import dicom_ct, nifti, picture, pipelines, selection
 from salsa_node.analysis import Analysis, Outcome, analyse, refuse, summary
 from salsa_node.config import Config
 from salsa_node.criteria import Criteria, Rule
-from salsa_node.dicom_result import Identity
+from salsa_node.dicom_result import Issue, Kind
 from salsa_node.errors import ConfigError, SalsaNodeError, SeriesRejected
 from salsa_node.findings import Findings, table
 from salsa_node.log import unforeseen
@@ -23,7 +24,8 @@ from salsa_node.pipelines import Pipeline, PipelineSettings
 from salsa_node.uids import derive
 from salsa_node.volume import LabelVolume
 
-_NAMES = ("seg.dcm", "sr.dcm", "labels.nii.gz", "findings.csv", "findings.json", "overlay.png")
+_NAMES = ("labels.nii.gz", "findings.csv", "findings.json", "overlay.png")
+_OBJECT = re.compile(rf"({'|'.join(kind.stem for kind in Kind)})(-\d+)?\.dcm")
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,16 +169,16 @@ def _as_series(path: Path, folder: Path) -> tuple[Path, ...]:
 
 def _one(path: Path, case: Case, pipeline: Pipeline, criteria: Criteria, config: Config) -> Result:
     results = config.results
-    identity = Identity(seg_series_number=results.seg_series_number, sr_series_number=results.sr_series_number)
-    now = datetime.now(UTC)
+    issue = Issue(datetime.now(UTC))
     if case.refusal:
-        analysis = refuse(case.paths, case.refusal, identity, lambda _: now)
+        analysis = refuse(case.paths, case.refusal, results, lambda _: issue)
     else:
-        analysis = analyse(case.paths, pipeline, criteria, identity, lambda _: now, results.include_liver)
+        analysis = analyse(case.paths, pipeline, criteria, results, lambda _: issue)
     try:
         case.folder.mkdir(parents=True, exist_ok=True)
-        for name in _NAMES:
-            (case.folder / name).unlink(missing_ok=True)  # nothing of another case stays beside this one
+        for stale in case.folder.iterdir():
+            if stale.name in _NAMES or _OBJECT.fullmatch(stale.name):
+                stale.unlink()  # nothing of another case stays beside this one
         _write(analysis, case.folder)
     except OSError as exc:
         raise ConfigError(f"--output: {case.folder} cannot be written ({exc.strerror})") from exc
@@ -196,9 +198,8 @@ def _told(analysis: Analysis) -> str:
 
 
 def _write(analysis: Analysis, folder: Path) -> None:
-    if analysis.seg is not None:
-        analysis.seg.save_as(folder / "seg.dcm", enforce_file_format=True)
-    analysis.report.save_as(folder / "sr.dcm", enforce_file_format=True)
+    for name, _, ds in analysis.named():
+        ds.save_as(folder / name, enforce_file_format=True)
     (folder / "findings.json").write_text(json.dumps(summary(analysis), indent=2) + "\n")
     if analysis.findings is None or analysis.ct is None:
         return

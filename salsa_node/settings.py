@@ -121,7 +121,7 @@ class PipelineChoice:
 
 @dataclass(frozen=True, slots=True)
 class ResultSettings:
-    """What goes into the objects that are sent.
+    """What goes into the objects that are sent; every series number is another one.
 
     include_liver: the SEG gets a liver segment beside the lesions.
     """

@@ -193,7 +193,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class NewObject:
-    """A result file that lies on disk; kind is "SEG" or "SR", path is relative to the data folder."""
+    """A result file that lies on disk; kind as `dicom_result.Kind` has it, path is relative to the data folder."""
 
     kind: str
     sop_instance_uid: str

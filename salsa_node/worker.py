@@ -25,7 +25,7 @@ import pydicom
 from salsa_node import durable, pipelines
 from salsa_node.analysis import Analysis, analyse, refuse, summary
 from salsa_node.config import Config
-from salsa_node.dicom_result import Identity
+from salsa_node.dicom_result import INSTANCE_UIDS, Issue, Kind, named
 from salsa_node.errors import LeaseLost, SalsaNodeError, StoreError
 from salsa_node.log import unforeseen
 from salsa_node.pipelines import Pipeline, PipelineSettings
@@ -105,24 +105,37 @@ class Worker:
     def _analysis(self, run: Run) -> Analysis:
         data_dir = self._config.node.data_dir
         results = self._config.results
-        identity = Identity(seg_series_number=results.seg_series_number, sr_series_number=results.sr_series_number)
         paths = [data_dir / image.path for image in self._store.instances_of(run.study_uid, run.series_uid)]
         if run.refusal is not None:
-            return refuse(paths, run.refusal, identity, lambda digest: self._dated(run, digest))
+            return refuse(paths, run.refusal, results, lambda digest: self._issue(run, digest))
         return analyse(
             paths,
             self._pipeline(run),
             self._config.criteria,
-            identity,
-            lambda digest: self._dated(run, digest),
-            include_organ=results.include_liver,
+            results,
+            lambda digest: self._issue(run, digest),
             progress=lambda stage: self._tell(run, stage),
         )
 
-    def _dated(self, run: Run, run_digest: str) -> datetime:
-        """When the first run that came to this very result was asked for, so that the bytes never differ."""
+    def _issue(self, run: Run, run_digest: str) -> Issue:
+        """The circumstances of the first run that came to this very result, so that the bytes never differ.
+
+        What it replaces is what another digest had last produced before it.
+        """
         runs = self._store.runs_of(run.study_uid)
-        return next((past.queued_at for past in runs if past.digest == run_digest), run.queued_at)
+        first = next((past for past in runs if past.digest == run_digest), run)
+        made = (RunState.PRODUCED, RunState.SUPERSEDED)
+        older = [past for past in runs if past.id < first.id and past.state in made and past.digest != run_digest]
+        return Issue(first.queued_at, self._documents(older[-1]) if older else {})
+
+    def _documents(self, run: Run) -> dict[Kind, pydicom.Dataset]:
+        """What names the documents of a run, by kind; one whose file is gone or damaged is left out."""
+        there = {}
+        for item in self._store.objects_of(run.id):
+            path = self._config.node.data_dir / item.path
+            if item.kind in set(Kind) and _sha256(path) == item.sha256:
+                there[Kind(item.kind)] = named(pydicom.dcmread(path, specific_tags=list(INSTANCE_UIDS)))
+        return there
 
     def _pipeline(self, run: Run) -> Pipeline:
         choice = self._config.pipeline
@@ -146,7 +159,8 @@ class Worker:
             if past.digest == result.run_digest and past.state in (RunState.PRODUCED, RunState.SUPERSEDED):
                 there = self._store.objects_of(past.id)
                 whole = all(_sha256(self._config.node.data_dir / item.path) == item.sha256 for item in there)
-                if there and whole:
+                same = [item.kind for item in there] == [kind for kind, _ in result.objects]
+                if same and whole:
                     return [
                         NewObject(item.kind, item.sop_instance_uid, item.sop_class_uid, item.path, item.sha256)
                         for item in there
@@ -157,11 +171,9 @@ class Worker:
         attempt = f"{run.id}-{run.attempt}-{sha256(self._owner.encode()).hexdigest()[:8]}"
         folder = Path("results") / run.study_uid / attempt  # no other worker writes there, however late it comes
         objects = []
-        for kind, ds in (("SEG", result.seg), ("SR", result.report)):
-            if ds is None:
-                continue
+        for name, kind, ds in result.named():
             content = encoded(ds)
-            path = folder / f"{kind.lower()}.dcm"
+            path = folder / name
             durable.write(self._config.node.data_dir / path, [content])
             made = sha256(content).hexdigest()
             objects.append(NewObject(kind, ds.SOPInstanceUID, ds.SOPClassUID, path.as_posix(), made))
