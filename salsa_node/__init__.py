@@ -62,7 +62,7 @@ room imports exactly what stands right of its arrow):
     overview               <- store
     console                <-
     dicom_ct               <- errors uids volume
-    offline                <- analysis config criteria dicom_ct errors findings log nifti picture pipelines selection uids volume
+    offline                <- analysis config criteria dicom_ct dicom_result errors findings log nifti picture pipelines selection uids volume
     anatomy                <- volume
     phantom                <- anatomy dicom_ct nifti uids volume
     loopback               <- association errors

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -15,6 +16,7 @@ from salsa_node import dicom_ct, nifti, picture, pipelines, selection
 from salsa_node.analysis import Analysis, Lineage, Outcome, Terms, analyse, refuse, summary
 from salsa_node.config import Config
 from salsa_node.criteria import Criteria, Rule
+from salsa_node.dicom_result import Kind
 from salsa_node.errors import ConfigError, SalsaNodeError, SeriesRejected
 from salsa_node.findings import Findings, table
 from salsa_node.log import unforeseen
@@ -22,7 +24,8 @@ from salsa_node.pipelines import Pipeline, PipelineSettings
 from salsa_node.uids import derive
 from salsa_node.volume import LabelVolume
 
-_PATTERNS = ("*.dcm", "labels.nii.gz", "findings.csv", "findings.json", "overlay.png")
+_NAMES = ("labels.nii.gz", "findings.csv", "findings.json", "overlay.png")
+_OBJECT = re.compile(rf"({'|'.join(kind.value.lower() for kind in Kind)})(_\d+)?\.dcm")
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,8 +176,8 @@ def _one(path: Path, case: Case, pipeline: Pipeline, criteria: Criteria, config:
         analysis = analyse(case.paths, pipeline, terms, lambda _: born)
     try:
         case.folder.mkdir(parents=True, exist_ok=True)
-        for pattern in _PATTERNS:
-            for other in case.folder.glob(pattern):
+        for other in sorted(case.folder.iterdir()):
+            if other.name in _NAMES or _OBJECT.fullmatch(other.name):
                 other.unlink()  # nothing of another case stays beside this one
         _write(analysis, case.folder)
     except OSError as exc:
