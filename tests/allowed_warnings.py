@@ -1,0 +1,56 @@
+"""What validators say of our objects although nothing is wrong: exact text -> why it may stand."""
+
+from __future__ import annotations
+
+#: dicom3tools 1.00~20220618093127
+DCIODVFY = {
+    "Warning - Unrecognized defined term <99SALSA> for value 1 of attribute <Coding Scheme Designator>": (
+        "Measurability has no code in a public scheme; ours is private by its 99 and carries its Coding Scheme "
+        "Identification (PS3.16 section 8)."
+    ),
+    "Warning - Missing attribute or value that would be needed to build DICOMDIR - Patient ID": (
+        "The source has none, and a result never invents one; Patient ID is type 2."
+    ),
+    "Warning - Missing attribute or value that would be needed to build DICOMDIR - Study ID": (
+        "The source has none, and a result never invents one; Study ID is type 2."
+    ),
+}
+
+#: dcmtk 3.6.7; its reader tells the same of any report in these character sets
+DCMTK = {
+    "W: The VR checker does not support this Specific Character Set: ISO_IR 126": "Greek, carried over as it is.",
+    "W: The VR checker does not support this Specific Character Set: ISO_IR 127": "Arabic, carried over as it is.",
+    "W: The VR checker does not support this Specific Character Set: ISO_IR 192": "UTF-8, carried over as it is.",
+    "W: The VR checker does not support this Specific Character Set: \\ISO 2022 IR 87": (
+        "Japanese, carried over as it is."
+    ),
+    "W: Reading unknown/unsupported SpecificCharacterSet (\\ISO 2022 IR 87)": "Japanese, carried over as it is.",
+}
+
+_GROUP = (
+    '/CONTAINER (126000,DCM,"Imaging Measurement Report")/CONTAINER (126010,DCM,"Imaging Measurements")'
+    '/CONTAINER (125007,DCM,"Measurement Group")'
+)
+_SOURCE_SERIES = '(121232,DCM,"Source Series for Segmentation")'
+_TEMPLATE_SERIES = 'UIDREF (121232,DCM,"Source series for segmentation")'
+_SOURCE = 'IMAGE (121112,DCM,"Source of Measurement"): Content Item not in template'
+
+#: PixelMed 20220618, without the number of the content item that it begins with
+PIXELMED = {
+    f'Template 1411 VolumetricROIMeasurements/[Row 1] CONTAINER (125007,DCM,"Measurement Group")/[Row 12] '
+    f"{_TEMPLATE_SERIES}: {_GROUP}/UIDREF {_SOURCE_SERIES}: Code {_SOURCE_SERIES} has different code meaning "
+    '("Source Series for Segmentation") than code meaning in template concept name '
+    '("Source series for segmentation")': "A letter's case in the code's meaning, which is not normative.",
+    f'{_GROUP}/NUM (103339001,SCT,"Long axis")/{_SOURCE}': (
+        "Names the image the axis was measured on; TID 1411 is extensible."
+    ),
+    f'{_GROUP}/NUM (103340004,SCT,"Short axis")/{_SOURCE}': (
+        "Names the image the axis was measured on; TID 1411 is extensible."
+    ),
+    f'{_GROUP}/CODE (MEASURABILITY,99SALSA,"Measurability"): Content Item not in template': (
+        "TID 1411 is extensible and allows qualitative evaluations."
+    ),
+    f'{_GROUP}/CODE (112021,DCM,"Response Evaluation Method"): Content Item not in template': (
+        "TID 1411 is extensible and allows qualitative evaluations."
+    ),
+}
