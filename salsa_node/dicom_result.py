@@ -32,7 +32,7 @@ LO_CHARS: Final = 64  # longest Long String (PS3.5 6.2)
 SH_CHARS: Final = 16  # longest Short String
 CAVEAT: Final = "AI candidate findings. Not a diagnosis."
 CAVEAT_BY_PERSON: Final = "Lesions marked by a person, measured by software. Not a diagnosis."
-_SIMPLER: Final = {"–": "-", "—": "-", "‘": "'", "’": "'", "“": '"', "”": '"', "≥": ">=", "≤": "<=", "×": "x", "³": "3"}
+_SIMPLER: Final = dict(zip("·–—‘’“”×³", "---''\"\"x3", strict=True)) | {"≥": ">=", "≤": "<="}
 GRID_TOLERANCE: Final = 0.5  # of the smallest voxel side: beyond it another voxel would be the nearest
 
 _EARLIEST, _LATEST = timedelta(hours=-12), timedelta(hours=14)  # of Timezone Offset From UTC (PS3.3 Table C.12-1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from math import floor
 from typing import Final
 
 import highdicom as hd
@@ -152,7 +153,10 @@ def tracking_identifier(lesion: Lesion) -> str:
 
 def _alone(lesion: Lesion, source: Dataset) -> _Kind:
     of_class = _LESIONS[lesion.disease]
-    label = fitting(f"L{lesion.number} · {lesion.disease.value} · {lesion.long_axis.length_mm:.0f} mm", source)
+    mm = lesion.long_axis.length_mm
+    # Cut, not rounded: 9.96 mm must not read "10 mm" beside "non-measurable".
+    length = f"{floor(mm)} mm" if mm >= 10 else f"{floor(10 * mm) / 10:.1f} mm"
+    label = fitting(f"L{lesion.number} · {lesion.disease.value} · {length}", source)
     return replace(of_class, label=label, tracking=(tracking_identifier(lesion), lesion.tracking_uid))
 
 

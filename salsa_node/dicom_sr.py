@@ -40,6 +40,7 @@ from salsa_node.pipelines import Provenance
 NOTHING_FOUND: Final = "The algorithm found no candidate lesion."
 NOTHING_MARKED: Final = "The person's mask marks no lesion."
 NOT_ANALYSED: Final = "No analysis was possible."
+PHASE_UNKNOWN: Final = "Contrast phase unknown: it was not determined from the images."
 PER_ORGAN: Final = 2  # target lesions per organ at most (RECIST 1.1 section 3.1.2)
 Group = sr.VolumetricROIMeasurementsAndQualitativeEvaluations | sr.MeasurementsAndQualitativeEvaluations
 _DECIMALS: Final = 6  # of every measured number: finer than any voxel
@@ -155,6 +156,7 @@ def _remarks(findings: Findings) -> Iterable[str]:
             yield f"{tracking_identifier(lesion)} touches {where} and may be larger than measured."
     for flag in findings.flags:
         yield flag.text
+    yield PHASE_UNKNOWN
 
 
 def _lesion_group(

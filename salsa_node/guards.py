@@ -225,10 +225,15 @@ def _check_segmentation(seg: Dataset, source: dict[str, Dataset], findings: Find
             f"the segmentation has {seg.Rows} x {seg.Columns} pixels, its source {first.Rows} x {first.Columns}"
         )
     shared = seg.SharedFunctionalGroupsSequence[0]
-    _same(
-        shared.PlaneOrientationSequence[0].ImageOrientationPatient, first.ImageOrientationPatient, 1e-4, "orientation"
-    )
-    _same(shared.PixelMeasuresSequence[0].PixelSpacing, first.PixelSpacing, 1e-4, "pixel spacing")
+
+    def group(item: Dataset, keyword: str) -> Dataset:
+        """A functional group of a frame; one that all frames have alike stands among the shared ones."""
+        of_frame: Dataset = (item if keyword in item else shared)[keyword].value[0]
+        return of_frame
+
+    orientation = group(shared, "PlaneOrientationSequence").ImageOrientationPatient
+    _same(orientation, first.ImageOrientationPatient, 1e-4, "orientation")
+    _same(group(shared, "PixelMeasuresSequence").PixelSpacing, first.PixelSpacing, 1e-4, "pixel spacing")
     allowed_mm = GRID_TOLERANCE * min(findings.lesion_labels.grid.spacing_mm)
     slices = _slices(source, findings)
     lesions = {
@@ -239,16 +244,25 @@ def _check_segmentation(seg: Dataset, source: dict[str, Dataset], findings: Find
     frames = np.atleast_3d(seg.pixel_array).reshape(-1, seg.Rows, seg.Columns)
     shown = np.zeros(findings.lesion_labels.labels.shape, dtype=np.bool_)
     for pixels, item in zip(frames, seg.PerFrameFunctionalGroupsSequence, strict=True):
-        named = item.DerivationImageSequence[0].SourceImageSequence[0].ReferencedSOPInstanceUID
+        named = group(item, "DerivationImageSequence").SourceImageSequence[0].ReferencedSOPInstanceUID
         if named not in source:
             raise GuardFailed(f"a frame of the segmentation names image {named}, which is not of its series")
-        position = item.PlanePositionSequence[0].ImagePositionPatient
+        position = group(item, "PlanePositionSequence").ImagePositionPatient
         _same(position, source[named].ImagePositionPatient, allowed_mm, f"position of the frame on image {named}")
-        if item.SegmentIdentificationSequence[0].ReferencedSegmentNumber in lesions:
+        if group(item, "SegmentIdentificationSequence").ReferencedSegmentNumber in lesions:
             shown[slices[named]] |= pixels != 0
-    differing = np.count_nonzero(shown != (findings.lesion_labels.labels > 0))
+    differing = np.count_nonzero(shown != _expected(seg, findings))
     if differing:
         raise GuardFailed(f"the segmentation and the findings differ in {differing} voxels")
+
+
+def _expected(seg: Dataset, findings: Findings) -> Mask:
+    """The voxels of the lesions that a segmentation is about: those it tracks, else all."""
+    labels = findings.lesion_labels.labels
+    tracked = {item.get("TrackingUID") for item in seg.SegmentSequence} - {None}
+    if not tracked:
+        return labels > 0
+    return np.isin(labels, [lesion.number for lesion in findings.lesions if lesion.tracking_uid in tracked])
 
 
 def _slices(source: dict[str, Dataset], findings: Findings) -> dict[str, int]:

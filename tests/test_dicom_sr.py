@@ -163,6 +163,12 @@ def test_what_limits_the_numbers_is_said():
     assert "Lesion 1 touches the edge of the scanned volume and may be larger than measured." in said
 
 
+def test_that_the_contrast_phase_is_unknown_is_said():
+    assert dicom_sr.PHASE_UNKNOWN in sentences(report(*made.case()))
+    assert dicom_sr.PHASE_UNKNOWN in sentences(nothing_found())
+    assert dicom_sr.PHASE_UNKNOWN not in sentences(not_analysed())
+
+
 def test_nothing_found_is_said_of_the_algorithm_not_of_the_patient():
     sr = nothing_found()
     said = sentences(sr)

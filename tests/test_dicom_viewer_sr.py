@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
@@ -156,8 +157,8 @@ def test_each_lesion_has_a_segment_of_its_own():
     (seg,) = dicom_seg.build_lesions(findings, source, IDENTITY, made.PRODUCED_AT)
     first, second = findings.lesions
     assert [item.SegmentLabel for item in seg.SegmentSequence] == [
-        f"L1 · measurable · {first.long_axis.length_mm:.0f} mm",
-        f"L2 · non-measurable · {second.long_axis.length_mm:.0f} mm",
+        "L1 · measurable · 18 mm",  # 14 rows of 0.9 mm by 12 columns of 1.1 mm: 18.2 mm
+        "L2 · non-measurable · 4.2 mm",  # 3 by 3 pixels: 4.26 mm
     ]
     assert [(item.TrackingID, item.TrackingUID) for item in seg.SegmentSequence] == [
         ("Lesion 1", first.tracking_uid),
@@ -171,6 +172,15 @@ def test_each_lesion_has_a_segment_of_its_own():
         ]  # fmt: skip
         assert sum(int(f.sum()) for f in of_segment) == lesion.voxels
         assert dicom_seg.segment_of(lesion, [seg]) == (seg, lesion.number)
+
+
+def test_a_length_just_below_ten_is_not_named_ten():
+    grid = replace(made.grid(spacing_mm=(2.5, 0.996, 0.001)), shape=made.SHAPE)
+    source = made.headers(grid)
+    findings = made.findings(grid, source, (slice(5, 7), slice(10, 20), slice(8, 9)))
+    assert findings.lesions[0].long_axis.length_mm == pytest.approx(9.96)
+    (seg,) = dicom_seg.build_lesions(findings, source, IDENTITY, made.PRODUCED_AT)
+    assert seg.SegmentSequence[0].SegmentLabel == "L1 · non-measurable · 9.9 mm"
 
 
 def test_a_character_set_without_the_dot_gets_a_hyphen():

@@ -11,12 +11,15 @@ from pathlib import Path
 import allowed_warnings
 import made_findings as made
 import numpy as np
+import pydicom
 import pytest
 from pydicom.dataset import Dataset
 
+from salsa_node import guards
 from salsa_node.analysis import Lineage, Terms, _objects
 from salsa_node.dicom_result import Identity, Kind, Made
 from salsa_node.dicom_sr import build_not_analysed
+from salsa_node.errors import GuardFailed
 from salsa_node.findings import Findings
 from salsa_node.pipelines import Provenance
 from salsa_node.products import Products
@@ -151,10 +154,21 @@ def test_every_object_of_an_odd_case_is_valid(tool, tmp_path, name):
     kinds = {item.kind for item, _ in sent}
     expected = set(Kind) if findings.lesions else {Kind.SR, Kind.SC, Kind.PDF}
     assert kinds == expected
+    guards.check([pydicom.dcmread(path) for _, path in sent], source, findings)
     for item, path in sent:
         judge(item, path, tool)
         assert str(item.ds.PatientName) == str(source[0].PatientName)
         assert (item.ds.get("SpecificCharacterSet") or None) == (source[0].get("SpecificCharacterSet") or None)
+
+
+@pytest.mark.parametrize("name", ["one voxel", "600 slices"])
+def test_a_segment_that_lost_its_voxels_is_caught_in_whichever_object_it_is(name):
+    findings, source = case = CASES[name]()
+    for item in objects(case):
+        if item.kind in (Kind.SEG, Kind.LESION_SEG):
+            item.ds.PixelData = bytes(len(item.ds.PixelData))
+            with pytest.raises(GuardFailed, match="differ in"):
+                guards.check([item.ds], source, findings)
 
 
 @pytest.mark.parametrize("provenance", [None, made.PROVENANCE])
