@@ -18,8 +18,9 @@ import pydicom
 import pytest
 import SimpleITK
 from pydicom.dataset import Dataset
+from test_dicom_seg import expected_map
 
-from salsa_node import dicom_seg, dicom_sr
+from salsa_node import codes, dicom_seg, dicom_sr
 from salsa_node.criteria import Criteria
 from salsa_node.dicom_result import Identity
 from salsa_node.findings import Findings, measure
@@ -75,6 +76,23 @@ def test_dcmqi_reads_the_label_map_voxel_for_voxel(orientation, tmp_path):
     images = sorted(tmp_path.glob("s-*.nrrd"), key=lambda path: int(path.stem.split("-")[1]))
     assert len(images) == len(findings.lesions)
     np.testing.assert_array_equal(onto(images, findings.lesion_labels.grid), findings.lesion_labels.labels)
+
+
+def test_dcmqi_reads_the_classes_voxel_for_voxel_and_by_name(tmp_path):
+    where = made.grid("oblique")
+    source = made.headers(where, instance_numbers="falling")
+    second = np.s_[5:9, 30:42, 20:34]  # measurable too: a class of two lesions
+    findings = made.findings(where, source, made.MEASURABLE_BOX, made.SMALL_BOX, second)
+    by_class, _, _ = objects(findings, source, tmp_path)
+    dcmqi("segimage2itkimage", "--inputDICOM", by_class, "--outputDirectory", tmp_path, "-t", "nrrd", "-p", "c")
+    images = sorted(tmp_path.glob("c-*.nrrd"), key=lambda path: int(path.stem.split("-")[1]))
+    np.testing.assert_array_equal(onto(images, where), expected_map(findings))
+    told = json.loads((tmp_path / "c-meta.json").read_text())["segmentAttributes"]
+    segments = [segment for group in told for segment in group]
+    assert [segment["SegmentLabel"] for segment in segments] == ["Measurable lesions", "Non-measurable lesions"]
+    shown = [codes.MEASURABLE_RGB, codes.NON_MEASURABLE_RGB]
+    for segment, rgb in zip(segments, shown, strict=True):
+        np.testing.assert_allclose(segment["recommendedDisplayRGBValue"], rgb, atol=2)  # by way of CIELab
 
 
 def reported(path: Path, folder: Path) -> list[dict[str, object]]:
