@@ -6,7 +6,7 @@ liver in it) is an outcome with a report of its own, not a fault.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from enum import Enum
@@ -68,11 +68,11 @@ class Lineage:
     """Where a result stands among those of its study.
 
     produced_at: aware; the time that the objects carry; the same answer gives the same bytes.
-    predecessor: the report of the result that this one takes the place of.
+    predecessors: the reports of the result that this one takes the place of, by kind.
     """
 
     produced_at: datetime
-    predecessor: pydicom.Dataset | None = None
+    predecessors: Mapping[Kind, pydicom.Dataset] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -147,7 +147,7 @@ def refuse(
     run_digest = digest(made_of, provenance.digest if provenance else "", repr(terms.products))
     born = lineage(run_digest)
     report = dicom_sr.build_not_analysed(
-        reason, source, identity, born.produced_at, run_digest, provenance, born.predecessor
+        reason, source, identity, born.produced_at, run_digest, provenance, born.predecessors.get(Kind.SR)
     )
     objects = [Made(Kind.SR, "sr", report)]
     if terms.products.summary_page or terms.products.summary_pdf:
@@ -173,12 +173,12 @@ def _objects(
     by_class = dicom_seg.build(findings, source, identity, when, include_organ=products.include_liver)
     alone = dicom_seg.build_lesions(findings, source, identity, when) if products.per_lesion_seg else ()
     segs = [*([by_class] if by_class is not None else []), *alone]
-    report = dicom_sr.build(findings, segs, source, identity, when, born.predecessor)
+    report = dicom_sr.build(findings, segs, source, identity, when, born.predecessors.get(Kind.SR))
     objects = [Made(Kind.SEG, "seg", by_class)] if by_class is not None else []
     objects.append(Made(Kind.SR, "sr", report))
     objects += [Made(Kind.LESION_SEG, f"lesion_seg_{n}", seg) for n, seg in enumerate(alone, start=1)]
     if products.viewer_sr:
-        drawn = dicom_viewer_sr.build(findings, source, identity, when)
+        drawn = dicom_viewer_sr.build(findings, source, identity, when, born.predecessors.get(Kind.VIEWER_SR))
         objects += [Made(Kind.VIEWER_SR, "viewer_sr", drawn)] if drawn is not None else []
     if products.summary_page or products.summary_pdf or products.key_images:
         sheet = page.of_findings(ct, findings, dicom_result.local(when, source[0]))

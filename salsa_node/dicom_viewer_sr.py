@@ -29,11 +29,18 @@ _SHORT_AXIS: Final = Code(codes.SHORT_AXIS.value, codes.SHORT_AXIS.scheme_design
 _DECIMALS: Final = 2  # of a length: what a viewer writes beside the line
 
 
-def build(findings: Findings, source: Sequence[Dataset], identity: Identity, produced_at: datetime) -> Dataset | None:
+def build(
+    findings: Findings,
+    source: Sequence[Dataset],
+    identity: Identity,
+    produced_at: datetime,
+    predecessor: Dataset | None = None,
+) -> Dataset | None:
     """A valid report with the diameters, or None where there is no lesion.
 
     source: the headers of the images the findings were made from, in slice order along the grid.
     produced_at: aware; becomes the object's dates.
+    predecessor: the report for viewers that this one takes the place of.
     Raises EncodingError where findings and source do not belong together.
     """
     check_source(source, findings.lesion_labels.grid)
@@ -42,7 +49,7 @@ def build(findings: Findings, source: Sequence[Dataset], identity: Identity, pro
     groups = [_group(lesion, findings.lesion_labels.grid, source[lesion.slice_index]) for lesion in findings.lesions]
     content = content_tree(identity, groups, sentences(findings)[:1], findings.provenance, None)
     evidence = [named(source[k]) for k in sorted({lesion.slice_index for lesion in findings.lesions})]
-    made = DocumentOf(Kind.VIEWER_SR, (findings.run_digest, "VIEWER_SR"), "diameters")
+    made = DocumentOf(Kind.VIEWER_SR, (findings.run_digest, "VIEWER_SR"), "diameters", predecessor)
     return document(made, content, evidence, source[0], identity, produced_at, findings.provenance)
 
 

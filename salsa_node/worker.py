@@ -131,15 +131,17 @@ class Worker:
         runs = self._store.runs_of(run.study_uid)
         first = next((past for past in runs if past.digest == run_digest), run)
         earlier = [past for past in runs if past.id < first.id and past.state in _SENT]
-        return Lineage(first.queued_at, self._report_of(earlier[-1]) if earlier else None)
+        return Lineage(first.queued_at, self._reports_of(earlier[-1]) if earlier else {})
 
-    def _report_of(self, run: Run) -> pydicom.Dataset | None:
-        """The report of an earlier run, where it still lies on disk as it was made."""
-        for item in self._store.objects_of(run.id):
-            path = self._config.node.data_dir / item.path
-            if item.kind == Kind.SR.value and _sha256(path) == item.sha256:
-                return pydicom.dcmread(path)
-        return None
+    def _reports_of(self, run: Run) -> dict[Kind, pydicom.Dataset]:
+        """The reports of an earlier run that still lie on disk as they were made."""
+        there: dict[Kind, pydicom.Dataset] = {}
+        for kind in (Kind.SR, Kind.VIEWER_SR):
+            for item in self._store.objects_of(run.id):
+                path = self._config.node.data_dir / item.path
+                if item.kind == kind.value and _sha256(path) == item.sha256:
+                    there[kind] = pydicom.dcmread(path)
+        return there
 
     def _guard(self, run: Run, result: Analysis, objects: Sequence[NewObject]) -> str:
         """What the guards say against the objects as they lie on disk; "" where they may leave."""

@@ -418,10 +418,11 @@ def test_a_new_result_names_the_one_it_takes_the_place_of(store, worker, config,
     second = rerun(store, study, study.truth_labels, T0)
     Worker(store, with_liver, "worker", clock=lambda: T0).step(T0)
 
-    def report(run: Run) -> pydicom.Dataset:
-        (item,) = (item for item in store.objects_of(run.id) if item.kind == "SR")
+    def report(run: Run, kind: str) -> pydicom.Dataset:
+        (item,) = (item for item in store.objects_of(run.id) if item.kind == kind)
         return pydicom.dcmread(config.node.data_dir / item.path)
 
-    assert "PredecessorDocumentsSequence" not in report(first)
-    (series,) = report(second).PredecessorDocumentsSequence[0].ReferencedSeriesSequence
-    assert series.ReferencedSOPSequence[0].ReferencedSOPInstanceUID == report(first).SOPInstanceUID
+    for kind in ("SR", "VIEWER_SR"):
+        assert "PredecessorDocumentsSequence" not in report(first, kind)
+        (series,) = report(second, kind).PredecessorDocumentsSequence[0].ReferencedSeriesSequence
+        assert series.ReferencedSOPSequence[0].ReferencedSOPInstanceUID == report(first, kind).SOPInstanceUID
