@@ -16,7 +16,6 @@ from enum import Enum
 from typing import Final
 
 import numpy as np
-from pydicom.charset import convert_encodings, default_encoding
 from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
 from pydicom.errors import BytesLengthException
@@ -183,20 +182,6 @@ def line(*parts: str, chars: int = LO_CHARS) -> str:
     """The non-empty parts as one Long String, joined by " - "; what is too long ends in "..."."""
     text = " - ".join(plain(part).replace("\\", "/").replace("\n", " ") for part in parts if part)
     return text if len(text) <= chars else text[: chars - 3] + "..."
-
-
-def fitting(text: str, source: Dataset) -> str:
-    """`text` where the source's Specific Character Set (0008,0005) can write it, else `plain(text)`."""
-    named = source.get("SpecificCharacterSet") or ""
-    for encoding in convert_encodings(named):
-        if encoding == default_encoding:  # the default repertoire is ASCII (PS3.5 6.1.1), pydicom reads it as more
-            continue
-        try:
-            text.encode(encoding)
-        except (UnicodeEncodeError, LookupError):
-            continue
-        return text
-    return plain(text)
 
 
 def caveat(provenance: Provenance | None) -> str:

@@ -27,7 +27,6 @@ from salsa_node.dicom_result import (
     Kind,
     caveat,
     check_source,
-    fitting,
     line,
     plain,
     reference,
@@ -110,7 +109,7 @@ def build(
 def build_lesions(
     findings: Findings, source: Sequence[Dataset], identity: Identity, produced_at: datetime
 ) -> tuple[Dataset, ...]:
-    """Valid Segmentations with one segment per lesion, named "L1 · measurable · 23 mm" and tracked by UID.
+    """Valid Segmentations with one segment per lesion, named "L1 - measurable - 23 mm" and tracked by UID.
 
     One object where its frames number at most 400, else as many as keep to that; one series in any case.
     Arguments and errors as of `build`.
@@ -122,7 +121,7 @@ def build_lesions(
     for part, lesions in enumerate(_parts(findings), start=1):
         segment_of = np.zeros(len(findings.lesions) + 1, dtype=np.uint8)
         segment_of[[lesion.number for lesion in lesions]] = range(1, len(lesions) + 1)
-        kinds = [_alone(lesion, source[0]) for lesion in lesions]
+        kinds = [_alone(lesion) for lesion in lesions]
         uid = uids.derive(findings.run_digest, "LESION_SEG", str(part))
         pixels: Labels = segment_of[labels]
         made = _signed(_ONE_BY_ONE, kinds, pixels, findings, source, identity, produced_at, uid, number=part)
@@ -151,12 +150,13 @@ def tracking_identifier(lesion: Lesion) -> str:
     return f"Lesion {lesion.number}"
 
 
-def _alone(lesion: Lesion, source: Dataset) -> _Kind:
+def _alone(lesion: Lesion) -> _Kind:
     of_class = _LESIONS[lesion.disease]
     mm = lesion.long_axis.length_mm
     # Cut, not rounded: 9.96 mm must not read "10 mm" beside "non-measurable".
     length = f"{floor(mm)} mm" if mm >= 10 else f"{floor(10 * mm) / 10:.1f} mm"
-    label = fitting(f"L{lesion.number} · {lesion.disease.value} · {length}", source)
+    # ASCII: OHIF 3.12 reads text below the top level as Latin-1, whatever the character set says.
+    label = f"L{lesion.number} - {lesion.disease.value} - {length}"
     return replace(of_class, label=label, tracking=(tracking_identifier(lesion), lesion.tracking_uid))
 
 
@@ -193,8 +193,6 @@ def _signed(
     seg.BodyPartExamined = source[0].get("BodyPartExamined") or "ABDOMEN"
     _fix_dimension_uid(seg, uids.derive(uid, "dimensions"))
     sign(seg, source[0], identity, produced_at)
-    for item, kind in zip(seg.SegmentSequence, kinds, strict=True):
-        item.SegmentLabel = kind.label
     return seg
 
 
@@ -293,7 +291,7 @@ def _describe(number: int, kind: _Kind, provenance: Provenance, identity: Identi
     made = hd.seg.SegmentAlgorithmTypeValues
     description = hd.seg.SegmentDescription(
         segment_number=number,
-        segment_label=plain(kind.label),
+        segment_label=kind.label,
         segmented_property_category=kind.category,
         segmented_property_type=kind.property_type,
         algorithm_type=made.MANUAL if provenance.by_person else made.AUTOMATIC,

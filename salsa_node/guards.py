@@ -66,8 +66,17 @@ def check(objects: Sequence[Dataset], source: Sequence[Dataset], findings: Findi
                 same_patient_and_study(obj, ds)
             except EncodingError as exc:
                 raise GuardFailed(str(exc)) from exc
-        if obj.SOPClassUID == SegmentationStorage and findings is not None:
-            _check_segmentation(obj, {ds.SOPInstanceUID: ds for ds in source}, findings)
+    if findings is None:
+        return
+    shown: dict[str, Mask] = {}
+    for obj in objects:
+        if obj.SOPClassUID == SegmentationStorage:
+            mask = _shown_lesions(obj, {ds.SOPInstanceUID: ds for ds in source}, findings)
+            shown[obj.SeriesInstanceUID] = mask | shown.get(obj.SeriesInstanceUID, False)
+    for mask in shown.values():  # a series may show the lesions in several objects
+        differing = np.count_nonzero(mask != (findings.lesion_labels.labels > 0))
+        if differing:
+            raise GuardFailed(f"the segmentation and the findings differ in {differing} voxels")
 
 
 # ---- findings beside the CT -------------------------------------------------------------------
@@ -213,7 +222,8 @@ def _on_the_left(ct: CtVolume, organ: Mask) -> bool:
 # ---- objects beside their source ---------------------------------------------------------------
 
 
-def _check_segmentation(seg: Dataset, source: dict[str, Dataset], findings: Findings) -> None:
+def _shown_lesions(seg: Dataset, source: dict[str, Dataset], findings: Findings) -> Mask:
+    """(slices, rows, columns): what the object shows as lesion. Raises GuardFailed where it lies elsewhere."""
     first = next(iter(source.values()))
     frame = first.get("FrameOfReferenceUID") or uids.derive("frame of reference", first.SeriesInstanceUID)
     if seg.FrameOfReferenceUID != frame:
@@ -225,15 +235,9 @@ def _check_segmentation(seg: Dataset, source: dict[str, Dataset], findings: Find
             f"the segmentation has {seg.Rows} x {seg.Columns} pixels, its source {first.Rows} x {first.Columns}"
         )
     shared = seg.SharedFunctionalGroupsSequence[0]
-
-    def group(item: Dataset, keyword: str) -> Dataset:
-        """A functional group of a frame; one that all frames have alike stands among the shared ones."""
-        of_frame: Dataset = (item if keyword in item else shared)[keyword].value[0]
-        return of_frame
-
-    orientation = group(shared, "PlaneOrientationSequence").ImageOrientationPatient
+    orientation = _group(shared, shared, "PlaneOrientationSequence").ImageOrientationPatient
     _same(orientation, first.ImageOrientationPatient, 1e-4, "orientation")
-    _same(group(shared, "PixelMeasuresSequence").PixelSpacing, first.PixelSpacing, 1e-4, "pixel spacing")
+    _same(_group(shared, shared, "PixelMeasuresSequence").PixelSpacing, first.PixelSpacing, 1e-4, "pixel spacing")
     allowed_mm = GRID_TOLERANCE * min(findings.lesion_labels.grid.spacing_mm)
     slices = _slices(source, findings)
     lesions = {
@@ -241,28 +245,23 @@ def _check_segmentation(seg: Dataset, source: dict[str, Dataset], findings: Find
         for item in seg.SegmentSequence
         if item.SegmentedPropertyTypeCodeSequence[0].CodeValue == codes.LESION.value
     }
-    frames = np.atleast_3d(seg.pixel_array).reshape(-1, seg.Rows, seg.Columns)
+    frames = seg.pixel_array.reshape(-1, seg.Rows, seg.Columns)
     shown = np.zeros(findings.lesion_labels.labels.shape, dtype=np.bool_)
     for pixels, item in zip(frames, seg.PerFrameFunctionalGroupsSequence, strict=True):
-        named = group(item, "DerivationImageSequence").SourceImageSequence[0].ReferencedSOPInstanceUID
+        named = _group(item, shared, "DerivationImageSequence").SourceImageSequence[0].ReferencedSOPInstanceUID
         if named not in source:
             raise GuardFailed(f"a frame of the segmentation names image {named}, which is not of its series")
-        position = group(item, "PlanePositionSequence").ImagePositionPatient
+        position = _group(item, shared, "PlanePositionSequence").ImagePositionPatient
         _same(position, source[named].ImagePositionPatient, allowed_mm, f"position of the frame on image {named}")
-        if group(item, "SegmentIdentificationSequence").ReferencedSegmentNumber in lesions:
+        if _group(item, shared, "SegmentIdentificationSequence").ReferencedSegmentNumber in lesions:
             shown[slices[named]] |= pixels != 0
-    differing = np.count_nonzero(shown != _expected(seg, findings))
-    if differing:
-        raise GuardFailed(f"the segmentation and the findings differ in {differing} voxels")
+    return shown
 
 
-def _expected(seg: Dataset, findings: Findings) -> Mask:
-    """The voxels of the lesions that a segmentation is about: those it tracks, else all."""
-    labels = findings.lesion_labels.labels
-    tracked = {item.get("TrackingUID") for item in seg.SegmentSequence} - {None}
-    if not tracked:
-        return labels > 0
-    return np.isin(labels, [lesion.number for lesion in findings.lesions if lesion.tracking_uid in tracked])
+def _group(frame: Dataset, shared: Dataset, keyword: str) -> Dataset:
+    """A functional group of a frame: its own, or the one that all frames share (PS3.3 C.7.6.16)."""
+    group: Dataset = (frame if keyword in frame else shared)[keyword].value[0]
+    return group
 
 
 def _slices(source: dict[str, Dataset], findings: Findings) -> dict[str, int]:

@@ -139,6 +139,26 @@ def test_objects_on_their_own_images_pass(case):
     guards.check([seg, report, *map(as_written, alone)], source[::-1], findings)
 
 
+@pytest.mark.parametrize("drawn", [(made.MEASURABLE_BOX,), ((slice(4, 5), slice(9, 10), slice(7, 8)),)])
+def test_one_lesion_and_one_voxel_pass_too(drawn):
+    """One segment, or one frame: its groups are then shared."""
+    grid = made.grid()
+    source = made.headers(grid)
+    findings = made.findings(grid, source, *drawn)
+    seg = dicom_seg.build(findings, source, IDENTITY, made.PRODUCED_AT)
+    assert seg is not None
+    guards.check([as_written(seg)], source, findings)
+
+
+def test_lesions_in_several_objects_are_looked_at_together(case, monkeypatch):
+    findings, source, _ = case
+    monkeypatch.setattr(dicom_seg, "MAX_FRAMES", 5)
+    parts = [as_written(seg) for seg in dicom_seg.build_lesions(findings, source, IDENTITY, made.PRODUCED_AT)]
+    guards.check(parts, source, findings)
+    with pytest.raises(GuardFailed, match="voxels"):
+        guards.check(parts[:1], source, findings)
+
+
 def other_patient(seg, source):
     seg.PatientID = "somebody else"
 

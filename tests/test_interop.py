@@ -1,8 +1,4 @@
-"""Orthanc as the PACS: it routes a real CT to the node, and the results appear in that very study.
-
-Debian's Orthanc binds to every interface whatever it is told; its configuration here lets nobody but
-the loopback in.
-"""
+"""Orthanc as the PACS: it routes a real CT to the node, and the results appear in that very study."""
 
 from __future__ import annotations
 
@@ -10,16 +6,17 @@ import json
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import highdicom as hd
 import nibabel as nib
 import numpy as np
+import orthanc as orthanc_peer
 import pydicom
 import pytest
 from made_series import files, given_uids
+from orthanc import Pacs
 from pydicom.uid import Comprehensive3DSRStorage
 
 from salsa_node import codes, loopback, overview
@@ -39,85 +36,21 @@ end
 """
 
 
-class Pacs:
-    """A running Orthanc, asked over its REST interface."""
-
-    def __init__(self, http_port: int) -> None:
-        self.url = f"http://127.0.0.1:{http_port}"
-
-    def get(self, path: str) -> bytes:
-        with urllib.request.urlopen(self.url + path, timeout=30) as answer:
-            return answer.read()
-
-    def json(self, path: str, body: object | None = None) -> object:
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data=data)
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            return json.loads(answer.read())
-
-    def upload(self, path: Path) -> None:
-        headers = {"Content-Type": "application/dicom"}
-        request = urllib.request.Request(self.url + "/instances", path.read_bytes(), headers)
-        urllib.request.urlopen(request, timeout=60).close()
-
-    def instances(self, modality: str, study_uid: str) -> list[str]:
-        query = {"Level": "Instance", "Query": {"Modality": modality, "StudyInstanceUID": study_uid}}
-        found = self.json("/tools/find", query)
-        assert isinstance(found, list)
-        return found
-
-    def fetch(self, instance: str, folder: Path) -> Path:
-        path = folder / f"{instance}.dcm"
-        path.write_bytes(self.get(f"/instances/{instance}/file"))
-        return path
-
-
 @pytest.fixture
 def node_port() -> int:
     return loopback.free_port()
 
 
 @pytest.fixture
-def pacs(tmp_path: Path, tool, node_port: int) -> Iterator[tuple[Pacs, int]]:
-    """Orthanc with its auto-routing rule; its REST interface and its DICOM port."""
-    program = tool("Orthanc", "orthanc")
-    http_port, dicom_port = loopback.free_port(), loopback.free_port()
-    folder = tmp_path / "orthanc"
-    folder.mkdir()
-    (folder / "route.lua").write_text(ROUTE)
-    (folder / "orthanc.json").write_text(
-        json.dumps(
-            {
-                "Name": "test PACS",
-                "StorageDirectory": str(folder / "storage"),
-                "IndexDirectory": str(folder / "index"),
-                "HttpPort": http_port,
-                "RemoteAccessAllowed": False,
-                "DicomPort": dicom_port,
-                "DicomAet": "ORTHANC",
-                "DicomAlwaysAllowStore": False,
-                "DicomCheckModalityHost": True,
-                "DicomModalities": {"salsa": ["SALSA_NODE", "127.0.0.1", node_port]},
-                "LuaScripts": [str(folder / "route.lua")],
-            }
-        )
-    )
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen([program, str(folder / "orthanc.json")], stdout=log, stderr=log)
-        try:
-            deadline = time.monotonic() + 60
-            while True:
-                try:
-                    Pacs(http_port).json("/system")
-                    break
-                except OSError:
-                    assert process.poll() is None, (folder / "log").read_text()
-                    assert time.monotonic() < deadline, (folder / "log").read_text()
-                    time.sleep(0.2)
-            yield Pacs(http_port), dicom_port
-        finally:
-            process.terminate()
-            process.wait(30)
+def pacs(tmp_path: Path, tool, node_port: int) -> Iterator[Pacs]:
+    """Orthanc with its auto-routing rule."""
+    (tmp_path / "route.lua").write_text(ROUTE)
+    more = {
+        "DicomModalities": {"salsa": ["SALSA_NODE", "127.0.0.1", node_port]},
+        "LuaScripts": [str(tmp_path / "route.lua")],
+    }
+    with orthanc_peer.running(tool("Orthanc", "orthanc"), tmp_path / "orthanc", more) as running:
+        yield running
 
 
 def reference_masks(testdata: Path, axial: list[Path], path: Path) -> tuple[np.ndarray, float]:
@@ -173,7 +106,7 @@ def record_of(reports: Iterable[pydicom.Dataset]) -> pydicom.Dataset:
 
 
 def test_a_real_ct_is_routed_analysed_and_answered_in_the_same_study(pacs, node_port, testdata, tool, tmp_path):
-    orthanc, dicom_port = pacs
+    orthanc, dicom_port = pacs, pacs.dicom_port
     (tmp_path / "set01").mkdir()
     axial = given_uids(
         files(testdata / "01_abdomen_ct_siemens_j2k" / "example_ct_dicom"), tmp_path / "set01",
