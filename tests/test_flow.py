@@ -143,7 +143,7 @@ def test_killed_worker_killed_node_and_a_polite_stop_leave_one_result(site, stud
         queued = site.cli("rerun", study.study_uid)
         assert queued.returncode == 0, queued.stderr
         with loopback.node(site.config, log, site.port):
-            until(lambda: len(received) == 4)
+            until(lambda: len(received) == 2 * len(first))
             until(lambda: standing(site, study.study_uid) is Standing.DONE)
         assert {path.name: path.read_bytes() for path in received} == first
 
@@ -151,9 +151,9 @@ def test_killed_worker_killed_node_and_a_polite_stop_leave_one_result(site, stud
         queued = site.cli("rerun", study.study_uid, "--masks", str(study.truth_labels))
         assert queued.returncode == 0, queued.stderr
         with loopback.node(site.config, log, site.port):
-            until(lambda: len(received) == 6)
+            until(lambda: len(received) > 2 * len(first))
             until(lambda: standing(site, study.study_uid) is Standing.DONE)
-        assert {path.name for path in received[4:]}.isdisjoint(first)
+        assert {path.name for path in received[2 * len(first) :]}.isdisjoint(first)
         with site.store as store:
             states = [run.state for run in store.runs_of(study.study_uid)]
         assert states == [RunState.SUPERSEDED, RunState.SUPERSEDED, RunState.PRODUCED]
