@@ -167,7 +167,7 @@ def test_the_panel_names_the_segments(screen):
 
 
 def test_each_lesion_has_a_segment_that_says_how_long_it_is(screen):
-    shown, study = screen
+    shown, _ = screen
     shown.open_series(9003)
     shown.page.locator('[data-cy="yes-hydrate-btn"]').click(timeout=PATIENCE_MS)
     shown.until("s.segmentationService.getSegmentations().length === 2")
