@@ -66,7 +66,7 @@ class _Series:
 
 
 _BY_CLASS: Final = _Series(Kind.SEG, "SEG", "LIVER_LESIONS")
-_ONE_BY_ONE: Final = _Series(Kind.LESION_SEG, "SEG, one by one", "EACH_LESION")
+_ONE_BY_ONE: Final = _Series(Kind.LESION_SEG, "SEG, single", "EACH_LESION")
 MAX_FRAMES: Final = 400  # a known viewer shows no segmentation of more (Weasis issue 680)
 
 _LESIONS: Final = {
