@@ -195,9 +195,10 @@ def test_bad_input_is_answered_with_the_reason_and_the_node_goes_on(site, study,
     ):
         for paths in inputs.values():
             loopback.send(paths, site.port)
-        until(lambda: len(received) == len(inputs))
+        until(lambda: len(received) == 3 * len(inputs))  # the report, and the page as picture and as PDF
         assert loopback.echoes(site.port)
-        reports = {pydicom.dcmread(path).StudyInstanceUID: path.read_bytes() for path in received}
+        written = [path for path in received if path.name.startswith("SR-")]
+        reports = {pydicom.dcmread(path).StudyInstanceUID: path.read_bytes() for path in written}
         for reason, paths in inputs.items():
             study_uid = pydicom.dcmread(paths[0], stop_before_pixels=True).StudyInstanceUID
             assert reason.encode() in reports[study_uid], reason
