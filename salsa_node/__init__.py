@@ -27,7 +27,8 @@ room imports exactly what stands right of its arrow):
     pipelines              <- errors uids volume
     pipelines.nnunet       <- errors models volume
     pipelines.demo         <- errors models pipelines pipelines.nnunet volume
-    pipelines.given_masks  <- errors nifti pipelines regrid volume
+    pipelines.salsa_steps  <- errors volume
+  pipelines.given_masks  <- errors nifti pipelines regrid volume
     findings               <- criteria errors pipelines uids volume
     codes                  <-
     dicom_result           <- errors pipelines series uids volume
