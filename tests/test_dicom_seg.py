@@ -121,7 +121,7 @@ def test_each_frame_refers_to_the_image_it_lies_on(instance_numbers):
         assert mask.any()
         assert affine[:3, 2].tolist() == [float(x) for x in by_uid[image].ImagePositionPatient]
     listed = {item.ReferencedSOPInstanceUID for item in seg.ReferencedSeriesSequence[0].ReferencedInstanceSequence}
-    assert listed == set(by_uid)
+    assert listed == {image for _, _, _, image in seen}
     assert seg.ReferencedSeriesSequence[0].SeriesInstanceUID == source[0].SeriesInstanceUID
 
 
