@@ -74,7 +74,7 @@ def _capture(
     capture.ConversionType = "WSD"
     capture.ImageType = ["DERIVED", "SECONDARY"]
     capture.BurnedInAnnotation = "NO"
-    capture.BodyPartExamined = source.get("BodyPartExamined") or "ABDOMEN"
+    capture.BodyPartExamined = "ABDOMEN"  # the source's word may be one of a paired part, which asks for a side
     capture.SeriesDescription = line(titled("summary", provenance), notice)
     capture.DerivationDescription = line(
         "summary page" if shown is None else "slice with lesion outlines and diameters"

@@ -71,6 +71,16 @@ def test_no_validator_finds_an_error(objects, name, tool, tmp_path):
     assert said == []
 
 
+def test_a_source_of_another_body_part_makes_no_picture_that_asks_for_its_side(tool, tmp_path):
+    findings, source = made.case()
+    for ds in source:
+        ds.BodyPartExamined = "PARTIALBODY"  # as a scanner wrote it
+    path = tmp_path / "page.dcm"
+    path.write_bytes(written(everything(findings, source)["page"]))
+    verdict = subprocess.run([tool("dciodvfy", "dicom3tools"), str(path)], capture_output=True, text=True, check=False)
+    assert not [line for line in verdict.stderr.splitlines() if line.startswith("Error")]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_same_run_gives_the_same_bytes(objects, name):
     assert written(everything(*made.case())[name]) == written(objects[name])

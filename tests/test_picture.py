@@ -75,13 +75,13 @@ def test_right_is_left_and_front_is_up():
     tile = np.asarray(view.show(np.indices(ct.grid.shape)[2][0].astype(np.uint8), Image.Resampling.NEAREST))
     assert tile[0, 0] < tile[0, -1]  # columns grow to the patient's left, on the right of the screen
     sagittal = made.grid("sagittal")
-    assert picture._View.of(sagittal, (slice(0, 48), slice(0, 40))).letters == ("A", "P", "H", "F")
+    assert picture._View.of(sagittal, (slice(0, 48), slice(0, 40)), picture._TILE_PX).letters == ("A", "P", "H", "F")
     coronal = made.grid("coronal")
-    assert picture._View.of(coronal, (slice(0, 48), slice(0, 40))).letters == ("R", "L", "H", "F")
+    assert picture._View.of(coronal, (slice(0, 48), slice(0, 40)), picture._TILE_PX).letters == ("R", "L", "H", "F")
 
 
 def test_pixels_keep_their_proportions():
-    view = picture._View.of(made.grid("axial", SPACING_MM), (slice(0, 48), slice(0, 40)))
+    view = picture._View.of(made.grid("axial", SPACING_MM), (slice(0, 48), slice(0, 40)), picture._TILE_PX)
     width, height = view.size_px
     assert width / height == pytest.approx(40 * 1.1 / (48 * 0.9), abs=0.01)
     assert max(width, height) == picture._TILE_PX
@@ -90,7 +90,7 @@ def test_pixels_keep_their_proportions():
 @pytest.mark.parametrize("orientation", made.ORIENTATIONS)
 def test_a_point_of_the_slice_is_drawn_where_its_voxel_is(orientation):
     grid = made.grid(orientation, SPACING_MM)
-    view = picture._View.of(grid, (slice(3, 45), slice(2, 38)))
+    view = picture._View.of(grid, (slice(3, 45), slice(2, 38)), picture._TILE_PX)
     plane = np.zeros(grid.shape[1:], dtype=bool)
     plane[30, 7] = True
     rows, columns = np.nonzero(view.mask(plane))
