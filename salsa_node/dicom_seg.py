@@ -232,7 +232,7 @@ def _segmentation(
     words = "Lesions marked by a person" if provenance.by_person else "AI candidate lesions"
     shown = np.flatnonzero(pixels.any(axis=tuple(range(1, pixels.ndim))))  # highdicom's cost grows with the others too
     return hd.seg.Segmentation(
-        source_images=_references([source[k] for k in shown], findings.lesion_labels.grid.spacing_mm[0]),
+        source_images=_references([source[int(k)] for k in shown], findings.lesion_labels.grid.spacing_mm[0]),
         pixel_array=pixels[shown],
         segmentation_type=hd.seg.SegmentationTypeValues.BINARY,
         segment_descriptions=[_describe(n, kind, provenance, identity) for n, kind in enumerate(kinds, start=1)],
