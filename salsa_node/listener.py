@@ -167,8 +167,17 @@ class Listener:
         log.info("listening", extra={"event": "node.listening", "host": settings.host, "port": self.port})
 
     def stop(self) -> None:
-        """End every association and stop listening; what is being received is not acknowledged any more."""
-        if self._ae is not None:
+        """Stop listening and end every association; what is being received is not acknowledged any more.
+
+        An association is aborted; a connection that is none, not yet or no more, is closed: there is nothing to abort
+        (PS3.8 9.2.3, states 2 and 13), and pynetdicom's thread would fail in the attempt.
+        """
+        if self._ae is not None and self._server is not None:
+            self._server.shutdown()
+            for association in self._ae.active_associations:
+                if not association.is_established and association.dul.socket is not None:
+                    association.dul.socket.close()
+                    association.kill()
             self._ae.shutdown()
         self._ae = self._server = None
 

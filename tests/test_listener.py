@@ -478,6 +478,22 @@ def test_bare_connections_give_their_places_back_soon(
             connection.close()
 
 
+def test_a_door_closes_on_connections_that_are_no_association(
+    store: Store, data_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with listening(store, data_dir, max_associations=3) as door, associated(door.port) as established:
+        assert established.is_established
+        bare = [socket.create_connection(("127.0.0.1", door.port)) for _ in range(2)]
+        with associated(door.port) as rejected:
+            assert rejected.is_rejected
+        door.stop()
+        for connection in bare:
+            connection.settimeout(10)
+            assert connection.recv(1) == b""
+            connection.close()
+    assert "Invalid event" not in caplog.text
+
+
 def test_more_associations_than_allowed_are_rejected(store: Store, data_dir: Path) -> None:
     with listening(store, data_dir, max_associations=1) as door:
         with associated(door.port) as first, associated(door.port) as second:
