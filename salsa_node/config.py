@@ -56,6 +56,11 @@ class Config:
         """Where the record lies."""
         return self.node.store_url or f"sqlite:///{self.node.data_dir / 'salsa_node.sqlite'}"
 
+    @property
+    def models_dir(self) -> Path:
+        """Where installed models lie."""
+        return Path(self.pipeline.models_dir) if self.pipeline.models_dir else self.node.data_dir / "models"
+
     def destination_named(self, name: str) -> Destination:
         """The destination of that name. Raises ConfigError naming those there are."""
         for destination in self.destination:

@@ -1,15 +1,18 @@
 """Model folders of nnU-Net v2: where they lie, whether they are whole, what they hash to.
 
 A model folder is data from elsewhere. This room reads its names and bytes and runs nothing of it.
+One folder holds all that is installed: `demo`, `salsa` and, in TotalSegmentator's own layout, `totalsegmentator`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Final
 
 from salsa_node.errors import WeightsMissing
 
@@ -18,6 +21,16 @@ DEMO_STAGES = {
     "liver": "liver/nnUNetTrainer__nnUNetPlans__3d_fullres",
     "lowres": "salsa/nnUNetTrainer__nnUNetPlans__3d_lowres",
     "cascade": "salsa/nnUNetTrainer__nnUNetPlans__3d_cascade_fullres",
+}
+
+SALSA: Final = "salsa"
+TOTALSEGMENTATOR: Final = "totalsegmentator"
+#: stage -> how the name of its folder ends, as nnU-Net writes it: TRAINER__PLANS__CONFIGURATION
+SALSA_STAGES: Final[Mapping[str, str]] = {"lowres": "__3d_lowres", "cascade": "__3d_cascade_fullres"}
+#: TotalSegmentator's tasks that a pipeline runs, by number, the first one first: 298 and 297 find where the liver is.
+PIPELINE_TASKS: Final[Mapping[str, tuple[int, ...]]] = {
+    SALSA: (298, 291),
+    "totalsegmentator-liver-lesions": (297, 591),
 }
 
 
@@ -81,17 +94,95 @@ def demo_models_dir() -> Path:
 
 
 def folders_of(pipeline: str, models_dir: Path | None) -> dict[str, ModelFolder]:
-    """Stage -> model folder of a pipeline; {} for one that needs no weights.
+    """Stage -> model folder of the pipeline's own networks; {} for one that has none.
 
-    The demo models lie in `models_dir`/demo where that folder exists, else in the package.
-    Raises WeightsMissing where a folder is incomplete. Opens no weights, so it is quick.
+    The demo models lie in `models_dir`/demo where that folder exists, else in the package. SALSA's two
+    ("lowres", "cascade") lie anywhere below `models_dir`/salsa. TotalSegmentator's are found by `task_model`.
+    Raises WeightsMissing where a folder is absent or incomplete. Opens no weights, so it is quick.
     """
+    if pipeline == SALSA:
+        return _salsa_folders(models_dir)
     if pipeline != "demo":
         return {}
     root = demo_models_dir()
     if models_dir is not None and (models_dir / "demo").is_dir():
         root = models_dir / "demo"
     return {stage: ModelFolder(root / name) for stage, name in DEMO_STAGES.items()}
+
+
+def require(pipeline: str, models_dir: Path | None) -> int:
+    """How many model folders that pipeline needs, TotalSegmentator's among them.
+
+    Raises WeightsMissing with the command that installs the first one that is absent. Opens no weights.
+    """
+    tasks = [task_model(task, models_dir) for task in PIPELINE_TASKS.get(pipeline, ())]
+    return len(tasks) + len(folders_of(pipeline, models_dir))
+
+
+def task_name(task_id: int) -> str:
+    """The folder of a TotalSegmentator task, such as "Dataset591_ct_liver_lesions_842subj".
+
+    Raises WeightsMissing for a number that the installed TotalSegmentator does not know.
+    """
+    from totalsegmentator.map_tasks_config import TASK_ID_WEIGHTS_CONFIGS  # plain data; imports no network
+
+    if task_id not in TASK_ID_WEIGHTS_CONFIGS:
+        raise WeightsMissing(f"the installed TotalSegmentator has no task {task_id}")
+    return str(TASK_ID_WEIGHTS_CONFIGS[task_id]["foldername"])
+
+
+def task_folder(task_id: int, models_dir: Path | None) -> Path:
+    """`models_dir`/totalsegmentator/DatasetNNN_..., as TotalSegmentator lays it out. Raises WeightsMissing."""
+    name = task_name(task_id)
+    path = (models_dir or Path()) / TOTALSEGMENTATOR / name
+    if models_dir is None or not path.is_dir():
+        raise WeightsMissing(
+            f"TotalSegmentator's task {task_id} ({name}) is not in {models_dir or 'any models folder'}; "
+            f"run: salsa-node models fetch {task_id}"
+        )
+    return path
+
+
+def task_model(task_id: int, models_dir: Path | None) -> ModelFolder:
+    """The trained configuration of a TotalSegmentator task (fold 0, as TotalSegmentator runs it).
+
+    Raises WeightsMissing where it is absent, incomplete, or more than one lies there.
+    """
+    folder = task_folder(task_id, models_dir)
+    found = sorted(file.parent for file in folder.glob("*__*__*/plans.json"))
+    if len(found) != 1:
+        raise WeightsMissing(
+            f"{folder} holds {len(found)} trained configurations; expected one, such as "
+            "nnUNetTrainer__nnUNetPlans__3d_fullres: "
+            f"remove that folder and run: salsa-node models fetch {task_id}"
+        )
+    return ModelFolder(found[0])
+
+
+def salsa_stages(root: Path) -> dict[str, tuple[Path, ...]]:
+    """Stage of SALSA -> the folders below `root` that are named as that stage and hold plans; nothing is read."""
+    return {
+        stage: tuple(sorted(file.parent for file in root.rglob("plans.json") if file.parent.name.endswith(end)))
+        for stage, end in SALSA_STAGES.items()
+    }
+
+
+def _salsa_folders(models_dir: Path | None) -> dict[str, ModelFolder]:
+    root = (models_dir or Path()) / SALSA
+    if models_dir is None or not root.is_dir():
+        raise WeightsMissing(
+            f"SALSA's weights are not in {models_dir or 'any models folder'}; VHIO gives them out on request "
+            "(https://github.com/radiomicsgroup/liver-SALSA); then run: salsa-node models import FOLDER-OR-ZIP"
+        )
+    folders = {}
+    for stage, paths in salsa_stages(root).items():
+        if len(paths) != 1:
+            raise WeightsMissing(
+                f"{root} holds {len(paths)} folders named ...{SALSA_STAGES[stage]} with a plans.json; expected one: "
+                "run salsa-node models remove salsa, then salsa-node models import FOLDER-OR-ZIP"
+            )
+        folders[stage] = ModelFolder(paths[0])
+    return folders
 
 
 def _has_content(file: Path) -> bool:

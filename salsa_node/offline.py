@@ -95,7 +95,7 @@ def run(
         wanted.pipeline,
         PipelineSettings(
             device=choice.device,
-            models_dir=Path(choice.models_dir) if choice.models_dir else None,
+            models_dir=config.models_dir,
             masks_path=wanted.masks,
             options=wanted.options,
         ),

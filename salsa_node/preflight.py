@@ -48,10 +48,9 @@ def require_pipeline(name: str, config: Config) -> int:
     """How many model folders that pipeline needs, all complete. Raises ConfigError, WeightsMissing."""
     if name not in pipelines.names():
         raise ConfigError(f"no pipeline is called {name!r}; there are {', '.join(pipelines.names())}")
-    models_dir = Path(config.pipeline.models_dir) if config.pipeline.models_dir else None
-    if models_dir is not None and not models_dir.is_dir():
-        raise ConfigError(f"pipeline.models_dir: there is no folder {models_dir}")
-    return len(models.folders_of(name, models_dir))
+    if config.pipeline.models_dir and not config.models_dir.is_dir():
+        raise ConfigError(f"pipeline.models_dir: there is no folder {config.models_dir}")
+    return models.require(name, config.models_dir)
 
 
 def _pipeline(config: Config) -> Check:

@@ -110,7 +110,7 @@ class PipelineChoice:
     """Which pipeline looks at the images.
 
     device: "auto", "cpu", "cuda" or "cuda:N".
-    models_dir: where installed model folders lie; "" for the packaged demo models alone.
+    models_dir: where installed models lie; "" for `models` in node.data_dir.
     """
 
     name: str = "demo"

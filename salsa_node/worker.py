@@ -155,7 +155,7 @@ class Worker:
         choice = self._config.pipeline
         settings = PipelineSettings(
             device=choice.device,
-            models_dir=Path(choice.models_dir) if choice.models_dir else None,
+            models_dir=self._config.models_dir,
             masks_path=self._config.node.data_dir / run.masks_path if run.masks_path else None,
             options=run.options,
         )

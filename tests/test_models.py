@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from salsa_node.errors import WeightsMissing
-from salsa_node.models import ModelFolder, demo_models_dir
+from salsa_node.models import ModelFolder, demo_models_dir, folders_of, require, task_folder, task_model
 
 
 def make_folder(path: Path) -> Path:
@@ -67,3 +67,66 @@ def test_the_packaged_models_are_whole_and_small() -> None:
         "nnUNetTrainer__nnUNetPlans__3d_lowres",
     ]
     assert sum(file.stat().st_size for file in root.rglob("*") if file.is_file()) < 6_000_000
+
+
+LESIONS = "totalsegmentator/Dataset591_ct_liver_lesions_842subj"
+CROP = "totalsegmentator/Dataset297_TotalSegmentator_total_3mm_1559subj"
+LIVER = "totalsegmentator/Dataset291_TotalSegmentator_part1_organs_1559subj"
+ROUGH = "totalsegmentator/Dataset298_TotalSegmentator_total_6mm_1559subj"
+
+
+@pytest.mark.parametrize("within", ["", "model_weights", "nnUNet_results/Dataset001_TALES"])
+def test_salsas_two_stages_are_found_in_every_layout_seen(tmp_path: Path, within: str) -> None:
+    lowres = make_folder(tmp_path / "salsa" / within / "nnUNetTrainer__nnUNetPlans__3d_lowres")
+    cascade = make_folder(tmp_path / "salsa" / within / "nnUNetTrainer__nnUNetPlans__3d_cascade_fullres")
+    folders = folders_of("salsa", tmp_path)
+    assert {stage: folder.path for stage, folder in folders.items()} == {"lowres": lowres, "cascade": cascade}
+
+
+def test_absent_weights_name_the_command_that_installs_them(tmp_path: Path) -> None:
+    with pytest.raises(WeightsMissing, match="salsa-node models import FOLDER-OR-ZIP"):
+        folders_of("salsa", tmp_path)
+    with pytest.raises(WeightsMissing, match=r"task 591 \(Dataset591_ct.*salsa-node models fetch 591"):
+        task_model(591, tmp_path)
+    with pytest.raises(WeightsMissing, match="salsa-node models fetch 591"):
+        task_folder(591, None)
+    with pytest.raises(WeightsMissing, match="has no task 7"):
+        task_folder(7, tmp_path)
+
+
+def test_two_folders_for_one_stage_are_refused(tmp_path: Path) -> None:
+    for copy in ("a", "b"):
+        make_folder(tmp_path / "salsa" / copy / "nnUNetTrainer__nnUNetPlans__3d_lowres")
+    with pytest.raises(WeightsMissing, match=r"holds 2 folders named \.\.\.__3d_lowres"):
+        folders_of("salsa", tmp_path)
+
+
+def test_a_task_lies_where_totalsegmentator_puts_it(tmp_path: Path) -> None:
+    path = make_folder(tmp_path / LESIONS / "nnUNetTrainer__nnUNetPlans__3d_fullres_high")
+    assert task_folder(591, tmp_path) == tmp_path / LESIONS
+    assert task_model(591, tmp_path).path == path
+
+
+def test_a_half_extracted_task_is_not_taken_for_whole(tmp_path: Path) -> None:
+    (tmp_path / LESIONS).mkdir(parents=True)
+    with pytest.raises(WeightsMissing, match="holds 0 trained configurations"):
+        task_model(591, tmp_path)
+    path = make_folder(tmp_path / LESIONS / "nnUNetTrainer__nnUNetPlans__3d_fullres_high")
+    (path / "fold_0" / "checkpoint_final.pth").unlink()
+    with pytest.raises(WeightsMissing, match="lacks fold_0"):
+        task_model(591, tmp_path)
+
+
+def test_what_a_pipeline_needs_is_counted_with_totalsegmentators_tasks(tmp_path: Path) -> None:
+    assert require("given_masks", None) == 0
+    assert require("demo", tmp_path) == 3
+    for name in (CROP, LESIONS):
+        make_folder(tmp_path / name / "nnUNetTrainer__nnUNetPlans__3d_fullres")
+    assert require("totalsegmentator-liver-lesions", tmp_path) == 2
+    make_folder(tmp_path / ROUGH / "nnUNetTrainer__nnUNetPlans__3d_fullres")
+    with pytest.raises(WeightsMissing, match="models fetch 291"):
+        require("salsa", tmp_path)
+    make_folder(tmp_path / LIVER / "nnUNetTrainer__nnUNetPlans__3d_fullres")
+    for stage in ("3d_lowres", "3d_cascade_fullres"):
+        make_folder(tmp_path / "salsa" / f"nnUNetTrainer__nnUNetPlans__{stage}")
+    assert require("salsa", tmp_path) == 4

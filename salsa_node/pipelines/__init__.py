@@ -87,7 +87,7 @@ class PipelineSettings:
     """What any pipeline may be told.
 
     device: "auto", "cpu" or "cuda:N".
-    models_dir: where installed model folders lie; None for the packaged demo models alone.
+    models_dir: where installed models lie, see `models`; None for the packaged demo models alone.
     masks_path: the label map of `given_masks`.
     options: the pipeline's own settings.
     """
