@@ -25,7 +25,8 @@ room imports exactly what stands right of its arrow):
     selection              <- errors series
     models                 <- errors
     pipelines              <- errors uids volume
-    pipelines.nnunet       <- errors models volume
+    pipelines.plans        <- errors
+    pipelines.nnunet       <- errors models pipelines.plans volume
     pipelines.demo         <- errors models pipelines pipelines.nnunet volume
     pipelines.salsa_steps  <- errors volume
   pipelines.given_masks  <- errors nifti pipelines regrid volume

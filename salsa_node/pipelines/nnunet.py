@@ -12,6 +12,7 @@ import importlib.util
 import io
 import os
 import pickle
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import permutations
@@ -24,12 +25,12 @@ import torch
 
 from salsa_node.errors import ConfigError, DeviceExhausted, PipelineError
 from salsa_node.models import ModelFolder
+from salsa_node.pipelines import plans as plans_file
 from salsa_node.volume import CtVolume, Grid, LabelVolume
 
 os.environ.setdefault("nnUNet_def_n_proc", str(max(1, min(8, os.cpu_count() or 1))))  # read once, at nnU-Net's import
 
 _Voxel = TypeVar("_Voxel", bound=np.generic)
-_NETWORK_SOURCES = ("dynamic_network_architectures.", "torch.nn.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,11 +206,9 @@ def _build_predictor(folder: ModelFolder, device: torch.device, mirroring: bool,
     try:
         plans = PlansManager(folder.plans)
         configuration = plans.get_configuration(checkpoints[0]["init_args"]["configuration"])
-        source = configuration.network_arch_class_name
-        if not source.startswith(_NETWORK_SOURCES):
-            raise PipelineError(f"{folder.path.name} asks for the network {source}; only nnU-Net's own are built")
+        plans_file.check(plans.plans, configuration.configuration, folder.path.name)
         network = get_network_from_plans(
-            source,
+            configuration.network_arch_class_name,
             configuration.network_arch_init_kwargs,
             configuration.network_arch_init_kwargs_req_import,
             determine_num_input_channels(plans, configuration, dataset),
@@ -219,7 +218,7 @@ def _build_predictor(folder: ModelFolder, device: torch.device, mirroring: bool,
         )
         weights = [checkpoint["network_weights"] for checkpoint in checkpoints]
         network.load_state_dict(weights[0])
-    except (KeyError, TypeError, RuntimeError) as exc:
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as exc:
         raise PipelineError(f"{folder.path.name}: plans and weights do not fit together ({exc})") from exc
     network.eval()
     if device.type == "cpu":
@@ -269,8 +268,9 @@ def _use_all_threads(configuration: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """nnU-Net prints; a node does not."""
-    with contextlib.redirect_stdout(io.StringIO()):
+    """nnU-Net prints, and warns of plans in its old format, which it reads well; a node does neither."""
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Detected old nnU-Net plans format")
         yield
 
 
