@@ -123,7 +123,11 @@ def analyse(
     findings = measure(ct, masks, terms.criteria)
     # What else decides the bytes decides the UIDs too: other bytes never go out under a UID that was used before.
     signed = digest(findings.run_digest, repr(terms.identity), repr(terms.products), repr(terms.limits))
-    findings = replace(findings, run_digest=signed, flags=guards.flags(ct, findings, terms.limits))
+    odd = (
+        *guards.flags(ct, findings, terms.limits),
+        *dicom_seg.flags(findings, include_organ=terms.products.include_liver),
+    )
+    findings = replace(findings, run_digest=signed, flags=odd)
     progress("writing")
     objects = _objects(ct, findings, headers(series), terms, lineage(signed))
     outcome = Outcome.LESIONS if findings.lesions else Outcome.NO_CANDIDATE
@@ -172,9 +176,9 @@ def _objects(
     identity, products, when = terms.identity, terms.products, born.produced_at
     by_class = dicom_seg.build(findings, source, identity, when, include_organ=products.include_liver)
     alone = dicom_seg.build_lesions(findings, source, identity, when) if products.per_lesion_seg else ()
-    segs = [*([by_class] if by_class is not None else []), *alone]
+    segs = [*by_class, *alone]
     report = dicom_sr.build(findings, segs, source, identity, when, born.predecessors.get(Kind.SR))
-    objects = [Made(Kind.SEG, "seg", by_class)] if by_class is not None else []
+    objects = [Made(Kind.SEG, "seg" if n == 1 else f"seg_{n}", seg) for n, seg in enumerate(by_class, start=1)]
     objects.append(Made(Kind.SR, "sr", report))
     objects += [Made(Kind.LESION_SEG, f"lesion_seg_{n}", seg) for n, seg in enumerate(alone, start=1)]
     if products.viewer_sr:

@@ -32,6 +32,8 @@ SH_CHARS: Final = 16  # longest Short String
 CAVEAT: Final = "AI candidate findings. Not a diagnosis."
 CAVEAT_BY_PERSON: Final = "Lesions marked by a person, measured by software. Not a diagnosis."
 _SIMPLER: Final = dict(zip("·–—‘’“”×³", "---''\"\"x3", strict=True)) | {"≥": ">=", "≤": "<="}
+SERIES_APART: Final = 100  # between the Series Numbers of one kind, where it fills several series
+_FREE_NUMBERS: Final = 100_000  # above the first Series Number
 GRID_TOLERANCE: Final = 0.5  # of the smallest voxel side: beyond it another voxel would be the nearest
 
 _EARLIEST, _LATEST = timedelta(hours=-12), timedelta(hours=14)  # of Timezone Offset From UTC (PS3.3 Table C.12-1)
@@ -106,7 +108,7 @@ _IMAGE = (
 
 
 class Kind(Enum):
-    """What a result may consist of; each is a series of its own, numbered in this order."""
+    """What a result may consist of; each is a series of its own, or several where one would be too large."""
 
     SEG = "SEG"  #: the lesions by class
     SR = "SR"  #: the record
@@ -156,15 +158,15 @@ class Identity:
             text = getattr(self, name)
             if len(text) > limit or plain(text) != text or "\\" in text:
                 raise ValueError(f"{name} must be at most {limit} ASCII characters without a backslash, found {text!r}")
-        if not 1 <= self.first_series_number < 2**31 - len(Kind):
+        if not 1 <= self.first_series_number < 2**31 - _FREE_NUMBERS:
             raise ValueError(
-                f"first_series_number must be a positive 32-bit number with {len(Kind)} free ones from it on, "
+                f"first_series_number must be a positive 32-bit number with {_FREE_NUMBERS} free ones from it on, "
                 f"found {self.first_series_number}"
             )
 
-    def series_number(self, kind: Kind) -> int:
-        """The Series Number of the objects of this kind: one series a kind, in the order of `Kind`."""
-        return self.first_series_number + list(Kind).index(kind)
+    def series_number(self, kind: Kind, part: int = 1) -> int:
+        """The Series Number of the objects of this kind, in the order of `Kind`; another series of it lies 100 on."""
+        return self.first_series_number + list(Kind).index(kind) + SERIES_APART * (part - 1)
 
     @property
     def device_uid(self) -> str:

@@ -6,7 +6,7 @@ frame takes its position, word for word, from the source image it refers to.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from math import floor
@@ -35,10 +35,11 @@ from salsa_node.dicom_result import (
     weights,
 )
 from salsa_node.errors import EncodingError
-from salsa_node.findings import Disease, Findings, Lesion
+from salsa_node.findings import Disease, Findings, Flag, Lesion
 from salsa_node.pipelines import Provenance
 
 Labels = npt.NDArray[np.uint8]
+Mask = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,22 @@ class _Series:
     content_label: str
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Part:
+    """One object of a segmentation, and a series of its own: viewers open one segmentation a series (OHIF issue 6243).
+
+    kinds: segment 1, 2, ... of it.
+    pixels: (slices, rows, columns): segment number, or one more axis of 0 and 1 where segments overlap.
+    number: 1, 2, ... among the parts of its kind.
+    """
+
+    series: _Series
+    number: int
+    kinds: Sequence[_Kind]
+    pixels: Labels
+    uid: str
+
+
 _BY_CLASS: Final = _Series(Kind.SEG, "SEG", "LIVER_LESIONS")
 _ONE_BY_ONE: Final = _Series(Kind.LESION_SEG, "SEG, single", "EACH_LESION")
 MAX_FRAMES: Final = 400  # a known viewer shows no segmentation of more (Weasis issue 680)
@@ -87,23 +104,26 @@ def build(
     produced_at: datetime,
     *,
     include_organ: bool = False,
-) -> Dataset | None:
-    """A valid Segmentation, or None where there is nothing to show.
+) -> tuple[Dataset, ...]:
+    """Valid Segmentations by class; none where there is nothing to show.
 
     source: the headers of the images the findings were made from, in slice order along the grid.
     produced_at: aware; becomes the object's dates.
     include_organ: add the liver as the last segment, where the findings have it.
     Segments: "Measurable lesions", then "Non-measurable lesions"; an absent class has no segment.
+    One object where its frames number at most 400; else the liver goes into an object of its own, and where
+    the lesions alone are still too many, so does each class. A segment is never divided: see `flags`.
     A source without Frame of Reference UID gets one that derives from its series, in the result alone.
     Raises EncodingError where source and findings do not lie on the same grid, slice by slice.
     """
     check_source(source, findings.lesion_labels.grid)
     _check_lesions(findings, source)
-    kinds, pixels = _segments(findings, include_organ=include_organ)
-    if not kinds:
-        return None
-    uid = instance_uid(findings, with_organ=_ORGAN in kinds)
-    return _signed(_BY_CLASS, kinds, pixels, findings, source, identity, produced_at, uid)
+    made = []
+    for number, kinds in enumerate(_shared_out(_frames(findings, include_organ=include_organ)), start=1):
+        uid = _uid_of([kind.label for kind in kinds], findings)
+        part = _Part(_BY_CLASS, number, kinds, _pixels(kinds, findings), uid)
+        made.append(_signed(part, findings, source, identity, produced_at))
+    return tuple(made)
 
 
 def build_lesions(
@@ -111,22 +131,33 @@ def build_lesions(
 ) -> tuple[Dataset, ...]:
     """Valid Segmentations with one segment per lesion, named "L1 - measurable - 23 mm" and tracked by UID.
 
-    One object where its frames number at most 400, else as many as keep to that; one series in any case.
+    One object where its frames number at most 400, else as many as keep to that.
     Arguments and errors as of `build`.
     """
     check_source(source, findings.lesion_labels.grid)
     _check_lesions(findings, source)
     labels = findings.lesion_labels.labels
     objects = []
-    for part, lesions in enumerate(_parts(findings), start=1):
+    for number, lesions in enumerate(_parts(findings), start=1):
         segment_of = np.zeros(len(findings.lesions) + 1, dtype=np.uint8)
         segment_of[[lesion.number for lesion in lesions]] = range(1, len(lesions) + 1)
         kinds = [_alone(lesion) for lesion in lesions]
-        uid = uids.derive(findings.run_digest, "LESION_SEG", str(part))
-        pixels: Labels = segment_of[labels]
-        made = _signed(_ONE_BY_ONE, kinds, pixels, findings, source, identity, produced_at, uid, number=part)
-        objects.append(made)
+        uid = uids.derive(findings.run_digest, "LESION_SEG", str(number))
+        part = _Part(_ONE_BY_ONE, number, kinds, segment_of[labels], uid)
+        objects.append(_signed(part, findings, source, identity, produced_at))
     return tuple(objects)
+
+
+def flags(findings: Findings, *, include_organ: bool = False) -> tuple[Flag, ...]:
+    """What a reader should know of the segmentations: a segment of so many frames that a viewer may not show it."""
+    return tuple(
+        Flag(
+            "many_frames",
+            f"The segmentation {kind.label!r} has {frames} frames: some viewers show none of more than {MAX_FRAMES}.",
+        )
+        for kind, frames in _frames(findings, include_organ=include_organ).items()
+        if frames > MAX_FRAMES
+    )
 
 
 def segment_of(lesion: Lesion, segs: Sequence[Dataset]) -> tuple[Dataset, int]:
@@ -176,36 +207,27 @@ def _parts(findings: Findings) -> list[list[Lesion]]:
 
 
 def _signed(
-    series: _Series,
-    kinds: Sequence[_Kind],
-    pixels: Labels,
-    findings: Findings,
-    source: Sequence[Dataset],
-    identity: Identity,
-    produced_at: datetime,
-    uid: str,
-    number: int = 1,
+    part: _Part, findings: Findings, source: Sequence[Dataset], identity: Identity, produced_at: datetime
 ) -> Dataset:
     try:
-        seg = _segmentation(series, kinds, pixels, findings, source, identity, uid, number)
+        seg = _segmentation(part, findings, source, identity)
     except (ValueError, TypeError, AttributeError) as exc:
         raise EncodingError(f"the segmentation could not be put together ({type(exc).__name__})") from exc
     seg.BodyPartExamined = source[0].get("BodyPartExamined") or "ABDOMEN"
-    _fix_dimension_uid(seg, uids.derive(uid, "dimensions"))
+    _fix_dimension_uid(seg, uids.derive(part.uid, "dimensions"))
     sign(seg, source[0], identity, produced_at)
     return seg
 
 
-def instance_uid(findings: Findings, *, with_organ: bool = False) -> str:
-    """The SOP Instance UID of the segmentation of these findings: other content, other UID."""
-    return uids.derive(findings.run_digest, "SEG", "with organ" if with_organ else "lesions")
+def _uid_of(segment_labels: Sequence[str], findings: Findings) -> str:
+    """The SOP Instance UID of the segmentation by class with these segments: other content, other UID."""
+    return uids.derive(findings.run_digest, "SEG", *segment_labels)
 
 
 def made_from(seg: Dataset, findings: Findings) -> bool:
     """Whether `build` or `build_lesions` made this segmentation from these findings."""
-    number = str(seg.get("InstanceNumber"))
-    ours = {instance_uid(findings, with_organ=organ) for organ in (False, True)}
-    return seg.SOPInstanceUID in ours | {uids.derive(findings.run_digest, "LESION_SEG", number)}
+    by_class = _uid_of(list(segment_numbers(seg)), findings)
+    return seg.SOPInstanceUID in (by_class, uids.derive(findings.run_digest, "LESION_SEG", str(seg.InstanceNumber)))
 
 
 def segment_numbers(seg: Dataset) -> dict[str, int]:
@@ -218,28 +240,19 @@ def label_of(disease: Disease) -> str:
     return _LESIONS[disease].label
 
 
-def _segmentation(
-    series: _Series,
-    kinds: Sequence[_Kind],
-    pixels: Labels,
-    findings: Findings,
-    source: Sequence[Dataset],
-    identity: Identity,
-    uid: str,
-    number: int,
-) -> Dataset:
-    provenance = findings.provenance
+def _segmentation(part: _Part, findings: Findings, source: Sequence[Dataset], identity: Identity) -> Dataset:
+    provenance, series, pixels = findings.provenance, part.series, part.pixels
     words = "Lesions marked by a person" if provenance.by_person else "AI candidate lesions"
     shown = np.flatnonzero(pixels.any(axis=tuple(range(1, pixels.ndim))))  # highdicom's cost grows with the others too
     return hd.seg.Segmentation(
         source_images=_references([source[int(k)] for k in shown], findings.lesion_labels.grid.spacing_mm[0]),
         pixel_array=pixels[shown],
         segmentation_type=hd.seg.SegmentationTypeValues.BINARY,
-        segment_descriptions=[_describe(n, kind, provenance, identity) for n, kind in enumerate(kinds, start=1)],
-        series_instance_uid=_series_uid(series, findings, uid),
-        series_number=identity.series_number(series.kind),
-        sop_instance_uid=uid,
-        instance_number=number,
+        segment_descriptions=[_describe(n, kind, provenance, identity) for n, kind in enumerate(part.kinds, start=1)],
+        series_instance_uid=uids.derive(part.uid, "series"),
+        series_number=identity.series_number(series.kind, part.number),
+        sop_instance_uid=part.uid,
+        instance_number=part.number,
         manufacturer=identity.manufacturer,
         manufacturer_model_name=identity.model_name,
         software_versions=identity.software_version,
@@ -253,22 +266,47 @@ def _segmentation(
     )
 
 
-def _series_uid(series: _Series, findings: Findings, uid: str) -> str:
-    return uids.derive(uid if series is _BY_CLASS else uids.derive(findings.run_digest, "LESION_SEG"), "series")
+def _frames(findings: Findings, *, include_organ: bool) -> dict[_Kind, int]:
+    """The segments at hand, and in how many slices each shows something."""
+    kinds = [*_LESIONS.values(), *([_ORGAN] if include_organ and findings.organ is not None else [])]
+    frames = {kind: int(np.count_nonzero(_mask(kind, findings).any(axis=(1, 2)))) for kind in kinds}
+    return {kind: number for kind, number in frames.items() if number}
 
 
-def _segments(findings: Findings, *, include_organ: bool) -> tuple[list[_Kind], Labels]:
-    """The kinds at hand, and (slices, rows, columns): segment number, or with the organ one more axis of 0 and 1."""
-    present = [disease for disease in _LESIONS if any(lesion.disease is disease for lesion in findings.lesions)]
-    segment_of = np.zeros(len(findings.lesions) + 1, dtype=np.uint8)
+def _shared_out(frames: Mapping[_Kind, int]) -> list[list[_Kind]]:
+    """Which segments go together into one object."""
+    lesions = [kind for kind in frames if kind is not _ORGAN]
+    organ = [kind for kind in frames if kind is _ORGAN]
+    if sum(frames.values()) <= MAX_FRAMES:
+        parts = [[*lesions, *organ]]
+    elif sum(frames[kind] for kind in lesions) <= MAX_FRAMES:
+        parts = [lesions, organ]
+    else:
+        parts = [[kind] for kind in frames]
+    return [part for part in parts if part]
+
+
+def _pixels(kinds: Sequence[_Kind], findings: Findings) -> Labels:
+    """(slices, rows, columns): segment number, or with the liver among others one more axis of 0 and 1."""
+    masks = [_mask(kind, findings) for kind in kinds]
+    if _ORGAN in kinds[1:]:
+        return np.stack(masks, axis=-1).astype(np.uint8)
+    pixels = np.zeros(masks[0].shape, dtype=np.uint8)
+    for number, mask in enumerate(masks, start=1):
+        pixels[mask] = number
+    return pixels
+
+
+def _mask(kind: _Kind, findings: Findings) -> Mask:
+    """(slices, rows, columns): what that segment shows."""
+    if kind is _ORGAN and findings.organ is not None:
+        organ: Mask = findings.organ.labels == 1
+        return organ
+    of_class = np.zeros(len(findings.lesions) + 1, dtype=np.bool_)
     for lesion in findings.lesions:
-        segment_of[lesion.number] = present.index(lesion.disease) + 1
-    kinds = [_LESIONS[disease] for disease in present]
-    pixels: Labels = segment_of[findings.lesion_labels.labels]
-    if not include_organ or findings.organ is None or not findings.organ.labels.any():
-        return kinds, pixels
-    planes = [pixels == n for n in range(1, len(kinds) + 1)] + [findings.organ.labels == 1]
-    return [*kinds, _ORGAN], np.stack(planes, axis=-1).astype(np.uint8)
+        of_class[lesion.number] = _LESIONS[lesion.disease] is kind
+    mask: Mask = of_class[findings.lesion_labels.labels]
+    return mask
 
 
 def _check_lesions(findings: Findings, source: Sequence[Dataset]) -> None:

@@ -72,8 +72,8 @@ def check(objects: Sequence[Dataset], source: Sequence[Dataset], findings: Findi
     for obj in objects:
         if obj.SOPClassUID == SegmentationStorage:
             mask = _shown_lesions(obj, {ds.SOPInstanceUID: ds for ds in source}, findings)
-            shown[obj.SeriesInstanceUID] = mask | shown.get(obj.SeriesInstanceUID, False)
-    for mask in shown.values():  # a series may show the lesions in several objects
+            shown[obj.ContentLabel] = mask | shown.get(obj.ContentLabel, False)
+    for mask in shown.values():  # the lesions may be shared out over several objects of that label
         differing = np.count_nonzero(mask != (findings.lesion_labels.labels > 0))
         if differing:
             raise GuardFailed(f"the segmentation and the findings differ in {differing} voxels")

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 class Products:
     """What is made of the findings beside the SEG by class and the record, which are always made.
 
-    include_liver: the SEG by class gets a liver segment beside the lesions.
+    include_liver: the SEG by class gets a liver segment beside the lesions; where they come to more than 400 frames
+        together, which a known viewer does not show, the liver gets a SEG and a series of its own.
     per_lesion_seg: a SEG with one segment per lesion, to which the record then refers.
     viewer_sr: a report with the diameters as lines that viewers draw.
     summary_page: the findings as a page, as Secondary Capture; summary_pdf: the same as Encapsulated PDF.
@@ -25,4 +26,4 @@ class Products:
     summary_pdf: bool = True
     key_images: int = field(default=10, metadata={"min": 0, "max": 100})
     key_object_selection: bool = True
-    first_series_number: int = field(default=9001, metadata={"min": 1, "max": 2**31 - 100})
+    first_series_number: int = field(default=9001, metadata={"min": 1, "max": 2**31 - 100_001})

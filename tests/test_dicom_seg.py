@@ -12,10 +12,10 @@ import pydicom
 import pytest
 from pydicom.dataset import Dataset
 
-from salsa_node import dicom_seg, uids
+from salsa_node import dicom_seg, guards, uids
 from salsa_node.criteria import Criteria
 from salsa_node.dicom_result import Identity
-from salsa_node.errors import EncodingError
+from salsa_node.errors import EncodingError, GuardFailed
 from salsa_node.findings import Disease, measure
 from salsa_node.pipelines import Masks, Provenance
 from salsa_node.series import headers, inspect, read_volume
@@ -25,7 +25,10 @@ IDENTITY = Identity()
 
 
 def build(findings, source, **kwargs) -> Dataset | None:
-    return dicom_seg.build(findings, source, IDENTITY, made.PRODUCED_AT, **kwargs)
+    """The one segmentation of these findings, or None."""
+    built = dicom_seg.build(findings, source, IDENTITY, made.PRODUCED_AT, **kwargs)
+    assert len(built) <= 1
+    return built[0] if built else None
 
 
 def written(ds: Dataset) -> bytes:
@@ -325,3 +328,63 @@ def test_on_a_real_compressed_series(testdata, tool, tmp_path):
     path = tmp_path / "seg.dcm"
     path.write_bytes(written(seg))
     assert [text for text in dciodvfy(path, tool("dciodvfy", "dicom3tools")) if text.startswith("Error")] == []
+
+
+def long_case(measurable: slice, small: slice, liver: slice, slices: int = 600):
+    """Two classes and a liver in that many slices each: a large box, a wire of one voxel a slice, a block."""
+    where = replace(made.grid(spacing_mm=(1.0, 0.9, 1.1)), shape=(slices, 24, 20))
+    source = made.headers(where)
+    found = made.findings(where, source, (measurable, slice(2, 16), slice(2, 16)), (small, slice(20, 21), slice(3, 4)))
+    organ = made.boxes(where, (liver, slice(1, 22), slice(1, 18)))
+    return replace(found, organ=organ), source
+
+
+@pytest.mark.parametrize(
+    ("measurable", "small", "liver", "expected"),
+    [
+        (100, 100, 200, [[100, 100, 200]]),
+        (100, 100, 201, [[100, 100], [201]]),
+        (200, 200, 300, [[200, 200], [300]]),
+        (201, 200, 100, [[201], [200], [100]]),
+        (401, 1, 450, [[401], [1], [450]]),
+    ],
+)
+def test_segments_are_shared_out_over_objects_that_viewers_can_show(measurable, small, liver, expected):
+    findings, source = long_case(slice(5, 5 + measurable), slice(0, small), slice(0, liver))
+    built = dicom_seg.build(findings, source, IDENTITY, made.PRODUCED_AT, include_organ=True)
+    numbers = [[n for n, *_ in frames(seg)] for seg in built]
+    assert [[found.count(n) for n in sorted(set(found))] for found in numbers] == expected
+    together = np.zeros(findings.lesion_labels.grid.shape, dtype=np.uint8)
+    for seg in built:
+        for label, number in dicom_seg.segment_numbers(seg).items():
+            if label != "Liver":
+                points = np.c_[positions(seg, number), np.ones(len(positions(seg, number)))]
+                index = np.rint(np.linalg.solve(findings.lesion_labels.grid.affine_lps_mm, points.T)[:3]).astype(int)
+                together[tuple(index)] = 1 + (label == "Non-measurable lesions")
+        assert dicom_seg.made_from(seg, findings)
+    assert (together == expected_map(findings)).all()
+    assert len({seg.SOPInstanceUID for seg in built}) == len({seg.SeriesInstanceUID for seg in built}) == len(expected)
+    assert [int(seg.SeriesNumber) for seg in built] == [9001 + 100 * n for n in range(len(expected))]
+    assert (len(dicom_seg.flags(findings, include_organ=True))) == sum(n > 400 for part in expected for n in part)
+
+
+def test_a_segment_that_some_viewer_will_not_show_is_flagged_and_stays_whole():
+    findings, source = long_case(slice(5, 410), slice(0, 1), slice(0, 500))
+    (flag,) = dicom_seg.flags(findings)
+    assert flag.name == "many_frames"
+    assert "'Measurable lesions' has 405 frames" in flag.text
+    whole, _ = dicom_seg.build(findings, source, IDENTITY, made.PRODUCED_AT)
+    assert int(whole.NumberOfFrames) == 405
+    assert [flag.text[:22] for flag in dicom_seg.flags(findings, include_organ=True)][1] == "The segmentation 'Live"
+
+
+def test_a_shared_out_result_passes_the_guard_and_dciodvfy(tool, tmp_path):
+    findings, source = long_case(slice(5, 206), slice(0, 200), slice(0, 100))
+    built = dicom_seg.build(findings, source, IDENTITY, made.PRODUCED_AT, include_organ=True)
+    guards.check([reread(seg) for seg in built], source, findings)
+    with pytest.raises(GuardFailed, match="differ in 200 voxels"):
+        guards.check([built[0], built[2]], source, findings)
+    for seg in built:
+        path = tmp_path / f"{seg.InstanceNumber}.dcm"
+        path.write_bytes(written(seg))
+        assert dciodvfy(path, tool("dciodvfy", "dicom3tools")) == []

@@ -25,7 +25,7 @@ PRIVATE_WARNING = "Warning - Unrecognized defined term <99SALSA> for value 1 of 
 
 
 def both(findings: Findings, source: list[Dataset]) -> tuple[Dataset | None, Dataset]:
-    seg = dicom_seg.build(findings, source, IDENTITY, made.PRODUCED_AT)
+    seg = next(iter(dicom_seg.build(findings, source, IDENTITY, made.PRODUCED_AT)), None)
     return seg, dicom_sr.build(findings, [] if seg is None else [seg], source, IDENTITY, made.PRODUCED_AT)
 
 

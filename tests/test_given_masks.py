@@ -271,7 +271,7 @@ def test_the_nodes_own_segmentation_gives_the_same_lesions_back(ct, tmp_path):
     criteria = Criteria(min_diameter_mm=5.0)
     first = measure(ct, masks, criteria)
     assert {lesion.disease for lesion in first.lesions} == set(Disease)
-    seg = dicom_seg.build(first, source, Identity(), datetime(2026, 1, 2, tzinfo=UTC), include_organ=True)
+    (seg,) = dicom_seg.build(first, source, Identity(), datetime(2026, 1, 2, tzinfo=UTC), include_organ=True)
     assert seg is not None
     seg.save_as(tmp_path / "own.dcm")
     again = measure(ct, given(tmp_path / "own.dcm").segment(ct), criteria)

@@ -121,7 +121,7 @@ def test_thick_slices_are_flagged():
 @pytest.fixture
 def case() -> tuple[Findings, list[pydicom.Dataset], pydicom.Dataset]:
     findings, source = made.case("oblique")
-    seg = dicom_seg.build(findings, source, IDENTITY, made.PRODUCED_AT)
+    (seg,) = dicom_seg.build(findings, source, IDENTITY, made.PRODUCED_AT)
     assert seg is not None
     return findings, source, as_written(seg)
 
@@ -145,7 +145,7 @@ def test_one_lesion_and_one_voxel_pass_too(drawn):
     grid = made.grid()
     source = made.headers(grid)
     findings = made.findings(grid, source, *drawn)
-    seg = dicom_seg.build(findings, source, IDENTITY, made.PRODUCED_AT)
+    (seg,) = dicom_seg.build(findings, source, IDENTITY, made.PRODUCED_AT)
     assert seg is not None
     guards.check([as_written(seg)], source, findings)
 

@@ -44,7 +44,7 @@ def dcmqi(program: str, *arguments: object) -> None:
 
 def objects(findings: Findings, source: list[Dataset], folder: Path) -> tuple[Path, Path, Path]:
     """The SEG by class, the SEG by lesion and the record, as files."""
-    by_class = dicom_seg.build(findings, source, IDENTITY, made.PRODUCED_AT)
+    (by_class,) = dicom_seg.build(findings, source, IDENTITY, made.PRODUCED_AT)
     (alone,) = dicom_seg.build_lesions(findings, source, IDENTITY, made.PRODUCED_AT)
     report = dicom_sr.build(findings, [by_class, alone], source, IDENTITY, made.PRODUCED_AT)
     paths = []
