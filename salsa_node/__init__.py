@@ -29,6 +29,7 @@ room imports exactly what stands right of its arrow):
     pipelines.nnunet       <- errors models pipelines.plans volume
     pipelines.demo         <- errors models pipelines pipelines.nnunet volume
     pipelines.salsa_steps  <- errors volume
+    pipelines.totalseg     <- errors models pipelines.nnunet volume
   pipelines.given_masks  <- errors nifti pipelines regrid volume
     findings               <- criteria errors pipelines uids volume
     codes                  <-

@@ -1,0 +1,74 @@
+"""TotalSegmentator in memory: the labels of its own `python_api`, and nothing of what that does to a process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from made_totalseg import make_weights
+
+from salsa_node.models import TOTALSEGMENTATOR
+from salsa_node.phantom import Phantom, Recipe, make
+from salsa_node.pipelines.totalseg import TotalSegmentatorLiver, image_of
+
+HERE = Path(__file__).parent
+RECIPE = Recipe(11, (32, 48, 48), (6.0, 6.0, 6.0), orientation="IPL")
+
+
+@pytest.fixture(scope="module")
+def models_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    make_weights(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def phantom() -> Phantom:
+    return make(RECIPE)
+
+
+@pytest.fixture(scope="module")
+def by_python_api(
+    models_dir: Path, phantom: Phantom, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], np.ndarray]:
+    """Task -> what TotalSegmentator itself finds in the phantom, on the CT's (slice, row, column)."""
+    folder = tmp_path_factory.mktemp("python_api")
+    nib.save(image_of(phantom.ct), folder / "ct.nii.gz")
+    tasks = ("liver", "liver_fast", "liver_lesions")
+    command = [
+        sys.executable,
+        HERE / "totalseg_reference.py",
+        models_dir / TOTALSEGMENTATOR,
+        folder,
+        folder / "ct.nii.gz",
+        folder,
+        *tasks,
+    ]
+    environment = os.environ | {"nnUNet_def_n_proc": "1", "PYTHONPATH": f"{HERE.parent}"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+    def find(task: str) -> np.ndarray:
+        return np.asarray(nib.load(folder / f"{task}.nii.gz").dataobj).transpose(2, 1, 0)
+
+    return find
+
+
+def dice(one: np.ndarray, other: np.ndarray) -> float:
+    return 2 * np.count_nonzero(one & other) / (np.count_nonzero(one) + np.count_nonzero(other))
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_the_liver_is_that_of_totalsegmentators_python_api(
+    models_dir: Path, phantom: Phantom, by_python_api: Callable[[str], np.ndarray], fast: bool
+) -> None:
+    ours = TotalSegmentatorLiver(models_dir, "cpu", fast=fast).liver(phantom.ct).labels
+    theirs = by_python_api("liver_fast" if fast else "liver") == 5
+    assert np.count_nonzero(theirs) > 1000
+    assert dice(ours == 1, theirs) >= 0.999
