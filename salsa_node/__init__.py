@@ -26,10 +26,12 @@ room imports exactly what stands right of its arrow):
     models                 <- errors
     pipelines              <- errors uids volume
     pipelines.plans        <- errors
-    pipelines.nnunet       <- errors models pipelines.plans volume
-    pipelines.demo         <- errors models pipelines pipelines.nnunet volume
+    pipelines.device       <- errors
+    pipelines.sliding_window <- errors pipelines.device
+    pipelines.nnunet       <- errors models pipelines pipelines.device pipelines.plans pipelines.sliding_window volume
+    pipelines.demo         <- errors models pipelines pipelines.device pipelines.nnunet volume
     pipelines.salsa_steps  <- errors volume
-    pipelines.totalseg     <- errors models pipelines.nnunet volume
+    pipelines.totalseg     <- errors models pipelines pipelines.device pipelines.nnunet volume
   pipelines.given_masks  <- errors nifti pipelines regrid volume
     findings               <- criteria errors pipelines uids volume
     codes                  <-
@@ -42,7 +44,7 @@ room imports exactly what stands right of its arrow):
   dicom_sc               <- dicom_result errors pipelines uids
   dicom_pdf              <- codes dicom_result pipelines uids
   dicom_ko               <- codes dicom_result errors findings uids
-  guards                 <- codes dicom_result errors findings limits uids volume
+  guards                 <- codes dicom_result errors findings limits pipelines uids volume
   analysis               <- criteria dicom_ko dicom_pdf dicom_result dicom_sc dicom_seg dicom_sr dicom_viewer_sr errors findings guards limits page picture pipelines products series uids volume
 
   the plumbing wing

@@ -124,6 +124,7 @@ def analyse(
     # What else decides the bytes decides the UIDs too: other bytes never go out under a UID that was used before.
     signed = digest(findings.run_digest, repr(terms.identity), repr(terms.products), repr(terms.limits))
     odd = (
+        *findings.flags,
         *guards.flags(ct, findings, terms.limits),
         *dicom_seg.flags(findings, include_organ=terms.products.include_liver),
     )
@@ -247,6 +248,7 @@ def summary(result: Analysis) -> dict[str, object]:
             "version": provenance.version,
             "weights_sha256": dict(provenance.weights_sha256),
             "parameters": dict(provenance.parameters),
+            "libraries": dict(provenance.libraries),
             "device": provenance.device,
             "notice": provenance.notice,
         },

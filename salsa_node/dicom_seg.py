@@ -35,8 +35,8 @@ from salsa_node.dicom_result import (
     weights,
 )
 from salsa_node.errors import EncodingError
-from salsa_node.findings import Disease, Findings, Flag, Lesion
-from salsa_node.pipelines import Provenance
+from salsa_node.findings import Disease, Findings, Lesion
+from salsa_node.pipelines import Flag, Provenance
 
 Labels = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.bool_]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import Enum
 
 import cc3d
@@ -22,10 +22,11 @@ from scipy.spatial import ConvexHull
 
 from salsa_node.criteria import Criteria, Rule
 from salsa_node.errors import PipelineError
-from salsa_node.pipelines import Masks, Provenance
+from salsa_node.pipelines import Flag, Masks, Provenance
 from salsa_node.uids import derive, digest
 from salsa_node.volume import CtVolume, Grid, LabelVolume, PointMm
 
+_SMALL_SHARE = 0.1  # of a lesion; less in a Couinaud segment does not make it a lesion of that segment
 _SAME_LENGTH_MM = 1e-6  # lengths that differ by less came from the same voxels by another rounding
 
 Floats = npt.NDArray[np.float64]
@@ -66,6 +67,8 @@ class Lesion:
     slice_index, slice_sop_uid: where both axes lie; the UID is "" where no DICOM image stands behind.
     mean_hu, sd_hu: over the lesion's voxels (sd with ddof = 1; 0.0 for a single voxel).
     touches_volume_edge: a voxel lies in the first or last slice, row or column.
+    segments: the Couinaud segments it lies in, the one with most of its voxels first; those with less than
+        a tenth of it are left out. Empty where the pipeline did not look.
     """
 
     number: int
@@ -83,19 +86,7 @@ class Lesion:
     min_hu: float
     max_hu: float
     touches_volume_edge: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Flag:
-    """Something odd that a reader should know.
-
-    name: for machines, such as "liver_cut_off". text: one sentence without patient identity.
-    blocks: the result is kept and not sent until a person has looked.
-    """
-
-    name: str
-    text: str
-    blocks: bool = False
+    segments: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -144,7 +135,13 @@ def measure(ct: CtVolume, masks: Masks, criteria: Criteria) -> Findings:
     for number, component in enumerate(kept, start=1):
         within = tuple(slice(s.start + b.start, s.stop + b.start) for s, b in zip(boxes[component], box, strict=True))
         mask = components[boxes[component]] == component
-        lesions.append(_lesion(ct, mask, (within[0], within[1], within[2]), number, run_digest, criteria))
+        place = (within[0], within[1], within[2])
+        lesion = _lesion(ct, mask, place, number, run_digest, criteria)
+        lesions.append(
+            lesion
+            if masks.segments is None
+            else replace(lesion, segments=_segments(masks.segments.labels[place][mask]))
+        )
     organ = masks.organ
     return Findings(
         lesions=tuple(lesions),
@@ -155,6 +152,7 @@ def measure(ct: CtVolume, masks: Masks, criteria: Criteria) -> Findings:
         criteria=criteria,
         provenance=masks.provenance,
         run_digest=run_digest,
+        flags=masks.flags,
     )
 
 
@@ -181,6 +179,7 @@ def table(findings: Findings) -> list[dict[str, str | int | float | bool]]:
             "slice_sop_uid": lesion.slice_sop_uid,
             "voxels": lesion.voxels,
             "touches_volume_edge": lesion.touches_volume_edge,
+            "couinaud_segments": " ".join(map(str, lesion.segments)),
             "tracking_uid": lesion.tracking_uid,
         }
         for lesion in findings.lesions
@@ -237,6 +236,14 @@ def _lesion(ct: CtVolume, mask: Bools, box: Box, number: int, run_digest: str, c
         max_hu=float(hu.max()),
         touches_volume_edge=any(s.start == 0 or s.stop == n for s, n in zip(box, ct.grid.shape, strict=True)),
     )
+
+
+def _segments(labels: npt.NDArray[np.unsignedinteger]) -> tuple[int, ...]:
+    """The segments of a lesion's voxels by falling count, without background and small shares."""
+    counts = np.bincount(labels, minlength=9)
+    counts[0] = 0
+    order = np.argsort(-counts, kind="stable")
+    return tuple(int(n) for n in order if counts[n] >= max(1, _SMALL_SHARE * labels.size))
 
 
 def _mean_index(mask: Bools, axis: int) -> float:

@@ -21,8 +21,9 @@ from scipy.ndimage import distance_transform_edt
 from salsa_node import codes, uids
 from salsa_node.dicom_result import GRID_TOLERANCE, same_patient_and_study
 from salsa_node.errors import EncodingError, GuardFailed
-from salsa_node.findings import Findings, Flag
+from salsa_node.findings import Findings
 from salsa_node.limits import Limits
+from salsa_node.pipelines import Flag
 from salsa_node.volume import CtVolume, Grid
 
 Mask = npt.NDArray[np.bool_]

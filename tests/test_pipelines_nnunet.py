@@ -6,22 +6,28 @@ import contextlib
 import io
 import json
 import os
+import pydoc
 import shutil
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from dynamic_network_architectures.architectures.unet import PlainConvUNet
 
 from salsa_node.errors import ConfigError, DeviceExhausted, PipelineError
 from salsa_node.models import CHECKPOINT, ModelFolder, demo_models_dir
 from salsa_node.models import DEMO_STAGES as STAGES
 from salsa_node.phantom import Phantom, Recipe, make
-from salsa_node.pipelines.nnunet import Network, Turn, choose_device
+from salsa_node.pipelines import nnunet, sliding_window
+from salsa_node.pipelines.device import Placement, choose_device, placements
+from salsa_node.pipelines.nnunet import Network, Turn
 from salsa_node.volume import CtVolume, Grid, LabelVolume
 
 CPU = torch.device("cpu")
@@ -172,19 +178,145 @@ def test_plans_that_name_foreign_code_or_other_weights_are_refused(liver_copy: P
         Network(ModelFolder(liver_copy), CPU)
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError("no room")])
+@pytest.fixture
+def exhausting(monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception, int], None]:
+    """Lets the sliding window of three placements fail so many times before it works."""
+
+    def exhausted(error: Exception, times: int) -> None:
+        slide, calls = sliding_window.logits, iter(range(99))
+
+        def fail_first(*arguments: Any, **settings: Any) -> torch.Tensor:
+            if next(calls) < times:
+                raise error
+            return slide(*arguments, **settings)
+
+        monkeypatch.setattr(sliding_window, "logits", fail_first)
+        monkeypatch.setattr(nnunet, "placements", lambda device: (Placement(device, device),) * 3)
+
+    return exhausted
+
+
+OUT_OF_MEMORY = [torch.OutOfMemoryError("CUDA out of memory"), MemoryError("x"), RuntimeError("can't allocate memory")]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
 def test_exhausted_memory_is_a_retryable_error(
-    phantom: Phantom, monkeypatch: pytest.MonkeyPatch, error: Exception
+    phantom: Phantom, exhausting: Callable[[Exception, int], None], error: Exception
 ) -> None:
     liver = network("liver")
-
-    def exhausted(*arguments: object) -> None:
-        raise error
-
-    monkeypatch.setattr(liver, "_run", exhausted)
+    exhausting(error, 3)
     with pytest.raises(DeviceExhausted, match="cpu ran out of memory on a volume of") as caught:
         liver.predict(phantom.ct)
     assert caught.value.retryable
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_exhausted_memory_steps_down_once_and_says_so(
+    phantom: Phantom,
+    exhausting: Callable[[Exception, int], None],
+    times: int,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    liver = network("liver")
+    roomy = liver.predict(phantom.ct)
+    assert liver.flags == ()
+    exhausting(OUT_OF_MEMORY[0], times)
+    tight = liver.predict(phantom.ct)
+    assert np.array_equal(tight.labels, roomy.labels)
+    assert [flag.name for flag in liver.flags] == ["device_exhausted"]
+    assert not liver.flags[0].blocks
+    assert caplog.text.count("memory of cpu ran out") == times
+    liver.predict(phantom.ct)
+    assert liver.flags == ()
+
+
+def test_another_error_of_the_network_is_not_taken_for_exhaustion(
+    phantom: Phantom, exhausting: Callable[[Exception, int], None]
+) -> None:
+    liver = network("liver")
+    exhausting(RuntimeError("shapes do not fit"), 1)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        liver.predict(phantom.ct)
+
+
+def test_a_gpu_steps_down_to_results_beside_it_then_to_the_cpu() -> None:
+    assert [str(placement) for placement in placements(torch.device("cuda", 1))] == [
+        "cuda:1", "cuda:1 with results on cpu", "cpu"
+    ]  # fmt: skip
+    assert [str(placement) for placement in placements(CPU)] == ["cpu"]
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape"), [((), (20, 40, 70)), ((), (50, 30, 64)), ((0, 2), (20, 30, 40)), ((1,), (20, 40, 70))]
+)
+def test_the_window_slides_as_nnunets_does_bit_for_bit(axes: tuple[int, ...], shape: tuple[int, int, int]) -> None:
+    image = torch.from_numpy(np.random.default_rng(3).normal(size=(1, *shape)).astype(np.float32))
+    folder = ModelFolder(demo_models_dir() / STAGES["lowres"])
+    ours = Network(folder, CPU, precision="float32", mirroring=bool(axes))
+    theirs = Network(folder, CPU, precision="float32", mirroring=bool(axes), reference=True)
+    theirs._predictor.allowed_mirroring_axes = ours._predictor.allowed_mirroring_axes = axes
+    with contextlib.redirect_stdout(io.StringIO()):
+        expected = theirs.logits(image)
+    assert expected.std() > 0.1
+    assert torch.equal(ours.logits(image), expected)
+
+
+def test_numbers_that_are_not_finite_are_refused() -> None:
+    image = torch.full((1, 48, 48, 64), float("nan"))
+    with pytest.raises(PipelineError, match="not finite"):
+        network("lowres").logits(image)
+
+
+def test_plans_of_the_old_format_load_too(liver_copy: Path) -> None:
+    """The old format names widths by the first one, doubled from stage to stage."""
+    new = json.loads((liver_copy / "plans.json").read_text())
+    checkpoint = torch.load(liver_copy / "fold_0" / CHECKPOINT, weights_only=True)
+    configuration = new["configurations"][checkpoint["init_args"]["configuration"]]
+    design = configuration["architecture"]["arch_kwargs"]
+    stages = design["n_stages"]
+    design["features_per_stage"] = [4 * 2**stage for stage in range(stages)]
+    design["n_conv_per_stage"], design["n_conv_per_stage_decoder"] = [2] * stages, [2] * (stages - 1)
+    torch.manual_seed(5)
+    module = PlainConvUNet(1, num_classes=2, **as_classes(design))
+    torch.save(checkpoint | {"network_weights": module.state_dict()}, liver_copy / "fold_0" / CHECKPOINT)
+    old = json.loads(json.dumps(new))
+    flat = old["configurations"][checkpoint["init_args"]["configuration"]]
+    del flat["architecture"]
+    flat |= {
+        "UNet_class_name": "PlainConvUNet",
+        "UNet_base_num_features": 4,
+        "unet_max_num_features": 320,
+        "n_conv_per_stage_encoder": design["n_conv_per_stage"],
+        "n_conv_per_stage_decoder": design["n_conv_per_stage_decoder"],
+        "num_pool_per_axis": [stages - 1] * 3,
+        "pool_op_kernel_sizes": design["strides"],
+        "conv_kernel_sizes": design["kernel_sizes"],
+    }
+    image = torch.from_numpy(np.random.default_rng(3).normal(size=(1, 8, 8, 8)).astype(np.float32))
+    answers = []
+    for plans in (new, old):
+        (liver_copy / "plans.json").write_text(json.dumps(plans))
+        answers.append(Network(ModelFolder(liver_copy), CPU, precision="float32").logits(image))
+    assert torch.equal(*answers)
+
+
+def as_classes(design: dict[str, Any]) -> dict[str, Any]:
+    """The architecture's words as the classes they name."""
+    named = {key: pydoc.locate(design[key]) for key in ("conv_op", "norm_op", "nonlin")}
+    return design | named | {"dropout_op": None, "deep_supervision": False}
+
+
+def test_an_unloaded_network_keeps_no_weights(phantom: Phantom, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "salsa_node.pipelines.nnunet")
+    liver = network("liver")
+    weights = weakref.ref(next(liver.module.parameters()))
+    assert weights() is not None
+    liver.unload()
+    liver.unload()
+    assert weights() is None
+    with pytest.raises(PipelineError, match="was unloaded"):
+        liver.predict(phantom.ct)
+    assert [record.event for record in caplog.records] == ["network.loaded", "network.unloaded"]
 
 
 @pytest.mark.parametrize(

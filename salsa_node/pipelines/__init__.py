@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -27,6 +27,7 @@ class Provenance:
 
     weights_sha256: file name -> SHA-256, of every file that decided the outcome.
     parameters: JSON-able settings that change the outcome.
+    libraries: distribution -> version, of those whose arithmetic decides the outcome.
     device: where it ran; not part of the digest.
     notice: words that every object made from these masks must carry; empty for released models.
     by_person: a person drew the masks; the objects then say so instead of naming an algorithm.
@@ -36,6 +37,7 @@ class Provenance:
     version: str
     weights_sha256: Mapping[str, str] = field(default_factory=dict)
     parameters: Mapping[str, object] = field(default_factory=dict)
+    libraries: Mapping[str, str] = field(default_factory=dict)
     device: str = "cpu"
     notice: str = ""
     by_person: bool = False
@@ -43,8 +45,30 @@ class Provenance:
     @property
     def digest(self) -> str:
         """SHA-256 over all that decides the outcome."""
-        decisive = {"weights": dict(self.weights_sha256), "parameters": dict(self.parameters)}
+        decisive = {
+            "weights": dict(self.weights_sha256),
+            "parameters": dict(self.parameters),
+            "libraries": dict(self.libraries),
+        }
         return digest(self.pipeline, self.version, json.dumps(decisive, sort_keys=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """Something odd that a reader should know.
+
+    name: for machines, such as "liver_cut_off". text: one sentence without patient identity.
+    blocks: the result is kept and not sent until a person has looked.
+    """
+
+    name: str
+    text: str
+    blocks: bool = False
+
+
+def once(*flags: Flag) -> tuple[Flag, ...]:
+    """The flags without repetitions, in their order."""
+    return tuple(dict.fromkeys(flags))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,16 +80,29 @@ class Masks:
         are different lesions.
     lesion_per_value: a value is one lesion even where its voxels are not connected (a person numbered
         them); False: each 26-connected part is a lesion.
+    segments: 1 to 8 = the Couinaud segments of the liver, 0 = none; None where nobody looked.
+    flags: what the pipeline found odd, or did otherwise than asked.
     """
 
     organ: LabelVolume | None
     lesions: LabelVolume
     provenance: Provenance
     lesion_per_value: bool = False
+    segments: LabelVolume | None = None
+    flags: tuple[Flag, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.organ is not None and not self.organ.grid.matches(self.lesions.grid):
-            raise ValueError("organ and lesions lie on different grids")
+        if any(
+            other is not None and not other.grid.matches(self.lesions.grid) for other in (self.organ, self.segments)
+        ):
+            raise ValueError("organ, segments and lesions lie on different grids")
+
+
+Observer = Callable[[str, "CtVolume | LabelVolume"], None]  #: is told each intermediate volume by its name
+
+
+def unobserved(_name: str, _volume: CtVolume | LabelVolume) -> None:
+    """The observer that looks away."""
 
 
 @runtime_checkable
@@ -77,8 +114,15 @@ class Pipeline(Protocol):
         """What this pipeline is, known before it has run."""
         ...
 
-    def segment(self, ct: CtVolume) -> Masks:
-        """Masks on `ct.grid`. Raises PipelineError; OrganNotFound where there is no liver."""
+    def segment(self, ct: CtVolume, observer: Observer = unobserved) -> Masks:
+        """Masks on `ct.grid`. Raises PipelineError; OrganNotFound where there is no liver.
+
+        observer: is told what lies between the images and the masks, in the order in which it comes to be.
+        """
+        ...
+
+    def unload(self) -> None:
+        """Let go of the weights and of the device's memory; the pipeline is of no use afterwards."""
         ...
 
 

@@ -14,8 +14,9 @@ from scipy.ndimage import maximum_filter, minimum_filter
 from salsa_node import __version__
 from salsa_node.errors import ConfigError, OrganNotFound
 from salsa_node.models import folders_of
-from salsa_node.pipelines import DEMO_NOTICE, Masks, PipelineSettings, Provenance
-from salsa_node.pipelines.nnunet import Network, choose_device
+from salsa_node.pipelines import DEMO_NOTICE, Masks, Observer, PipelineSettings, Provenance, once, unobserved
+from salsa_node.pipelines.device import choose_device, libraries
+from salsa_node.pipelines.nnunet import Network
 from salsa_node.volume import CtVolume, Grid, LabelVolume
 
 OUTSIDE_HU = -1024
@@ -57,7 +58,7 @@ class DemoPipeline:
         hashes = {f"{stage}/{name}": sha for stage, folder in folders.items() for name, sha in folder.sha256().items()}
         parameters = {
             "mirroring": mirroring,
-            "precision": "bfloat16" if self._liver.bfloat16 else "mixed" if device.type == "cuda" else "float32",
+            "precision": self._liver.precision,
             "tile_step": TILE_STEP,
             "min_liver_ml": MIN_LIVER_ML,
             "closing_mm": CLOSING_MM,
@@ -65,25 +66,39 @@ class DemoPipeline:
             "min_component_mm3": MIN_COMPONENT_MM3,
             "min_share_in_liver": MIN_SHARE_IN_LIVER,
         }
-        self._provenance = Provenance("demo", __version__, hashes, parameters, str(device), DEMO_NOTICE)
+        self._provenance = Provenance("demo", __version__, hashes, parameters, libraries(), str(device), DEMO_NOTICE)
 
     @property
     def provenance(self) -> Provenance:
         """Which weights and parameters."""
         return self._provenance
 
-    def segment(self, ct: CtVolume) -> Masks:
-        """Liver and lesions on `ct.grid`. Raises OrganNotFound below 50 ml of liver, DeviceExhausted."""
+    def segment(self, ct: CtVolume, observer: Observer = unobserved) -> Masks:
+        """Liver and lesions on `ct.grid`. Raises OrganNotFound below 50 ml of liver, DeviceExhausted.
+
+        The observer is told "liver", "cropped/scan_0000" and "cropped/mask_0000".
+        """
         liver = find_liver(self._liver, ct)
+        observer("liver", LabelVolume(liver.astype(np.uint8), ct.grid))
         crop, box = liver_only(ct, liver)
+        observer("cropped/scan_0000", crop)
         lowres = self._lowres.predict(crop)
         found = self._cascade.predict(crop, previous=lowres)
+        observer("cropped/mask_0000", found)
         lesions = np.zeros(ct.grid.shape, dtype=np.uint8)
         lesions[box] = plausible(found.labels == 1, liver[box], ct.grid)
         organ = liver | (lesions > 0)
         return Masks(
-            LabelVolume(organ.astype(np.uint8), ct.grid), LabelVolume(lesions, ct.grid), self._provenance
-        )  # fmt: skip
+            LabelVolume(organ.astype(np.uint8), ct.grid),
+            LabelVolume(lesions, ct.grid),
+            self._provenance,
+            flags=once(*self._liver.flags, *self._lowres.flags, *self._cascade.flags),
+        )
+
+    def unload(self) -> None:
+        """Let go of the three networks."""
+        for network in (self._liver, self._lowres, self._cascade):
+            network.unload()
 
 
 def find_liver(network: Network, ct: CtVolume) -> Mask:

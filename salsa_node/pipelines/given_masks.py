@@ -34,7 +34,7 @@ from pydicom.uid import SegmentationStorage
 import salsa_node
 from salsa_node.errors import ConfigError, PipelineError, SeriesRejected
 from salsa_node.nifti import LABEL_MAP, read_description, read_labels
-from salsa_node.pipelines import Masks, PipelineSettings, Provenance
+from salsa_node.pipelines import Masks, Observer, PipelineSettings, Provenance, unobserved
 from salsa_node.regrid import reordering
 from salsa_node.volume import CtVolume, Grid, LabelVolume
 
@@ -99,7 +99,7 @@ class GivenMasksPipeline:
         """The SHA-256 of the mask file stands under "masks"."""
         return self._provenance
 
-    def segment(self, ct: CtVolume) -> Masks:
+    def segment(self, ct: CtVolume, observer: Observer = unobserved) -> Masks:  # noqa: ARG002 - nothing lies between
         """The file's masks on `ct.grid`. Raises PipelineError where they lie on another grid or say nothing clear."""
         if _sha256(self._path) != self._provenance.weights_sha256["masks"]:
             raise PipelineError(f"the mask file {self._path} changed after this run began; run again")
@@ -113,6 +113,9 @@ class GivenMasksPipeline:
             provenance=self._provenance,
             lesion_per_value=bool(self._lesion_per_label),
         )
+
+    def unload(self) -> None:
+        """Nothing is kept."""
 
     def _from_nifti(self, grid: Grid) -> tuple[npt.NDArray[np.uint8] | None, Labels]:
         try:

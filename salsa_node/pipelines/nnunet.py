@@ -8,9 +8,10 @@ and (z, y, x), is met here: every volume is turned to one orientation first, wha
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib.util
 import io
-import os
+import logging
 import pickle
 import warnings
 from collections.abc import Callable, Iterator
@@ -25,11 +26,12 @@ import torch
 
 from salsa_node.errors import ConfigError, DeviceExhausted, PipelineError
 from salsa_node.models import ModelFolder
+from salsa_node.pipelines import Flag, sliding_window
 from salsa_node.pipelines import plans as plans_file
+from salsa_node.pipelines.device import Placement, cpu_has_bfloat16, is_exhaustion, placements, release
 from salsa_node.volume import CtVolume, Grid, LabelVolume
 
-os.environ.setdefault("nnUNet_def_n_proc", str(max(1, min(8, os.cpu_count() or 1))))  # read once, at nnU-Net's import
-
+log = logging.getLogger(__name__)
 _Voxel = TypeVar("_Voxel", bound=np.generic)
 
 
@@ -65,33 +67,13 @@ class Turn:
         return np.flip(array, self.flipped).transpose(*back)
 
 
-def choose_device(wanted: str) -> torch.device:
-    """The device that "auto", "cpu" or "cuda:N" names. Raises ConfigError where there is no such device."""
-    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if wanted == "auto":
-        return torch.device("cuda:0")
-    kind, _, number = wanted.partition(":")
-    index = int(number) if number.isdecimal() else 0
-    if kind != "cuda" or (number and not number.isdecimal()):
-        raise ConfigError(f"device must be auto, cpu or cuda:N; found {wanted!r}")
-    if index >= torch.cuda.device_count():
-        raise ConfigError(f"device {wanted} was asked for, but torch sees {torch.cuda.device_count()} CUDA devices")
-    return torch.device("cuda", index)
-
-
-def cpu_has_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware; elsewhere it is slower than float32, not faster."""
-    probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return bool(probe is not None and probe())
-
-
 class Network:
     """A trained configuration of nnU-Net v2, in memory.
 
     device: see `choose_device`. mirroring: average over flips where the checkpoint allows it; slower.
     tile_step: overlap of the sliding window, as a share of the patch.
     precision: "auto" takes bfloat16 on CPUs that have it; "float32" never. A GPU always runs mixed precision.
+    reference: let nnU-Net's own predictor slide the window, instead of `sliding_window`; the labels are the same.
 
     Raises WeightsMissing where the folder is incomplete, PipelineError where it cannot be used.
     """
@@ -104,16 +86,28 @@ class Network:
         mirroring: bool = False,
         tile_step: float = 0.5,
         precision: str = "auto",
+        reference: bool = False,
     ) -> None:
         if precision not in ("auto", "float32", "bfloat16"):
             raise ConfigError(f"precision must be auto, float32 or bfloat16; found {precision!r}")
+        if not 0 < tile_step <= 1:
+            raise ConfigError(f"tile_step is a share of the patch, above 0 and at most 1; found {tile_step}")
         wants_bfloat16 = precision == "bfloat16" or (precision == "auto" and cpu_has_bfloat16())
         self.bfloat16 = device.type == "cpu" and wants_bfloat16
         self.folder = folder
         self.device = device
+        self.flags: tuple[Flag, ...] = ()  #: what went otherwise than asked in the last prediction
+        self._reference = reference
         with _quiet():
             _define_missing_torchvision_operators()
-            self._predictor = _build_predictor(folder, device, mirroring, tile_step)
+            self._built: Any = _build_predictor(folder, device, mirroring, tile_step)
+        log.info("network loaded", extra={"event": "network.loaded", "folder": folder.path.name, "device": str(device)})
+
+    @property
+    def _predictor(self) -> Any:
+        if self._built is None:
+            raise PipelineError(f"{self.folder.path.name} was unloaded; load the pipeline again")
+        return self._built
 
     @property
     def is_cascade(self) -> bool:
@@ -132,11 +126,25 @@ class Network:
         size = self._predictor.configuration_manager.patch_size
         return int(size[0]), int(size[1]), int(size[2])
 
+    @property
+    def precision(self) -> str:
+        """In what numbers it multiplies, in a word."""
+        return "bfloat16" if self.bfloat16 else "mixed" if self.device.type == "cuda" else "float32"
+
+    def unload(self) -> None:
+        """Let go of the weights and of the device's memory; a prediction afterwards raises PipelineError."""
+        if self._built is not None:
+            self._built = None
+            gc.collect()  # nnU-Net's predictor and its plans hold one another
+            release(self.device)
+            log.info("network unloaded", extra={"event": "network.unloaded", "folder": self.folder.path.name})
+
     def predict(self, ct: CtVolume, previous: LabelVolume | None = None) -> LabelVolume:
         """Labels on `ct.grid`.
 
         previous: for a cascade, what the stage before found, on the same grid.
-        Raises DeviceExhausted where memory runs out.
+        Where a GPU's memory runs out the window is slid again with less of it, in the end on the CPU; `flags` then
+        says so. Raises DeviceExhausted where no memory is left at all.
         """
         if self.is_cascade != (previous is not None):
             raise PipelineError(f"{self.folder.path.name}: a previous stage is needed by a cascade and by nothing else")
@@ -150,11 +158,9 @@ class Network:
         spacing_mm = [ct.grid.spacing_mm[axis] for axis in turn.order]
         try:
             with _quiet():
-                found = self._run(image, stage, spacing_mm)
-        except (torch.OutOfMemoryError, MemoryError) as exc:
-            raise DeviceExhausted(f"{self.device} ran out of memory on a volume of {ct.grid.shape}: {exc}") from exc
-        except RuntimeError as exc:
-            if "can't allocate memory" in str(exc) or "out of memory" in str(exc).lower():
+                found = self.predict_array(image, spacing_mm, stage)
+        except (MemoryError, RuntimeError) as exc:
+            if is_exhaustion(exc):
                 raise DeviceExhausted(f"{self.device} ran out of memory on a volume of {ct.grid.shape}: {exc}") from exc
             raise
         return LabelVolume(np.ascontiguousarray(turn.undo(found)), ct.grid)
@@ -174,9 +180,10 @@ class Network:
         )
         return channels, labels, properties
 
-    def _run(
-        self, image: npt.NDArray[np.float32], stage: npt.NDArray[np.int16] | None, spacing_mm: list[float]
+    def predict_array(
+        self, image: npt.NDArray[np.float32], spacing_mm: list[float], stage: npt.NDArray[np.int16] | None = None
     ) -> npt.NDArray[np.unsignedinteger[Any]]:
+        """Labels (z, y, x) of a (1, z, y, x) image in nnU-Net's own order, as `predict` has them otherwise."""
         from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
         from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
 
@@ -185,14 +192,49 @@ class Network:
         if stage is not None:
             classes = predictor.label_manager.foreground_labels
             channels = np.vstack((channels, convert_labelmap_to_one_hot(labels[0], classes, channels.dtype)))
-        seen = torch.from_numpy(np.ascontiguousarray(channels, dtype=np.float32))
-        with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.bfloat16):
-            logits = predictor.predict_sliding_window_return_logits(seen)
+        logits = self.logits(torch.from_numpy(np.ascontiguousarray(channels, dtype=np.float32)))
         found: npt.NDArray[np.unsignedinteger[Any]] = convert_predicted_logits_to_segmentation_with_correct_shape(
             logits.float().cpu(), predictor.plans_manager, predictor.configuration_manager, predictor.label_manager,
             properties, num_threads_torch=torch.get_num_threads(),
         )  # fmt: skip
         return found
+
+    def logits(self, channels: torch.Tensor) -> torch.Tensor:
+        """(classes, z, y, x) of (channels, z, y, x) as `preprocess` leaves them, in half precision."""
+        predictor = self._predictor
+        self.flags = ()
+        if self._reference:
+            with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.bfloat16):
+                answer: torch.Tensor = predictor.predict_sliding_window_return_logits(channels)
+            return answer
+        *roomy, last = placements(self.device)
+        for placement in roomy:
+            try:
+                return self._slide(channels, placement)
+            except (MemoryError, RuntimeError) as exc:
+                if not is_exhaustion(exc):
+                    raise
+            release(self.device)
+            text = f"The memory of {self.device} ran out; the network's window was slid again with less of it."
+            self.flags = (Flag("device_exhausted", text),)
+            log.warning(text, extra={"event": "network.stepped_down", "folder": self.folder.path.name})
+        try:
+            return self._slide(channels, last)
+        finally:
+            predictor.network.to(self.device)
+
+    def _slide(self, channels: torch.Tensor, placement: Placement) -> torch.Tensor:
+        predictor = self._predictor
+        return sliding_window.logits(
+            predictor.network.to(placement.compute),
+            channels,
+            self.patch_size,
+            predictor.label_manager.num_segmentation_heads,
+            placement,
+            tile_step=predictor.tile_step_size,
+            mirror_axes=predictor.allowed_mirroring_axes if predictor.use_mirroring else None,
+            bfloat16=self.bfloat16,
+        )
 
 
 def _build_predictor(folder: ModelFolder, device: torch.device, mirroring: bool, tile_step: float) -> Any:
@@ -207,6 +249,8 @@ def _build_predictor(folder: ModelFolder, device: torch.device, mirroring: bool,
         plans = PlansManager(folder.plans)
         configuration = plans.get_configuration(checkpoints[0]["init_args"]["configuration"])
         plans_file.check(plans.plans, configuration.configuration, folder.path.name)
+        if len(configuration.patch_size) != 3:
+            raise PipelineError(f"{folder.path.name} is a {len(configuration.patch_size)}-D network; 3-D is expected")
         network = get_network_from_plans(
             configuration.network_arch_class_name,
             configuration.network_arch_init_kwargs,

@@ -23,9 +23,11 @@ import numpy as np
 import numpy.typing as npt
 from nibabel.nifti1 import Nifti1Image
 
-from salsa_node.errors import PipelineError, SeriesRejected
+from salsa_node.errors import SeriesRejected
 from salsa_node.models import task_model
-from salsa_node.pipelines.nnunet import Network, choose_device
+from salsa_node.pipelines import Flag, once
+from salsa_node.pipelines.device import choose_device
+from salsa_node.pipelines.nnunet import Network
 from salsa_node.volume import CtVolume, Grid, LabelVolume
 
 CROP_MARGIN_MM: Final = 20  # what its python_api takes wherever its own liver network finds the crop
@@ -87,12 +89,15 @@ class TaskNetwork:
         self.task = task
         folder = task_model(task.number, models_dir)
         self.weights_sha256 = {f"{task.folder.parts[0]}/{file}": sha for file, sha in folder.sha256().items()}
-        self._network: Network | None = Network(
-            folder, choose_device(device), tile_step=task.tile_step, precision=precision
-        )
+        self._network = Network(folder, choose_device(device), tile_step=task.tile_step, precision=precision)
         _log.info(
             "network of TotalSegmentator loaded", extra={"event": "totalseg.loaded", "task": self.task.number}
         )  # fmt: skip
+
+    @property
+    def flags(self) -> tuple[Flag, ...]:
+        """What went otherwise than asked in the last prediction."""
+        return self._network.flags
 
     @property
     def parameters(self) -> dict[str, object]:
@@ -101,7 +106,7 @@ class TaskNetwork:
 
     def unload(self) -> None:
         """Lets go of the network; it cannot be used again."""
-        self._network = None
+        self._network.unload()
 
     def labels(self, image: Nifti1Image, near: Labels | None = None) -> Labels:
         """What the network sees in the image, (x, y, z) on the image's voxels.
@@ -141,8 +146,6 @@ class TaskNetwork:
 
     def _predict(self, image: Any) -> Labels:
         """The network on an image of its own spacing, in RAS order."""
-        if self._network is None:
-            raise PipelineError(f"TotalSegmentator's task {self.task.number} was unloaded; load the pipeline again")
         x_mm, y_mm, z_mm = (float(mm) for mm in image.header.get_zooms())
         affine = np.array([[0, 0, -x_mm, 0], [0, -y_mm, 0, 0], [z_mm, 0, 0, 0], [0, 0, 0, 1]], dtype=np.float64)
         voxels = np.asarray(image.dataobj).transpose(2, 1, 0).astype(np.float32)
@@ -180,6 +183,11 @@ class TotalSegmentatorLiver:
             "networks": [self._rough.parameters, self._fine.parameters],
             "crop_margin_mm": CROP_MARGIN_MM,
         }
+
+    @property
+    def flags(self) -> tuple[Flag, ...]:
+        """What went otherwise than asked in the last prediction."""
+        return once(*self._rough.flags, *self._fine.flags)
 
     def liver(self, ct: CtVolume) -> LabelVolume:
         """1 = liver, on `ct.grid`; all 0 where none was found. Raises SeriesRejected, DeviceExhausted."""

@@ -1,0 +1,75 @@
+"""Where a network computes: the device that is asked for, and where it steps down to when memory runs out."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import torch
+
+from salsa_node.errors import ConfigError
+
+os.environ.setdefault("nnUNet_def_n_proc", str(max(1, min(8, os.cpu_count() or 1))))  # nnU-Net reads it at import
+
+_LIBRARIES = ("torch", "nnunetv2", "dynamic_network_architectures")
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where the network multiplies, and where what it answers is collected."""
+
+    compute: torch.device
+    results: torch.device
+
+    def __str__(self) -> str:
+        """In words, for messages."""
+        return f"{self.compute}" if self.compute == self.results else f"{self.compute} with results on {self.results}"
+
+
+def choose_device(wanted: str) -> torch.device:
+    """The device that "auto", "cpu" or "cuda:N" names. Raises ConfigError where there is no such device."""
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    kind, _, number = wanted.partition(":")
+    if wanted == "auto":
+        kind, number = "cuda", ""
+    if kind != "cuda" or (number and not number.isdecimal()):
+        raise ConfigError(f"device must be auto, cpu or cuda:N; found {wanted!r}")
+    index = int(number or 0)
+    if index >= torch.cuda.device_count():
+        raise ConfigError(f"device {wanted} was asked for, but torch sees {torch.cuda.device_count()} CUDA devices")
+    return torch.device("cuda", index)
+
+
+def placements(device: torch.device) -> tuple[Placement, ...]:
+    """What to try on `device`, in order: each needs less of its memory than the one before, and is slower."""
+    cpu = torch.device("cpu")
+    if device.type == "cpu":
+        return (Placement(cpu, cpu),)
+    return (Placement(device, device), Placement(device, cpu), Placement(cpu, cpu))
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware; elsewhere it is slower than float32, not faster."""
+    probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return bool(probe is not None and probe())
+
+
+def is_exhaustion(error: RuntimeError | MemoryError) -> bool:
+    """Whether this error says that memory ran out; on a CPU torch has no type of its own for it."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return "can't allocate memory" in str(error) or "out of memory" in str(error).lower()
+
+
+def release(device: torch.device) -> None:
+    """Give what torch keeps in reserve on a GPU back to it."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.empty_cache()
+
+
+def libraries(*more: str) -> dict[str, str]:
+    """Distribution -> version, of the libraries that decide what a network answers, and of `more`."""
+    return {name: version(name) for name in (*_LIBRARIES, *more)}
