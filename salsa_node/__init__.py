@@ -73,7 +73,14 @@ room imports exactly what stands right of its arrow):
     loopback               <- association errors
     demo                   <- codes config console criteria dicom_result errors findings loopback overview phantom picture pipelines pipelines.given_masks series store
     options                <- config
-  cli                    <- assembly config console delivery demo durable errors log nifti node offline options overview preflight settings store worker
+    model_cards            <- errors models
+    model_manifest         <- durable errors model_cards models
+    model_source           <- errors
+    model_trial            <- errors models phantom pipelines.nnunet volume
+    model_import           <- errors model_cards model_manifest model_source model_trial models
+    model_fetch            <- errors model_cards model_import model_manifest models
+    cli_models             <- config console errors model_cards model_fetch model_import model_manifest models options
+  cli                    <- assembly cli_models config console delivery demo durable errors log nifti node offline options overview preflight settings store worker
     __main__               <- cli
 """  # noqa: E501 - one room, one line
 

@@ -14,8 +14,8 @@ from typing import Annotated
 
 import typer
 
-from salsa_node import __version__, config, console, errors
-from salsa_node.options import AsJson, ConfigFile, LesionLabels, OrganLabels, StudyName
+from salsa_node import __version__, cli_models, config, console, errors
+from salsa_node.options import EXIT_NO, AsJson, ConfigFile, LesionLabels, OrganLabels, StudyName
 from salsa_node.settings import SENDER
 
 app = typer.Typer(
@@ -25,9 +25,9 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="The settings.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
+app.add_typer(cli_models.app, name="models")
 
 GIVEN_MASKS = "given_masks"
-EXIT_NO = 1  # done, and the answer is no
 _EXIT_CODES = (
     (errors.ConfigError, 3),
     (errors.UnknownStudy, 4),

@@ -57,6 +57,10 @@ class WeightsMissing(PipelineError):
     """A model folder that the pipeline needs is absent or incomplete."""
 
 
+class ModelRefused(PipelineError):
+    """A model from elsewhere is damaged, of another kind, or would need more than it is given."""
+
+
 class DeviceExhausted(PipelineError):
     """The device ran out of memory; the same run may succeed later or elsewhere."""
 

@@ -81,11 +81,13 @@ class ModelFolder:
 
     def sha256(self) -> dict[str, str]:
         """Name within the folder -> SHA-256, for every file of `files`; reads each of them once."""
-        hashes = {}
-        for file in self.files:
-            with file.open("rb") as stream:
-                hashes[file.relative_to(self.path).as_posix()] = hashlib.file_digest(stream, "sha256").hexdigest()
-        return hashes
+        return {file.relative_to(self.path).as_posix(): sha256_of(file) for file in self.files}
+
+
+def sha256_of(file: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def demo_models_dir() -> Path:

@@ -1,4 +1,4 @@
-"""Options and arguments that several commands of `salsa-node` share."""
+"""Options, arguments and an exit code that several commands of `salsa-node` share."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from salsa_node import config
+
+EXIT_NO = 1  #: done, and the answer is no
 
 ConfigFile = Annotated[
     Path | None,

@@ -139,6 +139,12 @@ class Network:
             release(self.device)
             log.info("network unloaded", extra={"event": "network.unloaded", "folder": self.folder.path.name})
 
+    @property
+    def spacing_mm(self) -> tuple[float, float, float]:
+        """The size of its own voxels (slice, row, column)."""
+        mm = self._predictor.configuration_manager.spacing
+        return float(mm[0]), float(mm[1]), float(mm[2])
+
     def predict(self, ct: CtVolume, previous: LabelVolume | None = None) -> LabelVolume:
         """Labels on `ct.grid`.
 
