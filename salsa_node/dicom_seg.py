@@ -176,6 +176,15 @@ def segment_of(lesion: Lesion, segs: Sequence[Dataset]) -> tuple[Dataset, int]:
     raise EncodingError(f"no segmentation shows lesion {lesion.number}")
 
 
+def organ_segment(segs: Sequence[Dataset]) -> tuple[Dataset, int] | None:
+    """The segmentation and the segment number that show the liver, or None where none does."""
+    for seg in segs:
+        number = segment_numbers(seg).get(_ORGAN.label)
+        if number is not None:
+            return seg, number
+    return None
+
+
 def tracking_identifier(lesion: Lesion) -> str:
     """What every object calls this lesion."""
     return f"Lesion {lesion.number}"

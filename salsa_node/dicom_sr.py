@@ -32,7 +32,7 @@ from salsa_node.dicom_result import (
     titled,
     weights,
 )
-from salsa_node.dicom_seg import made_from, segment_of, tracking_identifier
+from salsa_node.dicom_seg import made_from, organ_segment, segment_of, tracking_identifier
 from salsa_node.errors import EncodingError
 from salsa_node.findings import Disease, Findings, Lesion
 from salsa_node.pipelines import Provenance
@@ -71,7 +71,8 @@ def build(
     for seg in segs:
         same_patient_and_study(seg, source[0])
     groups = [_lesion_group(lesion, findings, segs, source) for lesion in findings.lesions]
-    content = content_tree(identity, groups, sentences(findings), findings.provenance, findings.criteria)
+    overall = _organ_group(findings, segs, source)
+    content = content_tree(identity, groups, sentences(findings), findings.provenance, findings.criteria, overall)
     evidence = [*(named(ds) for ds in source), *segs]
     made = DocumentOf(Kind.SR, (findings.run_digest, "SR"), "report", predecessor)
     return document(made, content, evidence, source[0], identity, produced_at, findings.provenance)
@@ -132,10 +133,7 @@ def _outcome(findings: Findings) -> str:
 
 def _remarks(findings: Findings) -> Iterable[str]:
     """What a reader should know besides the numbers of each lesion."""
-    largest = sorted(
-        (lesion for lesion in findings.lesions if lesion.disease is Disease.MEASURABLE),
-        key=lambda lesion: -lesion.long_axis.length_mm,
-    )[:PER_ORGAN]
+    largest = _largest(findings)
     if largest:
         total_mm = sum(lesion.long_axis.length_mm for lesion in largest)
         which = " and ".join(tracking_identifier(lesion) for lesion in largest)
@@ -157,6 +155,12 @@ def _remarks(findings: Findings) -> Iterable[str]:
     for flag in findings.flags:
         yield flag.text
     yield PHASE_UNKNOWN
+
+
+def _largest(findings: Findings) -> list[Lesion]:
+    """The measurable lesions whose diameters the record proposes to add up."""
+    measurable = [lesion for lesion in findings.lesions if lesion.disease is Disease.MEASURABLE]
+    return sorted(measurable, key=lambda lesion: -lesion.long_axis.length_mm)[:PER_ORGAN]
 
 
 def _lesion_group(
@@ -198,12 +202,7 @@ def _lesion_group(
     ]
     return sr.VolumetricROIMeasurementsAndQualitativeEvaluations(
         tracking_identifier=sr.TrackingIdentifier(uid=lesion.tracking_uid, identifier=tracking_identifier(lesion)),
-        referenced_segment=sr.ReferencedSegment(
-            sop_class_uid=seg.SOPClassUID,
-            sop_instance_uid=seg.SOPInstanceUID,
-            segment_number=segment_number,
-            source_series=sr.SourceSeriesForSegmentation(image.SeriesInstanceUID),
-        ),
+        referenced_segment=_segment(seg, segment_number, image),
         finding_type=codes.LESION,
         finding_sites=[sr.FindingSite(codes.LIVER)],
         measurements=measured,
@@ -214,15 +213,100 @@ def _lesion_group(
     )
 
 
+def _organ_group(findings: Findings, segs: Sequence[Dataset], source: Sequence[Dataset]) -> Group | None:
+    """The liver as a whole: its volume, how many candidates, the proposed sum; None where there is none of them.
+
+    Like TID 1411 where the liver has a segment, else like TID 1501. Nothing found gives no count: a coded
+    "Number of lesions: 0" would be read as a statement about the patient.
+    """
+    algorithm = sr.AlgorithmIdentification(line(findings.provenance.pipeline), line(findings.provenance.version))
+    measured = []
+    if findings.organ_volume_mm3 is not None:
+        cm3 = round(findings.organ_volume_mm3 / 1000, _DECIMALS)
+        measured.append(
+            sr.Measurement(
+                codes.VOLUME, cm3, codes.CUBIC_CENTIMETER, method=codes.SUM_OF_VOXELS, algorithm_id=algorithm
+            )
+        )
+    if findings.lesions:
+        measured += [_count(findings, disease) for disease in (None, *Disease)]
+    largest = _largest(findings)
+    if largest:
+        measured.append(_sum_of_diameters(largest))
+    if not measured:
+        return None
+    tracking = sr.TrackingIdentifier(uid=uids.derive(findings.run_digest, "liver"), identifier="Liver")
+    sites, kind = [sr.FindingSite(codes.LIVER)], codes.ANATOMICAL_STRUCTURE
+    shown = organ_segment(segs)
+    if shown is None:
+        return sr.MeasurementsAndQualitativeEvaluations(
+            tracking_identifier=tracking, finding_type=kind, finding_sites=sites, measurements=measured
+        )
+    seg, number = shown
+    return sr.VolumetricROIMeasurementsAndQualitativeEvaluations(
+        tracking_identifier=tracking,
+        referenced_segment=_segment(seg, number, source[0]),
+        finding_type=kind,
+        finding_sites=sites,
+        measurements=measured,
+    )
+
+
+def _count(findings: Findings, disease: Disease | None) -> sr.Measurement:
+    """How many candidates there are, of one class or of all."""
+    number = sum(disease in (None, lesion.disease) for lesion in findings.lesions)
+    count = sr.Measurement(codes.NUMBER_OF_LESIONS, number, codes.NO_UNITS)
+    if disease is not None:
+        of_class = sr.CodeContentItem(codes.MEASURABILITY, _MEASURABILITY[disease], Relationship.HAS_CONCEPT_MOD)
+        count[0].ContentSequence = sr.ContentSequence([of_class])
+    return count
+
+
+def _sum_of_diameters(largest: Sequence[Lesion]) -> sr.Measurement:
+    """A proposal, and which long axes it adds up."""
+    total_mm = round(sum(lesion.long_axis.length_mm for lesion in largest), _DECIMALS)
+    proposal = sr.Measurement(codes.SUM_OF_DIAMETERS, total_mm, codes.MILLIMETER)
+    proposal[0].ContentSequence = sr.ContentSequence()
+    for lesion in largest:
+        axis = sr.NumContentItem(
+            codes.LONG_AXIS,
+            round(lesion.long_axis.length_mm, _DECIMALS),
+            codes.MILLIMETER,
+            relationship_type=Relationship.INFERRED_FROM,
+        )
+        axis.ContentSequence = sr.ContentSequence(
+            [
+                sr.TextContentItem(
+                    codes.TRACKING_IDENTIFIER, tracking_identifier(lesion), Relationship.HAS_OBS_CONTEXT
+                ),
+                sr.UIDRefContentItem(codes.TRACKING_UID, lesion.tracking_uid, Relationship.HAS_OBS_CONTEXT),
+            ]
+        )
+        proposal[0].ContentSequence.append(axis)
+    return proposal
+
+
+def _segment(seg: Dataset, number: int, image: Dataset) -> sr.ReferencedSegment:
+    return sr.ReferencedSegment(
+        sop_class_uid=seg.SOPClassUID,
+        sop_instance_uid=seg.SOPInstanceUID,
+        segment_number=number,
+        source_series=sr.SourceSeriesForSegmentation(image.SeriesInstanceUID),
+    )
+
+
 def content_tree(
     identity: Identity,
     groups: Sequence[Group],
     sentences: Sequence[str],
     provenance: Provenance | None,
     criteria: Criteria | None,
+    overall: Group | None = None,
 ) -> Dataset:
     """The content tree of TID 1500.
 
+    overall: what is measured of the organ as a whole. It stands in a container of its own, because a common
+    validator holds every group among the Imaging Measurements to the template of the first.
     highdicom's MeasurementReport insists on a measurement group; the template itself asks for
     measurements or qualitative evaluations, so the root is put together here.
     """
@@ -231,14 +315,11 @@ def content_tree(
     children.extend(sr.LanguageOfContentItemAndDescendants(sr.CodedConcept.from_code(codes.ENGLISH)))
     children.extend(_observer(identity))
     children.append(sr.CodeContentItem(codes.PROCEDURE_REPORTED, codes.CT_PROCEDURE, Relationship.HAS_CONCEPT_MOD))
-    if groups:
-        measurements = sr.ContainerContentItem(
-            codes.IMAGING_MEASUREMENTS, False, relationship_type=Relationship.CONTAINS
-        )
-        measurements.ContentSequence = sr.ContentSequence()
-        for group in groups:
-            measurements.ContentSequence.extend(group)
-        children.append(measurements)
+    for name, within in ((codes.IMAGING_MEASUREMENTS, groups), (codes.SUMMARY, [overall] if overall else [])):
+        if within:
+            container = sr.ContainerContentItem(name, False, relationship_type=Relationship.CONTAINS)
+            container.ContentSequence = sr.ContentSequence([item for group in within for item in group])
+            children.append(container)
     evaluations = sr.ContainerContentItem(codes.QUALITATIVE_EVALUATIONS, False, relationship_type=Relationship.CONTAINS)
     evaluations.ContentSequence = sr.ContentSequence(list(_evaluations(sentences, provenance, criteria)))
     children.append(evaluations)

@@ -35,6 +35,32 @@ _SOURCE_SERIES = '(121232,DCM,"Source Series for Segmentation")'
 _TEMPLATE_SERIES = 'UIDREF (121232,DCM,"Source series for segmentation")'
 _SOURCE = 'IMAGE (121112,DCM,"Source of Measurement"): Content Item not in template'
 
+_SUMMARY = '/CONTAINER (126000,DCM,"Imaging Measurement Report")/CONTAINER (121111,DCM,"Summary")'
+_ORGAN = f'{_SUMMARY}/CONTAINER (125007,DCM,"Measurement Group")'
+_OF_ORGAN = "What is measured of the whole liver; TID 1500 is extensible."
+_VOLUME = 'NUM (118565006,SCT,"Volume")'
+_NUMBER = 'NUM (246206008,SCT,"Number of lesions (observable entity)")'
+_SUM = 'NUM (SUMDIAMETERS,99SALSA,"Proposed sum of largest measurable diameters")'
+_AXIS = 'NUM (103339001,SCT,"Long axis")'
+_IN_ORGAN_GROUP = (
+    'TEXT (112039,DCM,"Tracking Identifier")',
+    'UIDREF (112040,DCM,"Tracking Unique Identifier")',
+    'CODE (121071,DCM,"Finding")',
+    'CODE (363698007,SCT,"Finding Site")',
+    _VOLUME,
+    f'{_VOLUME}/CODE (370129005,SCT,"Measurement Method")',
+    f'{_VOLUME}/TEXT (111001,DCM,"Algorithm Name")',
+    f'{_VOLUME}/TEXT (111003,DCM,"Algorithm Version")',
+    _NUMBER,
+    f'{_NUMBER}/CODE (MEASURABILITY,99SALSA,"Measurability")',
+    _SUM,
+    f"{_SUM}/{_AXIS}",
+    f'{_SUM}/{_AXIS}/TEXT (112039,DCM,"Tracking Identifier")',
+    f'{_SUM}/{_AXIS}/UIDREF (112040,DCM,"Tracking Unique Identifier")',
+    'IMAGE (121191,DCM,"Referenced Segment")',
+    'UIDREF (121232,DCM,"Source Series for Segmentation")',
+)
+
 #: PixelMed 20220618, without the number of the content item that it begins with
 PIXELMED = {
     f'Template 1411 VolumetricROIMeasurements/[Row 1] CONTAINER (125007,DCM,"Measurement Group")/[Row 12] '
@@ -53,4 +79,7 @@ PIXELMED = {
     f'{_GROUP}/CODE (112021,DCM,"Response Evaluation Method"): Content Item not in template': (
         "TID 1411 is extensible and allows qualitative evaluations."
     ),
+    f"{_SUMMARY}: Content Item not in template": _OF_ORGAN,
+    f"{_ORGAN}: Content Item not in template": _OF_ORGAN,
+    **{f"{_ORGAN}/{item}: Content Item not in template": _OF_ORGAN for item in _IN_ORGAN_GROUP},
 }

@@ -169,13 +169,99 @@ def test_that_the_contrast_phase_is_unknown_is_said():
     assert dicom_sr.PHASE_UNKNOWN not in sentences(not_analysed())
 
 
+def overall(sr: Dataset) -> Dataset:
+    """The measurement group of the liver as a whole."""
+    (summary,) = (item for item in sr.ContentSequence if item.ConceptNameCodeSequence[0].CodeValue == "121111")
+    (group,) = summary.ContentSequence
+    return group
+
+
+def numbers(group: Dataset) -> list[tuple[str, str, float, str]]:
+    """(code, measurability or "", value, unit) of each number right below the group."""
+    found = []
+    for item in group.ContentSequence:
+        if item.ValueType == "NUM":
+            of_class = [
+                c for c in item.get("ContentSequence", ()) if c.ConceptNameCodeSequence[0].CodeValue == "MEASURABILITY"
+            ]
+            value = item.MeasuredValueSequence[0]
+            found.append(
+                (
+                    item.ConceptNameCodeSequence[0].CodeValue,
+                    of_class[0].ConceptCodeSequence[0].CodeValue if of_class else "",
+                    float(value.NumericValue),
+                    value.MeasurementUnitsCodeSequence[0].CodeValue,
+                )
+            )
+    return found
+
+
+THIRD_BOX = (slice(11, 13), slice(6, 20), slice(22, 32))
+LIVER_CM3 = 16 * 39 * 32 * 2.5 * 0.9 * 1.1 / 1000
+
+
+def three_lesions(**kwargs) -> tuple[Findings, list[Dataset]]:
+    grid = made.grid()
+    source = made.headers(grid)
+    return made.findings(grid, source, made.MEASURABLE_BOX, made.SMALL_BOX, THIRD_BOX, **kwargs), source
+
+
+def test_the_whole_liver_is_a_group_of_coded_numbers():
+    findings, source = three_lesions()
+    group = overall(reread(report(findings, source)))
+    large, third, small = findings.lesions
+    assert [lesion.disease.value[:3] for lesion in findings.lesions] == ["mea", "mea", "non"]
+    total_mm = large.long_axis.length_mm + third.long_axis.length_mm
+    assert numbers(group) == [
+        ("118565006", "", pytest.approx(LIVER_CM3, abs=1e-6), "cm3"),
+        ("246206008", "", 3, "1"),
+        ("246206008", "MEASURABLE", 2, "1"),
+        ("246206008", "NONMEASURABLE", 1, "1"),
+        ("SUMDIAMETERS", "", pytest.approx(total_mm, abs=1e-5), "mm"),
+    ]
+    named = {item.ConceptNameCodeSequence[0].CodeMeaning: item for item in group.ContentSequence}
+    assert named["Finding"].ConceptCodeSequence[0].CodeValue == "91723000"
+    assert named["Finding Site"].ConceptCodeSequence[0].CodeValue == "10200004"
+    addends = [
+        (item.ContentSequence[1].UID, float(item.MeasuredValueSequence[0].NumericValue), item.RelationshipType)
+        for item in named[codes.SUM_OF_DIAMETERS.meaning].ContentSequence
+    ]
+    by_length = sorted((large, third), key=lambda lesion: -lesion.long_axis.length_mm)
+    assert addends == [
+        (lesion.tracking_uid, pytest.approx(lesion.long_axis.length_mm, abs=1e-6), "INFERRED FROM")
+        for lesion in by_length
+    ]
+    assert small.tracking_uid not in [uid for uid, *_ in addends]
+    assert len(groups(report(findings, source))) == 3  # the liver is not counted among the lesions
+
+
+def test_the_liver_refers_to_its_segment_where_there_is_one():
+    findings, source = three_lesions()
+    assert not any(item.ValueType == "IMAGE" for item in overall(report(findings, source)).ContentSequence)
+    (seg,) = dicom_seg.build(findings, source, IDENTITY, made.PRODUCED_AT, include_organ=True)
+    sr = dicom_sr.build(findings, [seg], source, IDENTITY, made.PRODUCED_AT)
+    (image,) = (item for item in overall(sr).ContentSequence if item.ValueType == "IMAGE")
+    reference = image.ReferencedSOPSequence[0]
+    assert (reference.ReferencedSOPInstanceUID, reference.ReferencedSegmentNumber) == (seg.SOPInstanceUID, 3)
+
+
+def test_numbers_that_are_not_known_are_left_out():
+    small, source = three_lesions(with_organ=False, criteria=Criteria(min_diameter_mm=1000))
+    counts = [("246206008", "", 3), ("246206008", "MEASURABLE", 0), ("246206008", "NONMEASURABLE", 3)]
+    assert [number[:3] for number in numbers(overall(report(small, source)))] == counts
+    grid = made.grid()
+    nothing = made.findings(grid, source, with_organ=False)
+    assert codes.SUMMARY.value not in {item.CodeValue for item in coded(report(nothing, source))}
+    assert [number[0] for number in numbers(overall(nothing_found()))] == ["118565006"]
+
+
 def test_nothing_found_is_said_of_the_algorithm_not_of_the_patient():
     sr = nothing_found()
     said = sentences(sr)
     assert "The algorithm found no candidate lesion." in said
     assert {CAVEAT, "DEMO MODEL - NOT FOR CLINICAL USE"} <= set(said)
     assert not any("no lesion" in text.lower() for text in said)
-    assert not any(item.ValueType == "NUM" for item in items(sr))
+    assert [item.ConceptNameCodeSequence[0].CodeMeaning for item in items(sr) if item.ValueType == "NUM"] == ["Volume"]
     assert len(sr.CurrentRequestedProcedureEvidenceSequence[0].ReferencedSeriesSequence[0].ReferencedSOPSequence) == 20
 
 

@@ -193,12 +193,13 @@ def test_a_length_just_below_ten_is_not_named_ten():
     assert seg.SegmentSequence[0].SegmentLabel == "L1 - non-measurable - 9.9 mm"
 
 
-def test_many_frames_become_several_objects_of_one_series(monkeypatch):
+def test_many_frames_become_several_objects_each_a_series_of_its_own(monkeypatch):
     monkeypatch.setattr(dicom_seg, "MAX_FRAMES", 5)
     findings, source = made.case()  # 5 and 2 slices
     first, second = dicom_seg.build_lesions(findings, source, IDENTITY, made.PRODUCED_AT)
     assert (first.NumberOfFrames, second.NumberOfFrames) == (5, 2)
-    assert first.SeriesInstanceUID == second.SeriesInstanceUID
+    assert first.SeriesInstanceUID != second.SeriesInstanceUID
+    assert (first.SeriesNumber, second.SeriesNumber) == (9003, 9103)
     assert first.SOPInstanceUID != second.SOPInstanceUID
     assert dicom_seg.segment_of(findings.lesions[1], [first, second]) == (second, 1)
     assert dicom_seg.made_from(second, findings)

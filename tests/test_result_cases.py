@@ -201,9 +201,12 @@ JAVA = (  # the validator's templates need more XPath operators than this Java a
 def test_the_reports_keep_to_their_templates(tool, tmp_path):
     tool("DicomSRValidator", "pixelmed-apps")
     findings, source = CASES["Latin-1"]()
-    sent = [item for item in objects((findings, source)) if item.kind.value in FULL_SR]
-    reports = put((*sent, *not_analysed(made.PROVENANCE)), tmp_path)
-    assert {item.name for item in sent} == {"sr", "viewer_sr"}
+    with_liver = replace(TERMS, products=replace(TERMS.products, include_liver=True))
+    sent = [item for item in objects((findings, source), with_liver) if item.kind.value in FULL_SR]
+    refused = [replace(item, name="not_analysed") for item in not_analysed(made.PROVENANCE)]
+    nothing = [replace(item, name="no_candidate") for item in objects(CASES["no candidate"]()) if item.kind is Kind.SR]
+    reports = put((*sent, *refused, *nothing), tmp_path)
+    assert {item.name for item, _ in reports} == {"sr", "viewer_sr", "not_analysed", "no_candidate"}
     running = {
         n: subprocess.Popen([*JAVA, path], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for n, (_, path) in enumerate(reports)
