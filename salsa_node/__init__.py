@@ -24,6 +24,7 @@ room imports exactly what stands right of its arrow):
     series                 <- errors uids volume
     selection              <- errors series
     models                 <- errors
+    contrast_phase         <-
     pipelines              <- errors uids volume
     pipelines.plans        <- errors
     pipelines.device       <- errors
@@ -33,7 +34,7 @@ room imports exactly what stands right of its arrow):
     pipelines.salsa_steps  <- errors volume
     pipelines.totalseg     <- errors models pipelines pipelines.device pipelines.nnunet volume
   pipelines.given_masks  <- errors nifti pipelines regrid volume
-    findings               <- criteria errors pipelines uids volume
+    findings               <- contrast_phase criteria errors pipelines uids volume
     codes                  <-
     dicom_result           <- errors pipelines series uids volume
     dicom_seg              <- codes dicom_result errors findings pipelines uids
@@ -45,7 +46,7 @@ room imports exactly what stands right of its arrow):
   dicom_pdf              <- codes dicom_result pipelines uids
   dicom_ko               <- codes dicom_result errors findings uids
   guards                 <- codes dicom_result errors findings limits pipelines uids volume
-  analysis               <- criteria dicom_ko dicom_pdf dicom_result dicom_sc dicom_seg dicom_sr dicom_viewer_sr errors findings guards limits page picture pipelines products series uids volume
+  analysis               <- contrast_phase criteria dicom_ko dicom_pdf dicom_result dicom_sc dicom_seg dicom_sr dicom_viewer_sr errors findings guards limits page picture pipelines products series uids volume
 
   the plumbing wing
     store_rows             <-

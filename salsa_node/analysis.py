@@ -18,6 +18,7 @@ import pydicom
 from pydicom.errors import InvalidDicomError
 
 from salsa_node import (
+    contrast_phase,
     dicom_ko,
     dicom_pdf,
     dicom_result,
@@ -34,7 +35,7 @@ from salsa_node.dicom_result import Identity, Kind, Made, caveat
 from salsa_node.errors import OrganNotFound, SeriesRejected
 from salsa_node.findings import Findings, measure, table
 from salsa_node.limits import Limits
-from salsa_node.pipelines import Pipeline, Provenance
+from salsa_node.pipelines import Flag, Pipeline, Provenance
 from salsa_node.products import Products
 from salsa_node.series import headers, inspect, read_volume
 from salsa_node.uids import digest
@@ -122,15 +123,18 @@ def analyse(
     progress("measuring")
     findings = measure(ct, masks, terms.criteria)
     # What else decides the bytes decides the UIDs too: other bytes never go out under a UID that was used before.
-    signed = digest(findings.run_digest, repr(terms.identity), repr(terms.products), repr(terms.limits))
+    source = headers(series)
+    phase = contrast_phase.read(source[len(source) // 2])
+    signed = digest(findings.run_digest, repr(phase), *map(repr, (terms.identity, terms.products, terms.limits)))
     odd = (
         *findings.flags,
+        *([Flag("phase_wrong", phase.wrong)] if phase.wrong else []),
         *guards.flags(ct, findings, terms.limits),
         *dicom_seg.flags(findings, include_organ=terms.products.include_liver),
     )
-    findings = replace(findings, run_digest=signed, flags=odd)
+    findings = replace(findings, run_digest=signed, flags=odd, contrast_phase=phase)
     progress("writing")
-    objects = _objects(ct, findings, headers(series), terms, lineage(signed))
+    objects = _objects(ct, findings, source, terms, lineage(signed))
     outcome = Outcome.LESIONS if findings.lesions else Outcome.NO_CANDIDATE
     blocked = " ".join(flag.text for flag in findings.flags if flag.blocks)
     return Analysis(outcome, objects, findings, ct, "", signed, blocked)
@@ -242,6 +246,7 @@ def summary(result: Analysis) -> dict[str, object]:
         "liver_ml": organ_ml,
         "dropped_specks": findings.dropped_specks,
         "flags": [asdict(flag) for flag in findings.flags],
+        "contrast_phase": findings.contrast_phase.phase.value,
         "criteria": {**asdict(findings.criteria), "rule": findings.criteria.rule.value},
         "pipeline": {
             "name": provenance.pipeline,

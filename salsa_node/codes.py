@@ -19,6 +19,22 @@ PRIVATE_SCHEME_OWNER: Final = "salsa_node"
 ANATOMICAL_STRUCTURE: Final = Code("91723000", "SCT", "Anatomical Structure")
 ABNORMAL_STRUCTURE: Final = Code("49755003", "SCT", "Morphologically Abnormal Structure")
 LIVER: Final = Code("10200004", "SCT", "Liver")
+COUINAUD: Final = {  # liver segment 1 to 8
+    number: Code(value, "SCT", f"Couinaud hepatic segment {roman}")
+    for number, (value, roman) in enumerate(
+        (
+            ("71133005", "I"),
+            ("277956007", "II"),
+            ("277957003", "III"),
+            ("277958008", "IV"),
+            ("277959000", "V"),
+            ("277960005", "VI"),
+            ("277961009", "VII"),
+            ("277962002", "VIII"),
+        ),
+        start=1,
+    )
+}
 LESION: Final = Code("52988006", "SCT", "Lesion")  # no histology: never neoplasm
 
 # The colours of a lesion by class, wherever it is shown.

@@ -40,7 +40,6 @@ from salsa_node.pipelines import Provenance
 NOTHING_FOUND: Final = "The algorithm found no candidate lesion."
 NOTHING_MARKED: Final = "The person's mask marks no lesion."
 NOT_ANALYSED: Final = "No analysis was possible."
-PHASE_UNKNOWN: Final = "Contrast phase unknown: it was not determined from the images."
 PER_ORGAN: Final = 2  # target lesions per organ at most (RECIST 1.1 section 3.1.2)
 Group = sr.VolumetricROIMeasurementsAndQualitativeEvaluations | sr.MeasurementsAndQualitativeEvaluations
 _DECIMALS: Final = 6  # of every measured number: finer than any voxel
@@ -154,7 +153,8 @@ def _remarks(findings: Findings) -> Iterable[str]:
             yield f"{tracking_identifier(lesion)} touches {where} and may be larger than measured."
     for flag in findings.flags:
         yield flag.text
-    yield PHASE_UNKNOWN
+    if not findings.contrast_phase.wrong:  # else a flag has said so
+        yield findings.contrast_phase.sentence
 
 
 def _largest(findings: Findings) -> list[Lesion]:
@@ -204,7 +204,7 @@ def _lesion_group(
         tracking_identifier=sr.TrackingIdentifier(uid=lesion.tracking_uid, identifier=tracking_identifier(lesion)),
         referenced_segment=_segment(seg, segment_number, image),
         finding_type=codes.LESION,
-        finding_sites=[sr.FindingSite(codes.LIVER)],
+        finding_sites=[sr.FindingSite(site) for site in (codes.LIVER, *(codes.COUINAUD[n] for n in lesion.segments))],
         measurements=measured,
         qualitative_evaluations=[
             sr.QualitativeEvaluation(codes.MEASURABILITY, _MEASURABILITY[lesion.disease]),

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.spatial import ConvexHull
 
+from salsa_node.contrast_phase import UNKNOWN_PHASE, ContrastPhase
 from salsa_node.criteria import Criteria, Rule
 from salsa_node.errors import PipelineError
 from salsa_node.pipelines import Flag, Masks, Provenance
@@ -97,6 +98,7 @@ class Findings:
     organ: 1 = liver, or None; organ_volume_mm3 likewise.
     run_digest: SHA-256 of source, pipeline and criteria; every UID of the results derives from it.
     flags: what is odd about them, as `guards.flags` and the pipeline found.
+    contrast_phase: of the CT, as its headers have it; unknown where nobody looked.
     """
 
     lesions: tuple[Lesion, ...]
@@ -108,6 +110,7 @@ class Findings:
     provenance: Provenance
     run_digest: str
     flags: tuple[Flag, ...] = ()
+    contrast_phase: ContrastPhase = UNKNOWN_PHASE
 
 
 def measure(ct: CtVolume, masks: Masks, criteria: Criteria) -> Findings:

@@ -7,6 +7,7 @@ from pydicom.sr.coding import Code
 from salsa_node import codes
 
 ALL = {name: code for name, code in vars(codes).items() if isinstance(code, Code)}
+ALL |= {f"COUINAUD_{number}": code for number, code in codes.COUINAUD.items()}
 # Not in pydicom's dictionary: the language tag, and the container of TID 1500 row 12.
 BEYOND_THE_DICTIONARY = {"ENGLISH", "QUALITATIVE_EVALUATIONS"}
 

@@ -12,6 +12,7 @@ import pytest
 from pydicom.dataset import Dataset
 
 from salsa_node import codes, dicom_seg, dicom_sr
+from salsa_node.contrast_phase import ContrastPhase, Phase
 from salsa_node.criteria import Criteria, Rule
 from salsa_node.dicom_result import CAVEAT, Identity
 from salsa_node.errors import EncodingError
@@ -163,10 +164,16 @@ def test_what_limits_the_numbers_is_said():
     assert "Lesion 1 touches the edge of the scanned volume and may be larger than measured." in said
 
 
-def test_that_the_contrast_phase_is_unknown_is_said():
-    assert dicom_sr.PHASE_UNKNOWN in sentences(report(*made.case()))
-    assert dicom_sr.PHASE_UNKNOWN in sentences(nothing_found())
-    assert dicom_sr.PHASE_UNKNOWN not in sentences(not_analysed())
+def test_the_contrast_phase_is_said_known_or_not():
+    unknown = "Contrast phase unknown: the headers do not name it."
+    assert unknown in sentences(report(*made.case()))
+    assert unknown in sentences(nothing_found())
+    assert not any("phase" in text for text in sentences(not_analysed()))
+    findings, source = made.case()
+    portal = ContrastPhase(Phase.PORTAL_VENOUS, (("Series Description", "portal venous"),))
+    known = sentences(report(replace(findings, contrast_phase=portal), source))
+    assert "Contrast phase: portal venous, as the headers have it (Series Description)." in known
+    assert unknown not in known
 
 
 def overall(sr: Dataset) -> Dataset:
@@ -243,6 +250,19 @@ def test_the_liver_refers_to_its_segment_where_there_is_one():
     (image,) = (item for item in overall(sr).ContentSequence if item.ValueType == "IMAGE")
     reference = image.ReferencedSOPSequence[0]
     assert (reference.ReferencedSOPInstanceUID, reference.ReferencedSegmentNumber) == (seg.SOPInstanceUID, 3)
+
+
+def test_the_couinaud_segments_are_sites_beside_the_liver(tool, tmp_path):
+    findings, source = made.case()
+    first, second = findings.lesions
+    findings = replace(findings, lesions=(replace(first, segments=(8, 4)), second))
+    sr = report(findings, source)
+    sites = [[site.value.CodeValue for site in group.finding_sites] for group in groups(sr)]
+    assert sites == [["10200004", "277962002", "277958008"], ["10200004"]]
+    path = tmp_path / "sr.dcm"
+    path.write_bytes(written(sr))
+    done = subprocess.run([tool("dciodvfy", "dicom3tools"), path], capture_output=True, text=True, check=False)
+    assert "Error" not in done.stdout + done.stderr
 
 
 def test_numbers_that_are_not_known_are_left_out():
