@@ -81,7 +81,12 @@ room imports exactly what stands right of its arrow):
     model_import           <- errors model_cards model_manifest model_source model_trial models
     model_fetch            <- errors model_cards model_import model_manifest models
     cli_models             <- config console errors model_cards model_fetch model_import model_manifest models options
-  cli                    <- assembly cli_models config console delivery demo durable errors log nifti node offline options overview preflight settings store worker
+    cases                  <- errors nifti selection series volume
+    film                   <- dicom_result findings picture volume
+    batch                  <- analysis cases criteria durable errors film findings guards limits log models nifti pipelines uids volume
+    scripting              <- batch cases config criteria dicom_result dicom_seg errors findings nifti pipelines preflight series
+    cli_batch              <- batch cases config console criteria errors options pipelines preflight
+  cli                    <- assembly cli_batch cli_models config console delivery demo durable errors log nifti node offline options overview preflight settings store worker
     __main__               <- cli
 """  # noqa: E501 - one room, one line
 

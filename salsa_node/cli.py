@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from salsa_node import __version__, cli_models, config, console, errors
+from salsa_node import __version__, cli_batch, cli_models, config, console, errors
 from salsa_node.options import EXIT_NO, AsJson, ConfigFile, LesionLabels, OrganLabels, StudyName
 from salsa_node.settings import SENDER
 
@@ -26,6 +26,7 @@ app = typer.Typer(
 config_app = typer.Typer(help="The settings.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 app.add_typer(cli_models.app, name="models")
+app.command()(cli_batch.batch)
 
 GIVEN_MASKS = "given_masks"
 _EXIT_CODES = (

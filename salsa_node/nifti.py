@@ -8,6 +8,7 @@ k -> slice, j -> row, i -> column. No axis is flipped; the affine says where eac
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import nibabel as nib
@@ -23,6 +24,7 @@ from salsa_node.volume import Affine, CtVolume, Grid, LabelVolume
 #: The description of a label map that this package wrote, so that a map without lesions is known for what it is.
 LABEL_MAP = "salsa_node: 1 liver, n + 1 lesion n"
 _DESCRIPTION_CHARS = 79  # the header's field holds 80 bytes
+_MAX_SKEW_DEGREES = 0.5  # rounding in a header stays far below it; a tilted gantry is beyond
 
 _RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _UNREADABLE = (  # what nibabel raises over damaged files, as fuzzing found
@@ -44,9 +46,15 @@ def read_ct(path: Path) -> CtVolume:
     """A CT in Hounsfield units: int16 where every value is a whole number that fits, float32 otherwise.
 
     Raises SeriesRejected where the file is no 3-D volume of finite numbers, does not say where it
-    lies, or cannot hold Hounsfield units (unsigned without an intercept).
+    lies, lies on axes that are not perpendicular, or cannot hold Hounsfield units (unsigned without an intercept).
     """
     voxels, grid, stored = _read(path)
+    directions = grid.affine_lps_mm[:3, :3] / np.array(grid.spacing_mm)
+    skew = float(np.degrees(np.arcsin(min(1.0, np.abs(directions.T @ directions - np.eye(3)).max()))))
+    if skew > _MAX_SKEW_DEGREES:
+        raise SeriesRejected(
+            f"axes {skew:.1f} degrees off the perpendicular; resample the scan to a regular grid first"
+        )
     if np.issubdtype(stored, np.unsignedinteger) and voxels.min() >= 0:
         raise SeriesRejected(
             f"unsigned values from {voxels.min():g} to {voxels.max():g}: no Hounsfield units, which reach below zero"
@@ -85,21 +93,52 @@ def read_description(path: Path) -> str:
         raise _damaged(exc) from exc
 
 
-def write_labels(labels: LabelVolume, path: Path, description: str = "") -> None:
+def write_labels(labels: LabelVolume, path: Path, description: str = "", like: Path | None = None) -> None:
     """Writes a label map to `path` (.nii or .nii.gz), stored as (column, row, slice) with its affine in RAS.
 
     description: goes into the header. Raises ValueError where it is longer than 79 characters or not ASCII.
+    like: the NIfTI that `labels.grid` was read from; the map is then stored in its order of axes, so that the
+        two arrays lie voxel on voxel, and takes over what its header says of space. Raises SeriesRejected where
+        that file lies on another grid.
     """
     if len(description) > _DESCRIPTION_CHARS or not description.isascii():
         raise ValueError(f"a description takes at most {_DESCRIPTION_CHARS} ASCII characters, found {description!r}")
-    affine = _RAS_TO_LPS @ labels.grid.affine_lps_mm[:, [2, 1, 0, 3]]
+    image = _image(labels.labels, labels.grid) if like is None else _image_like(labels, like)
+    image.header["descrip"] = description.encode("ascii")
+    nib.save(image, path)
+
+
+def write_ct(ct: CtVolume, path: Path) -> None:
+    """Writes CT numbers to `path` (.nii or .nii.gz), stored as (column, row, slice) with the affine in RAS."""
+    nib.save(_image(ct.voxels_hu, ct.grid), path)
+
+
+def _image(voxels: Numbers, grid: Grid) -> Nifti1Image:
+    affine = _RAS_TO_LPS @ grid.affine_lps_mm[:, [2, 1, 0, 3]]
     # nibabel types its modules but not these functions.
-    image = Nifti1Image(labels.labels.transpose(2, 1, 0), affine)  # type: ignore[no-untyped-call]
+    image = Nifti1Image(voxels.transpose(2, 1, 0), affine)  # type: ignore[no-untyped-call]
     image.set_sform(affine, code=1)  # type: ignore[no-untyped-call]  # 1: scanner coordinates
     image.set_qform(affine, code=1)  # type: ignore[no-untyped-call]
     image.header.set_xyzt_units("mm")  # type: ignore[no-untyped-call]
-    image.header["descrip"] = description.encode("ascii")
-    nib.save(image, path)
+    return image
+
+
+def _image_like(labels: LabelVolume, like: Path) -> Nifti1Image:
+    source = _load(like)
+    affine = np.asarray(source.affine, dtype=np.float64)
+    stored = labels.labels.transpose(np.argsort(_slice_row_column(affine)))
+    shape = tuple(source.shape[:3])
+    if stored.shape != shape or not _grid_of(affine, shape).matches(labels.grid):
+        raise SeriesRejected(f"the labels do not lie on the grid of the scan, which has {shape} voxels")
+    image = Nifti1Image(stored, affine)  # type: ignore[no-untyped-call]
+    for of in ("qform", "sform"):
+        form, code = getattr(source, f"get_{of}")(coded=True)
+        if code:
+            getattr(image, f"set_{of}")(form, code=int(code))
+        else:
+            getattr(image, f"set_{of}")(None, code=0)
+    image.header.set_xyzt_units("mm")  # type: ignore[no-untyped-call]
+    return image
 
 
 def _read(path: Path) -> tuple[Numbers, Grid, np.dtype[np.generic]]:
@@ -128,9 +167,13 @@ def _read(path: Path) -> tuple[Numbers, Grid, np.dtype[np.generic]]:
     odd = voxels.size - int(np.count_nonzero(np.isfinite(voxels)))
     if odd:
         raise SeriesRejected(f"{odd} of {voxels.size} voxels are not finite numbers")
+    return voxels.transpose(_slice_row_column(affine)), _grid_of(affine, voxels.shape), stored
+
+
+def _grid_of(affine: Affine, shape: Sequence[int]) -> Grid:
+    """Where (slice, row, column) lie of an array of `shape` as it is stored; affine: the file's own, in RAS."""
     order = _slice_row_column(affine)
-    shape = voxels.shape[order[0]], voxels.shape[order[1]], voxels.shape[order[2]]
-    return voxels.transpose(order), Grid(shape, _RAS_TO_LPS @ affine[:, [*order, 3]]), stored
+    return Grid((shape[order[0]], shape[order[1]], shape[order[2]]), _RAS_TO_LPS @ affine[:, [*order, 3]])
 
 
 def _load(path: Path) -> Nifti1Pair:

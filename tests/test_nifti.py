@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from salsa_node.errors import SeriesRejected
-from salsa_node.nifti import LABEL_MAP, read_ct, read_description, read_labels, write_labels
-from salsa_node.volume import Grid, LabelVolume
+from salsa_node.nifti import LABEL_MAP, read_ct, read_description, read_labels, write_ct, write_labels
+from salsa_node.volume import CtVolume, Grid, LabelVolume
 
 RAS = np.diag([0.8, 0.9, 2.5, 1.0])
 RAS[:3, 3] = (-100.0, -50.0, 900.0)
@@ -212,3 +212,53 @@ def test_the_public_ct_and_labels_share_a_grid(testdata):
     assert ct.grid.matches(labels.grid)
     assert 40 < ct.voxels_hu[labels.labels == 5].mean() < 150  # the liver
     assert ct.voxels_hu.min() == -1100
+
+
+@pytest.mark.parametrize("order", list(permutations(range(3))))
+@pytest.mark.parametrize("oblique", [False, True])
+def test_a_map_like_its_scan_lies_voxel_on_voxel_with_it(order, oblique, tmp_path):
+    affine = RAS.copy()
+    if oblique:
+        turned = np.deg2rad(20)
+        affine[:3, :3] = [
+            [np.cos(turned), -np.sin(turned), 0],
+            [np.sin(turned), np.cos(turned), 0],
+            [0, 0, 1],
+        ] @ affine[:3, :3]
+    affine = affine[:, [*order, 3]]
+    data = hu().transpose(order)
+    source = saved(tmp_path / "scan.nii.gz", data, affine)
+    ct = read_ct(source)
+    write_labels(LabelVolume((ct.voxels_hu > 0).astype(np.uint8), ct.grid), tmp_path / "map.nii.gz", like=source)
+    scan, written = nib.load(source), nib.load(tmp_path / "map.nii.gz")
+    assert np.array_equal(np.asarray(written.dataobj), (data > 0).astype(np.uint8))
+    assert np.array_equal(written.affine, scan.affine)
+    for of in ("qform_code", "sform_code"):
+        assert written.header[of] == scan.header[of]
+
+
+def test_a_map_of_another_scan_is_not_written_like_this_one(tmp_path):
+    source = saved(tmp_path / "scan.nii.gz", hu())
+    labels = LabelVolume(np.zeros((6, 5, 4), np.uint8), Grid((6, 5, 4), np.eye(4)[:, [2, 1, 0, 3]]))
+    with pytest.raises(SeriesRejected, match="do not lie on the grid of the scan"):
+        write_labels(labels, tmp_path / "map.nii.gz", like=source)
+
+
+def test_written_ct_numbers_come_back(tmp_path):
+    ct = read_ct(saved(tmp_path / "scan.nii.gz", hu()))
+    for voxels in (ct.voxels_hu, ct.voxels_hu.astype(np.float32) + np.float32(0.5)):
+        write_ct(CtVolume(voxels, ct.grid), tmp_path / "again.nii.gz")
+        again = read_ct(tmp_path / "again.nii.gz")
+        assert again.grid.matches(ct.grid)
+        assert np.array_equal(again.voxels_hu, voxels)
+        assert again.voxels_hu.dtype == voxels.dtype
+
+
+def test_a_sheared_scan_is_refused(tmp_path):
+    affine = RAS.copy()
+    affine[1, 2] = 0.2
+    image = nib.nifti1.Nifti1Image(hu(), affine)
+    image.set_sform(affine, code=1)
+    nib.save(image, tmp_path / "scan.nii")
+    with pytest.raises(SeriesRejected, match=r"4\.6 degrees off the perpendicular"):
+        read_ct(tmp_path / "scan.nii")

@@ -1,0 +1,282 @@
+"""Many scans, one after the other: a label map beside each, its lesions as JSON and CSV; what is done stays done.
+
+SALSA's own interface (radiomicsgroup/liver-SALSA), mended: one bad case is told and the rest go on, what a batch left
+unfinished goes on where it stopped, and a result says what made it. The JSON beside a label map is written last: a
+case without it was not finished.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from salsa_node import cases, durable, film, guards, nifti
+from salsa_node.analysis import Analysis, Outcome, summary
+from salsa_node.cases import Case
+from salsa_node.criteria import Criteria
+from salsa_node.errors import ConfigError, SalsaNodeError, SeriesRejected
+from salsa_node.findings import Disease, Findings, measure
+from salsa_node.limits import Limits
+from salsa_node.log import unforeseen
+from salsa_node.models import sha256_of
+from salsa_node.pipelines import DEMO_NOTICE, Pipeline, once
+from salsa_node.uids import digest
+from salsa_node.volume import CtVolume, LabelVolume
+
+INTERMEDIATES: Final = (  # what SALSA keeps of a case, by its names
+    "liver", "liver_resampled", "liver_postprocessed", "scan_resampled", "cropped/scan_0000", "cropped/mask_0000",
+    "mask_resampled",
+)  # fmt: skip
+OVERLAYS: Final = ("gif", "png")
+_WRITER: Final = "salsa_node batch, "
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What is written for each case.
+
+    recist: 1 measurable and 2 non-measurable; else 1 for every lesion. instances: one label per lesion instead.
+    keep_intermediates: SALSA's folder of what lies between. overlay: "gif", "png" or "".
+    again: also where a result is there already.
+    """
+
+    recist: bool = True
+    instances: bool = False
+    keep_intermediates: bool = False
+    overlay: str = ""
+    again: bool = False
+
+    def __post_init__(self) -> None:
+        if self.overlay not in ("", *OVERLAYS):
+            raise ConfigError(f"--overlay: expected {' or '.join(OVERLAYS)}, found {self.overlay!r}")
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """What the values of the label map mean."""
+        if self.instances:
+            return {"n": "lesion n"}
+        return {"1": "measurable", "2": "non-measurable"} if self.recist else {"1": "lesion"}
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What became of one case.
+
+    state: "done", "there" (finished before) or "failed". told: in words. record: the case's JSON; {} where it failed.
+    """
+
+    case: Case
+    place: Path
+    state: str
+    told: str
+    record: Mapping[str, object]
+
+    @property
+    def lesions(self) -> Sequence[Mapping[str, object]]:
+        """The rows of the findings table."""
+        rows = self.record.get("lesions", [])
+        return rows if isinstance(rows, list) else []
+
+    def as_json(self) -> dict[str, object]:
+        """The same for machines."""
+        failed = self.state == "failed"
+        return {
+            "scan": str(self.case.path),
+            "state": self.state,
+            "told": self.told,
+            "result": None if failed else str(self.place),
+            "record": None if failed else dict(self.record),
+        }
+
+
+def run(
+    placed: Iterable[tuple[Case, Path]], pipeline: Pipeline, criteria: Criteria, limits: Limits, wanted: Wanted
+) -> Iterator[Result]:
+    """Analyse the cases of `cases.placed` one after the other; each result comes when it is written. Raises nothing."""
+    for case, place in placed:
+        try:
+            yield _one(case, place, pipeline, criteria, limits, wanted)
+        except SalsaNodeError as error:
+            yield _failed(case, place, str(error))
+        except OSError as error:
+            where = f"; {place.parent} must be a folder that this user may write: see --output" if error.errno else ""
+            yield _failed(case, place, f"cannot be read or written ({error.strerror}){where}")
+        except Exception as error:  # noqa: BLE001 - one bad case is told and the rest go on
+            yield _failed(case, place, unforeseen(error))
+
+
+def write_tables(results: Sequence[Result], folder: Path) -> tuple[Path, ...]:
+    """`salsa_lesions.csv` (a row for each lesion), `salsa_scans.csv` (a row for each scan), `salsa_batch.json` (all).
+
+    Raises ConfigError where `folder` cannot be written.
+    """
+    lesions = [{"scan": str(result.case.path), **row} for result in results for row in result.lesions]
+    scans = [_scan_row(result) for result in results]
+    paths = folder / "salsa_lesions.csv", folder / "salsa_scans.csv", folder / "salsa_batch.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path, rows in zip(paths, (lesions, scans), strict=False):
+            with path.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else ["scan"])
+                writer.writeheader()
+                writer.writerows(rows)
+        paths[2].write_text(json.dumps([result.as_json() for result in results], indent=2) + "\n", encoding="utf-8")
+    except OSError as exc:
+        raise ConfigError(f"the tables cannot be written to {folder} ({exc.strerror}); see --output") from exc
+    return paths
+
+
+def label_map(findings: Findings, wanted: Wanted) -> LabelVolume:
+    """The lesions as `wanted` asks for them: uint8 (uint16 for more than 255 lesions one by one), on the CT's grid."""
+    numbered = findings.lesion_labels.labels
+    values = np.zeros(len(findings.lesions) + 1, dtype=np.uint8 if len(findings.lesions) < 256 else np.uint16)
+    for lesion in findings.lesions:
+        second = wanted.recist and lesion.disease is Disease.NON_MEASURABLE
+        values[lesion.number] = lesion.number if wanted.instances else 2 if second else 1
+    if not wanted.instances:
+        values = values.astype(np.uint8)
+    labels: npt.NDArray[np.unsignedinteger] = values[numbered]
+    return LabelVolume(labels, findings.lesion_labels.grid)
+
+
+def _one(case: Case, place: Path, pipeline: Pipeline, criteria: Criteria, limits: Limits, wanted: Wanted) -> Result:
+    if case.refusal:
+        raise SeriesRejected(case.refusal)
+    key = _key(case, pipeline, criteria, limits, wanted)
+    record_path = place.with_name(place.name.removesuffix(".nii.gz") + ".json")
+    if not wanted.again:
+        there = _record(record_path)
+        if there.get("key") == key and place.is_file() and there.get("labels_sha256") == sha256_of(place):
+            return Result(case, place, "there", f"{_counted(there)} (finished before)", there)
+        if place.exists() and not _is_ours(place, there):
+            raise ConfigError(f"{place.name} is there and is not what a batch wrote; move it away, or add --again")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with _unfinished(place) as labels_file:  # a folder that cannot be written is found before the work
+        scan = cases.read(case)
+        findings, ct = _analyse(scan.ct, pipeline, criteria, limits, place, wanted)
+        like = case.path if case.is_nifti else None
+        nifti.write_labels(label_map(findings, wanted), labels_file, _description(findings, wanted), like)
+        overlay = {"gif": film.gif, "png": film.png}.get(wanted.overlay)
+        if overlay is not None:
+            durable.write(place.with_name(place.name.removesuffix("nii.gz") + wanted.overlay), [overlay(ct, findings)])
+        record_path.unlink(missing_ok=True)
+        labels_file.replace(place)
+    outcome = Outcome.LESIONS if findings.lesions else Outcome.NO_CANDIDATE
+    told = summary(Analysis(outcome, (), findings, ct, "", findings.run_digest))
+    record = {"scan": case.path.name, "labels": wanted.labels, **told, "labels_sha256": sha256_of(place), "key": key}
+    durable.write(record_path, [json.dumps(record, indent=2).encode() + b"\n"])
+    return Result(case, place, "done", _counted(record), record)
+
+
+def _analyse(
+    ct: CtVolume, pipeline: Pipeline, criteria: Criteria, limits: Limits, place: Path, wanted: Wanted
+) -> tuple[Findings, CtVolume]:
+    if wanted.keep_intermediates:
+        masks = pipeline.segment(ct, _Keeper(place.with_name(place.name.removesuffix(".nii.gz"))))
+    else:
+        masks = pipeline.segment(ct)
+    findings = measure(ct, masks, criteria)
+    return replace(findings, flags=once(*guards.flags(ct, findings, limits), *findings.flags)), ct
+
+
+class _Keeper:
+    """Writes each intermediate volume where SALSA keeps it, `<stem>_SALSA/<name>.nii.gz`, where it really lies."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        for name in INTERMEDIATES:  # nothing of an earlier run stays beside this one's
+            self._file(name).unlink(missing_ok=True)
+
+    def __call__(self, name: str, volume: CtVolume | LabelVolume) -> None:
+        file = self._file(name)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(volume, CtVolume):
+            nifti.write_ct(volume, file)
+        else:
+            nifti.write_labels(volume, file)
+
+    def _file(self, name: str) -> Path:
+        return self._folder / f"{name}.nii.gz"
+
+
+@contextmanager
+def _unfinished(place: Path) -> Iterator[Path]:
+    """A file beside `place` while it is written; gone afterwards unless it was renamed."""
+    file = place.with_name(f".{uuid.uuid4().hex}{cases.MARK}.nii.gz")
+    file.touch()
+    try:
+        yield file
+    finally:
+        file.unlink(missing_ok=True)
+
+
+def _key(case: Case, pipeline: Pipeline, criteria: Criteria, limits: Limits, wanted: Wanted) -> str:
+    """Changes when anything changes that decides what is written."""
+    images = sorted(sha256_of(file) for file in case.files)
+    asked = replace(wanted, again=False)
+    return digest(*images, pipeline.provenance.digest, repr(criteria), repr(limits), json.dumps(asdict(asked)))
+
+
+def _record(path: Path) -> dict[str, object]:
+    """The JSON of an earlier run; {} where there is none that can be read."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _is_ours(place: Path, record: Mapping[str, object]) -> bool:
+    """Whether a batch wrote that label map, and nobody changed it since."""
+    if record:
+        return record.get("labels_sha256") == sha256_of(place)
+    try:
+        return nifti.read_description(place).startswith(_WRITER)  # a batch that was cut off before the JSON
+    except SeriesRejected:
+        return False
+
+
+def _description(findings: Findings, wanted: Wanted) -> str:
+    meaning = "n lesion n" if wanted.instances else "1 measurable 2 not" if wanted.recist else "1 lesion"
+    demo = "; DEMO, NOT FOR CLINICAL USE" if findings.provenance.notice == DEMO_NOTICE else ""
+    return f"{_WRITER}{findings.provenance.pipeline[:24]}: {meaning}{demo}"
+
+
+def _counted(record: Mapping[str, object]) -> str:
+    lesions = record.get("lesions")
+    count = len(lesions) if isinstance(lesions, list) else 0
+    if not count:
+        return "the algorithm found no candidate lesion"
+    return f"{count} candidate lesion{'' if count == 1 else 's'}"
+
+
+def _scan_row(result: Result) -> dict[str, object]:
+    record, lesions = result.record, result.lesions
+    pipeline = record.get("pipeline")
+    flags = record.get("flags")
+    return {
+        "scan": str(result.case.path),
+        "state": result.state,
+        "told": result.told,
+        "result": "" if result.state == "failed" else str(result.place),
+        "lesions": len(lesions) if record else "",
+        "measurable": sum(row["disease"] == Disease.MEASURABLE.value for row in lesions) if record else "",
+        "lesions_ml": round(sum(float(str(row["volume_ml"])) for row in lesions), 4) if record else "",
+        "liver_ml": record.get("liver_ml", ""),
+        "flags": " ".join(str(flag["name"]) for flag in flags) if isinstance(flags, list) else "",
+        "pipeline": pipeline["name"] if isinstance(pipeline, dict) else "",
+        "notice": pipeline["notice"] if isinstance(pipeline, dict) else "",
+    }
+
+
+def _failed(case: Case, place: Path, told: str) -> Result:
+    return Result(case, place, "failed", told, {})

@@ -1,0 +1,88 @@
+"""The same in a few lines of Python: read a scan, find its lesions, measure them, write a label map or a DICOM SEG.
+
+pipeline = load("demo")
+scan = read("scan.nii.gz")
+findings = find(scan, pipeline)
+write_labels(findings, scan, "lesions.nii.gz")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from salsa_node import batch, cases, config, dicom_seg, nifti, pipelines, preflight, series
+from salsa_node.batch import Wanted
+from salsa_node.cases import Scan
+from salsa_node.criteria import Criteria
+from salsa_node.dicom_result import Identity
+from salsa_node.errors import EncodingError
+from salsa_node.findings import Findings, measure
+from salsa_node.pipelines import Pipeline, PipelineSettings
+
+
+def load(
+    name: str = "",
+    *,
+    device: str = "",
+    models_dir: Path | str | None = None,
+    options: Mapping[str, object] | None = None,
+) -> Pipeline:
+    """A pipeline with its weights in memory; keep it for all scans.
+
+    What is not given is as `SALSA_NODE_CONFIG` says, else as the defaults are.
+    Raises ConfigError for a name or an option that is not there, WeightsMissing where weights are absent.
+    """
+    settings = config.load(None)
+    choice = settings.pipeline
+    if models_dir is not None:
+        choice = replace(choice, models_dir=str(models_dir))
+    settings = replace(settings, pipeline=replace(choice, name=name or choice.name, device=device or choice.device))
+    preflight.require_pipeline(settings.pipeline.name, settings)
+    if options is None:
+        options = choice.options if settings.pipeline.name == choice.name else {}
+    return pipelines.load(
+        settings.pipeline.name,
+        PipelineSettings(device=settings.pipeline.device, models_dir=settings.models_dir, options=options),
+    )
+
+
+def read(path: Path | str) -> Scan:
+    """The CT at `path`: a NIfTI file, or a DICOM folder, of which the series fit for analysis is taken.
+
+    Raises SeriesRejected with the reason where there is none, or more than one study.
+    """
+    return cases.open_scan(path)
+
+
+def find(scan: Scan, pipeline: Pipeline, criteria: Criteria | None = None) -> Findings:
+    """The lesions of a scan, measured. Raises PipelineError; OrganNotFound where there is no liver."""
+    return measure(scan.ct, pipeline.segment(scan.ct), criteria or Criteria())
+
+
+def write_labels(findings: Findings, scan: Scan, path: Path | str, *, instances: bool = False) -> None:
+    """A label map (.nii or .nii.gz) on the scan's own grid: 1 measurable, 2 not; or n for lesion n."""
+    labels = batch.label_map(findings, Wanted(instances=instances))
+    nifti.write_labels(labels, Path(path), like=scan.case.path if scan.case.is_nifti else None)
+
+
+def write_seg(findings: Findings, scan: Scan, path: Path | str) -> tuple[Path, ...]:
+    """DICOM Segmentations of the lesions by class, for a scan that was read from DICOM; the files written.
+
+    One file, `path`, for all but the largest results: further ones are called `<stem>-2.dcm` and so on. None where
+    there is no lesion. Raises EncodingError for a scan that was read from a NIfTI file.
+    """
+    if scan.series is None:
+        raise EncodingError(
+            "a NIfTI file has no DICOM images for a segmentation to refer to: use write_labels, or salsa-node run"
+        )
+    first = Path(path)
+    written = []
+    made = dicom_seg.build(findings, series.headers(scan.series), Identity(), datetime.now(UTC))
+    for number, ds in enumerate(made, start=1):
+        file = first if number == 1 else first.with_name(f"{first.stem}-{number}{first.suffix}")
+        ds.save_as(file, enforce_file_format=True)
+        written.append(file)
+    return tuple(written)

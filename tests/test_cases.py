@@ -1,0 +1,151 @@
+"""What a researcher names becomes scans: each once, each with a place of its own, and never a result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from salsa_node import cases, phantom
+from salsa_node.errors import ConfigError, SeriesRejected
+
+
+def scan(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = nib.nifti1.Nifti1Image(np.full((4, 5, 6), -500, np.int16), np.eye(4))
+    image.set_sform(np.eye(4), code=1)
+    nib.save(image, path)
+    return path
+
+
+def found(*names: object) -> list[tuple[str, str]]:
+    return [(case.path.name, case.stem) for case in cases.find(map(str, names))]
+
+
+@pytest.mark.parametrize(
+    ("name", "stem"),
+    [
+        ("scan.nii.gz", "scan"),
+        ("scan.nii", "scan"),
+        ("a.b.1.nii.gz", "a.b.1"),
+        ("with spaces.nii.gz", "with spaces"),
+        ("[1] (2) é.nii", "[1] (2) é"),
+        ("UPPER.NII.GZ", "UPPER"),
+        (".nii.nii", ".nii"),
+    ],
+)
+def test_a_stem_is_the_name_without_its_suffix_alone(tmp_path: Path, name: str, stem: str) -> None:
+    if name.isupper():
+        scan(tmp_path / "x.nii.gz").rename(tmp_path / name)
+    else:
+        scan(tmp_path / name)
+    (case,) = cases.find([str(tmp_path / name)])
+    ((_, place),) = cases.placed([case], None)
+    assert case.stem == stem
+    assert case.refusal == ""
+    assert place == tmp_path / f"{stem}_SALSA.nii.gz"
+
+
+def test_a_folder_named_like_a_suffix_stays_what_it_is(tmp_path: Path) -> None:
+    scan(tmp_path / "d.nii" / "a.nii")
+    ((_, place),) = cases.placed(cases.find([str(tmp_path / "d.nii" / "a.nii")]), None)
+    assert place == tmp_path / "d.nii" / "a_SALSA.nii.gz"
+
+
+def test_relative_names_without_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scan(tmp_path / "a.nii.gz")
+    monkeypatch.chdir(tmp_path)
+    ((case, place),) = cases.placed(cases.find(["a.nii.gz"]), None)
+    assert place == Path("a_SALSA.nii.gz")
+    assert cases.read(case).ct.grid.shape == (6, 5, 4)
+
+
+def test_folders_and_patterns_give_each_scan_once_and_no_results(tmp_path: Path) -> None:
+    for name in ("p1/a.nii.gz", "p2/b.nii", "p1/a_SALSA.nii.gz", "p1/a_SALSA/liver.nii.gz", "p1/.x_SALSA.nii.gz"):
+        scan(tmp_path / name)
+    (tmp_path / "p1" / "a_SALSA.json").write_text("{}")
+    both = [("a.nii.gz", "a"), ("b.nii", "b")]
+    assert found(tmp_path) == both
+    assert found(f"{tmp_path}/*/*.nii*", tmp_path / "p2") == both
+    assert found(f"{tmp_path}/**/a.nii.gz") == both[:1]
+    assert found(tmp_path / "p1" / "a_SALSA.nii.gz") == []
+
+
+def test_what_is_not_there_is_a_case_with_the_reason(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("")
+    names = ["absent.nii.gz", "empty", "notes.txt", "*.mha"]
+    told = [case.refusal for case in cases.find(str(tmp_path / name) for name in names)]
+    assert [words.split(" ")[0] for words in told] == ["no", "neither", "expected", "no"]
+    with pytest.raises(SeriesRejected, match="no such file or folder"):
+        cases.open_scan(tmp_path / "absent.nii.gz")
+
+
+def test_in_an_output_folder_scans_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    for name in ("p1/scan.nii", "p2/scan.nii", "p2/other.nii"):
+        scan(tmp_path / name)
+    places = [place.name for _, place in cases.placed(cases.find([str(tmp_path)]), tmp_path / "out")]
+    assert places == ["p1_scan_SALSA.nii.gz", "other_SALSA.nii.gz", "p2_scan_SALSA.nii.gz"]
+
+
+def test_two_scans_for_one_place_are_not_both_written(tmp_path: Path) -> None:
+    scan(tmp_path / "scan.nii")
+    scan(tmp_path / "scan.nii.gz")
+    told = [case.refusal for case, _ in cases.placed(cases.find([str(tmp_path)]), None)]
+    assert told[0] == ""
+    assert "would take the place of" in told[1]
+
+
+def test_the_column_paths_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scan(tmp_path / "data" / "here.nii")
+    table = tmp_path / "data" / "paths.csv"
+    table.write_text('﻿ID, PATHS\n1,"/x/with, comma.nii"\n2,  here.nii \n3,\n', encoding="utf-8")
+    assert cases.listed(table) == ["/x/with, comma.nii", str(tmp_path / "data" / "here.nii")]
+    monkeypatch.chdir(tmp_path / "data")
+    assert cases.listed(Path("paths.csv"))[1] == "here.nii"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"PATH\nx\n", "expected a column PATHS, found PATH"),
+        (b"", "found nothing"),
+        (b"\xff\xfe\x00P", "cannot be read"),
+    ],
+)
+def test_a_table_without_the_column_is_refused(tmp_path: Path, content: bytes, words: str) -> None:
+    (tmp_path / "t.csv").write_bytes(content)
+    with pytest.raises(ConfigError, match=words):
+        cases.listed(tmp_path / "t.csv")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        cases.listed(tmp_path / "absent.csv")
+
+
+def test_a_dicom_folder_is_its_axial_series(tmp_path: Path) -> None:
+    made = phantom.make(phantom.Recipe(3, shape=(8, 16, 16), spacing_mm=(8.0, 20.0, 20.0)))
+    phantom.write_study(made, tmp_path / "study")
+    (tmp_path / "study" / "truth.nii.gz").unlink()
+    (case,) = cases.find([str(tmp_path / "study")])
+    assert case.path == tmp_path / "study" / "axial"
+    ((_, place),) = cases.placed([case], None)
+    assert place == tmp_path / "study" / "axial_SALSA.nii.gz"
+    read = cases.open_scan(tmp_path / "study")
+    assert np.array_equal(read.ct.voxels_hu, made.ct.voxels_hu)
+    assert read.series is not None
+    assert len(read.ct.slice_sop_uids) == 8
+
+
+def test_studies_that_lie_in_one_folder_are_numbered(tmp_path: Path) -> None:
+    for seed in (3, 4):
+        made = phantom.make(phantom.Recipe(seed, shape=(8, 16, 16), spacing_mm=(8.0, 20.0, 20.0)))
+        phantom.write_study(made, tmp_path / f"s{seed}", study=str(seed))
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for file in sorted(tmp_path.glob("s*/axial/*")):
+        file.rename(flat / f"{file.parent.parent.name}-{file.name}")
+    places = [place.name for _, place in cases.placed(cases.find([str(flat)]), None)]
+    assert places == ["flat-1_SALSA.nii.gz", "flat-2_SALSA.nii.gz"]
+    with pytest.raises(SeriesRejected, match="expected one scan at that path, found 2"):
+        cases.open_scan(flat)
