@@ -33,6 +33,8 @@ room imports exactly what stands right of its arrow):
     pipelines.demo         <- errors models pipelines pipelines.device pipelines.nnunet volume
     pipelines.salsa_steps  <- errors volume
     pipelines.totalseg     <- errors models pipelines pipelines.device pipelines.nnunet volume
+    pipelines.phase        <- errors
+    pipelines.totalsegmentator <- errors models pipelines pipelines.device pipelines.phase pipelines.totalseg volume
   pipelines.given_masks  <- errors nifti pipelines regrid volume
     findings               <- contrast_phase criteria errors pipelines uids volume
     codes                  <-

@@ -288,11 +288,12 @@ def _pipeline(settings: config.Config, named: str, masks: Path | None) -> str:
     """The pipeline that the options ask for. Raises ConfigError where they contradict each other or name none."""
     if masks and named not in ("", GIVEN_MASKS):
         raise errors.ConfigError(f"--masks goes with the pipeline {GIVEN_MASKS}, not with {named}")
+    from salsa_node import preflight
+
+    settings = preflight.settled(settings)
     name = GIVEN_MASKS if masks else named or settings.pipeline.name
     if name == GIVEN_MASKS and not masks:
         raise errors.ConfigError(f"the pipeline {GIVEN_MASKS} needs a label map: add --masks FILE")
-    from salsa_node import preflight
-
     preflight.require_pipeline(name, settings)
     return name
 
@@ -301,7 +302,9 @@ def _options(
     settings: config.Config, pipeline: str, organ_labels: list[int] | None, lesion_labels: list[int] | None
 ) -> dict[str, object]:
     """The pipeline's own settings: the config's where it is the configured one, and what the command line says."""
-    options = dict(settings.pipeline.options) if pipeline == settings.pipeline.name else {}
+    from salsa_node import preflight
+
+    options = dict(settings.pipeline.options) if pipeline == preflight.settled(settings).pipeline.name else {}
     named = {"organ_labels": organ_labels, "lesion_labels": lesion_labels}
     said = {key: labels for key, labels in named.items() if labels}
     if said and pipeline != GIVEN_MASKS:

@@ -47,6 +47,9 @@ port = {port}
 quiet_s = 2.0
 poll_s = 0.2
 
+[pipeline]
+name = "demo"
+
 [delivery]
 to = ["viewer"]
 poll_s = 0.2

@@ -32,6 +32,10 @@ PIPELINE_TASKS: Final[Mapping[str, tuple[int, ...]]] = {
     SALSA: (298, 291),
     "totalsegmentator-liver-lesions": (297, 591),
 }
+#: pipeline -> one of its own settings -> the tasks that it runs besides, where the setting is on
+OPTION_TASKS: Final[Mapping[str, Mapping[str, tuple[int, ...]]]] = {
+    "totalsegmentator-liver-lesions": {"couinaud": (570,)},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,13 +116,28 @@ def folders_of(pipeline: str, models_dir: Path | None) -> dict[str, ModelFolder]
     return {stage: ModelFolder(root / name) for stage, name in DEMO_STAGES.items()}
 
 
-def require(pipeline: str, models_dir: Path | None) -> int:
-    """How many model folders that pipeline needs, TotalSegmentator's among them.
+def require(pipeline: str, models_dir: Path | None, options: Mapping[str, object] | None = None) -> int:
+    """How many model folders that pipeline needs with these settings of its own, TotalSegmentator's among them.
 
     Raises WeightsMissing with the command that installs the first one that is absent. Opens no weights.
     """
-    tasks = [task_model(task, models_dir) for task in PIPELINE_TASKS.get(pipeline, ())]
-    return len(tasks) + len(folders_of(pipeline, models_dir))
+    tasks = list(PIPELINE_TASKS.get(pipeline, ()))
+    for option, more in OPTION_TASKS.get(pipeline, {}).items():
+        tasks += more if (options or {}).get(option) else ()
+    return len([task_model(task, models_dir) for task in tasks]) + len(folders_of(pipeline, models_dir))
+
+
+def preferred(models_dir: Path | None) -> str:
+    """The pipeline whose own networks somebody installed, whole or not: SALSA's before TotalSegmentator's; else demo.
+
+    A broken folder is still a choice: `require` says what it lacks.
+    """
+    if models_dir is not None and (models_dir / SALSA).is_dir():
+        return SALSA
+    lesions = "totalsegmentator-liver-lesions"
+    if models_dir is not None and (models_dir / TOTALSEGMENTATOR / task_name(PIPELINE_TASKS[lesions][-1])).is_dir():
+        return lesions
+    return "demo"
 
 
 def task_name(task_id: int) -> str:

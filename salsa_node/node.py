@@ -52,6 +52,7 @@ def serve(config: Config, config_path: Path | None) -> None:
         signal.signal(signum, ask_to_stop)
     with ExitStack() as stack:
         preflight.require(config)
+        config = preflight.settled(config)
         stack.enter_context(only_node(config.node.data_dir))
         stack.enter_context(hold(StoreSettings(config.store_url)))
         store = stack.enter_context(Store.open(StoreSettings(config.store_url), create=True))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from salsa_node import models, pipelines
 from salsa_node.config import Config
 from salsa_node.errors import ConfigError, PipelineError
-from salsa_node.settings import SENDER
+from salsa_node.settings import AUTO, SENDER
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,18 +44,31 @@ def _data_dir(data_dir: Path) -> Check:
     return Check(name, ok=True, detail=f"{data_dir} {'exists' if existing == data_dir.absolute() else 'will be made'}")
 
 
+def settled(config: Config) -> Config:
+    """The config with the pipeline that "auto" stands for on this machine, by its real name.
+
+    Call it once, at the start: models installed later count from the next start on.
+    """
+    if config.pipeline.name != AUTO:
+        return config
+    return replace(config, pipeline=replace(config.pipeline, name=models.preferred(config.models_dir)))
+
+
 def require_pipeline(name: str, config: Config) -> int:
     """How many model folders that pipeline needs, all complete. Raises ConfigError, WeightsMissing."""
     if name not in pipelines.names():
         raise ConfigError(f"no pipeline is called {name!r}; there are {', '.join(pipelines.names())}")
     if config.pipeline.models_dir and not config.models_dir.is_dir():
         raise ConfigError(f"pipeline.models_dir: there is no folder {config.models_dir}")
-    return models.require(name, config.models_dir)
+    options = config.pipeline.options if name == config.pipeline.name else {}
+    return models.require(name, config.models_dir, options)
 
 
 def _pipeline(config: Config) -> Check:
+    auto = " (chosen by auto)" if config.pipeline.name == AUTO else ""
+    config = settled(config)
     chosen = config.pipeline.name
-    name = f"pipeline {chosen}"
+    name = f"pipeline {chosen}{auto}"
     if chosen == "given_masks":
         detail = "needs a mask for each study: use salsa-node rerun STUDY --masks FILE instead"
         return Check(name, ok=False, detail=detail)

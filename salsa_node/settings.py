@@ -9,6 +9,8 @@ from pathlib import Path
 
 SENDER = "sender"  #: in `DeliverySettings.to`: the destination whose AE title sent the study
 
+AUTO = "auto"  #: `PipelineChoice.name`: the best pipeline whose models are installed
+
 
 @dataclass(frozen=True, slots=True)
 class NodeSettings:
@@ -109,11 +111,12 @@ class DeliverySettings:
 class PipelineChoice:
     """Which pipeline looks at the images.
 
+    name: "auto" is SALSA where its models are installed, else TotalSegmentator where those are, else the demo.
     device: "auto", "cpu", "cuda" or "cuda:N".
     models_dir: where installed models lie; "" for `models` in node.data_dir.
     """
 
-    name: str = "demo"
+    name: str = AUTO
     device: str = field(default="auto", metadata={"pattern": r"auto|cpu|cuda(:\d+)?"})
     models_dir: str = ""
     options: Mapping[str, object] = field(default_factory=dict)

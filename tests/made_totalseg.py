@@ -16,16 +16,17 @@ from salsa_node.models import DEMO_STAGES, TOTALSEGMENTATOR, demo_models_dir
 from salsa_node.pipelines.totalseg import Task, task_of
 
 LIVER = 5
+SEGMENT = 2
 LIVER_TASKS = (task_of("total", "default"), task_of("total", "fast"), task_of("total", "fastest"))
 
 
 def make_weights(models_dir: Path) -> Path:
-    """The weights folder in `models_dir`: 291, 297, 298 (liver = 5), 591 (lesions = 1), 570 (all liver = segment 8)."""
+    """The weights folder in `models_dir`: 291, 297, 298 (liver = 5), 591 (lesions = 1), 570 (all liver = segment 2)."""
     folder = models_dir / TOTALSEGMENTATOR
     for task in LIVER_TASKS:
         _install(task, folder, "liver", {1: LIVER})
     _install(task_of("liver_lesions"), folder, "lowres", {1: 1})
-    _install(task_of("liver_segments"), folder, "liver", {1: 8})
+    _install(task_of("liver_segments"), folder, "liver", {1: SEGMENT})
     for number in (292, 293, 294, 295):  # unused, but its `python_api` wants to see all five parts of the body
         (folder / TASK_ID_WEIGHTS_CONFIGS[number]["foldername"]).mkdir()
     return folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
@@ -11,14 +12,17 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from made_totalseg import make_weights
+import torch
+from made_totalseg import SEGMENT, make_weights
 
 from salsa_node.models import TOTALSEGMENTATOR
 from salsa_node.phantom import Phantom, Recipe, make
+from salsa_node.pipelines import PipelineSettings
 from salsa_node.pipelines.totalseg import TotalSegmentatorLiver, image_of
+from salsa_node.pipelines.totalsegmentator import LiverLesionsPipeline
 
 HERE = Path(__file__).parent
-RECIPE = Recipe(11, (32, 48, 48), (6.0, 6.0, 6.0), orientation="IPL")
+RECIPE = Recipe(11, (16, 64, 64), (6.0, 5.0, 5.0), orientation="IPL")
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +44,7 @@ def by_python_api(
     """Task -> what TotalSegmentator itself finds in the phantom, on the CT's (slice, row, column)."""
     folder = tmp_path_factory.mktemp("python_api")
     nib.save(image_of(phantom.ct), folder / "ct.nii.gz")
-    tasks = ("liver", "liver_fast", "liver_lesions")
+    tasks = ("liver", "liver_fast", "liver_lesions", "liver_segments")
     command = [
         sys.executable,
         HERE / "totalseg_reference.py",
@@ -72,3 +76,40 @@ def test_the_liver_is_that_of_totalsegmentators_python_api(
     theirs = by_python_api("liver_fast" if fast else "liver") == 5
     assert np.count_nonzero(theirs) > 1000
     assert dice(ours == 1, theirs) >= 0.999
+
+
+def test_lesions_and_segments_are_those_of_totalsegmentators_python_api(
+    models_dir: Path, phantom: Phantom, by_python_api: Callable[[str], np.ndarray]
+) -> None:
+    pipeline = LiverLesionsPipeline(PipelineSettings("cpu", models_dir, options={"couinaud": True}))
+    masks = pipeline.segment(phantom.ct)
+    theirs = by_python_api("liver_lesions")
+    assert np.count_nonzero(theirs) > 100
+    assert dice(masks.lesions.labels == 1, theirs == 1) >= 0.999
+    assert masks.segments is not None
+    theirs = by_python_api("liver_segments")
+    assert np.unique(theirs).tolist() == [0, SEGMENT]
+    assert dice(masks.segments.labels == SEGMENT, theirs == SEGMENT) >= 0.999
+
+
+def test_nothing_of_the_process_is_changed(
+    models_dir: Path,
+    phantom: Phantom,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    from nnunetv2.inference import export_prediction, predict_from_raw_data
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    before = dict(os.environ), torch.get_num_threads()
+    TotalSegmentatorLiver(models_dir, "cpu", fast=True).liver(phantom.ct)
+    assert (dict(os.environ), torch.get_num_threads()) == before
+    assert "totalsegmentator.nnunet" not in sys.modules
+    for module in (export_prediction, predict_from_raw_data, predict_from_raw_data.nnUNetPredictor):
+        functions = [one for one in vars(module).values() if inspect.isfunction(one)]
+        assert functions
+        assert [one for one in functions if one.__module__.startswith("totalsegmentator")] == []
+    assert list(tmp_path.iterdir()) == []
+    assert capfd.readouterr().out == ""

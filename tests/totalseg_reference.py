@@ -1,7 +1,8 @@
 """TotalSegmentator's own `python_api`, offline, in a process of its own: it changes nnU-Net's functions for good.
 
 Usage: python totalseg_reference.py WEIGHTS HOME IMAGE OUT TASK...
-A task is `liver` (task total, the liver alone), `liver_fast`, or one of TotalSegmentator's names.
+A task is `liver` (of the task total, the liver alone), `liver_fast`, or one of TotalSegmentator's names, which is then
+cropped by the 3 mm network.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def main(weights: str, home: str, image: str, out: str, *tasks: str) -> None:
 
     nnunet._define_missing_torchvision_operators()  # its trainers are found by a walk that imports torchvision
     for task in tasks:
-        asked: dict[str, object] = {"task": task}
+        asked: dict[str, object] = {"task": task, "robust_crop": True}
         if task in ("liver", "liver_fast"):
             asked = {"task": "total", "roi_subset": ["liver"], "fast": task == "liver_fast"}
         found = totalsegmentator(nib.load(image), None, ml=True, device="cpu", quiet=True, nr_thr_saving=1, **asked)

@@ -8,6 +8,7 @@ command line.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -144,16 +145,25 @@ class PipelineSettings:
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """Where a pipeline's class is, and what its own settings are called."""
+    """Where a pipeline's class is, and what its own settings are called.
+
+    needs: setting -> the module and the extra of this package that it needs where it is on.
+    """
 
     target: str
     options: tuple[str, ...] = ()
+    needs: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
 
 _TABLE = {
     "demo": _Entry("salsa_node.pipelines.demo:DemoPipeline", ("mirroring", "precision")),
     "given_masks": _Entry(
         "salsa_node.pipelines.given_masks:GivenMasksPipeline", ("organ_labels", "lesion_labels", "lesion_per_label")
+    ),
+    "totalsegmentator-liver-lesions": _Entry(
+        "salsa_node.pipelines.totalsegmentator:LiverLesionsPipeline",
+        ("body_region", "contrast_phase", "couinaud", "precision"),
+        {"contrast_phase": ("xgboost", "phase")},
     ),
 }
 
@@ -164,11 +174,20 @@ def names() -> tuple[str, ...]:
 
 
 def check_options(name: str, options: Mapping[str, object]) -> None:
-    """Raises ConfigError for a setting that the pipeline of that name does not have, without importing it."""
-    known = _TABLE[name].options
-    for option in options:
-        if option not in known:
-            raise ConfigError(f"pipeline.options.{option}: the pipeline {name} has {', '.join(known)}")
+    """Raises ConfigError for a setting that the pipeline of that name does not have, or that needs more than there is.
+
+    Imports neither the pipeline nor what it needs.
+    """
+    entry = _TABLE[name]
+    for option, value in options.items():
+        if option not in entry.options:
+            raise ConfigError(f"pipeline.options.{option}: the pipeline {name} has {', '.join(entry.options)}")
+        module, extra = entry.needs.get(option, ("", ""))
+        if module and value and importlib.util.find_spec(module) is None:
+            raise ConfigError(
+                f"pipeline.options.{option}: needs the package {module}, which is not installed; "
+                f"run: pip install 'salsa_node[{extra}]'"
+            )
 
 
 def load(name: str, settings: PipelineSettings) -> Pipeline:

@@ -11,10 +11,8 @@ Images are NIfTI as TotalSegmentator's own: (x, y, z) in RAS; they are met here 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,7 +31,6 @@ from salsa_node.volume import CtVolume, Grid, LabelVolume
 CROP_MARGIN_MM: Final = 20  # what its python_api takes wherever its own liver network finds the crop
 _RAS_TO_LPS: Final = np.diag([-1.0, -1.0, 1.0, 1.0])
 Labels = npt.NDArray[np.uint8]
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +76,26 @@ def task_of(name: str, mode: str = "default") -> Task:
     return Task(int(number), folder, (float(x), float(y), float(z)), tile_step, classes)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Seen:
+    """What a network saw in an image.
+
+    labels: (x, y, z) on the image's voxels.
+    coarse_hu, coarse_labels: what the network looked at, at its own spacing, and what it found there; of the crop,
+        where it looked at one. coarse_spacing_mm: along (x, y, z).
+    """
+
+    labels: Labels
+    coarse_hu: npt.NDArray[np.float32]
+    coarse_labels: Labels
+    coarse_spacing_mm: tuple[float, float, float]
+
+
 class TaskNetwork:
     """A task's network in memory.
 
-    precision: as `Network` has it. Raises WeightsMissing, PipelineError.
+    models_dir: the folder of all models, as `models` lays it out. precision: as `Network` has it.
+    Raises WeightsMissing, PipelineError.
     """
 
     def __init__(self, task: Task, models_dir: Path | None, device: str, precision: str = "float32") -> None:
@@ -90,14 +103,16 @@ class TaskNetwork:
         folder = task_model(task.number, models_dir)
         self.weights_sha256 = {f"{task.folder.parts[0]}/{file}": sha for file, sha in folder.sha256().items()}
         self._network = Network(folder, choose_device(device), tile_step=task.tile_step, precision=precision)
-        _log.info(
-            "network of TotalSegmentator loaded", extra={"event": "totalseg.loaded", "task": self.task.number}
-        )  # fmt: skip
 
     @property
     def flags(self) -> tuple[Flag, ...]:
         """What went otherwise than asked in the last prediction."""
         return self._network.flags
+
+    @property
+    def precision(self) -> str:
+        """In what numbers it multiplies, in a word."""
+        return self._network.precision
 
     @property
     def parameters(self) -> dict[str, object]:
@@ -108,33 +123,39 @@ class TaskNetwork:
         """Lets go of the network; it cannot be used again."""
         self._network.unload()
 
-    def labels(self, image: Nifti1Image, near: Labels | None = None) -> Labels:
-        """What the network sees in the image, (x, y, z) on the image's voxels.
+    def look(self, image: Nifti1Image, near: Labels | None = None) -> Seen:
+        """What the network sees in the image.
 
-        near: look only at the box around what is not 0, 20 mm wider on each side; where all is 0, nothing is seen.
-        Raises SeriesRejected where the image is too thin for the network's spacing.
+        near: (x, y, z); look only at the box around what is not 0, 20 mm wider on each side. Where all is 0, nothing
+            is seen and the network does not run.
+        Raises SeriesRejected where the image is too thin for the network's spacing, DeviceExhausted.
         """
         from totalsegmentator.alignment import undo_canonical
         from totalsegmentator.cropping import crop_to_mask, undo_crop
         from totalsegmentator.resampling import change_spacing
 
+        spacing_mm = list(self.task.spacing_mm)
         if near is not None and not near.any():
-            return np.zeros(image.shape, dtype=np.uint8)
+            nowhere = np.zeros((0, 0, 0))
+            labels = np.zeros(image.shape, dtype=np.uint8)
+            return Seen(labels, nowhere.astype(np.float32), nowhere.astype(np.uint8), self.task.spacing_mm)
         seen, box = image, None
         if near is not None:
             mask = Nifti1Image(near, image.affine)  # type: ignore[no-untyped-call]
             seen, box = crop_to_mask(image, mask, addon=[CROP_MARGIN_MM] * 3, dtype=np.int32)
         seen = nib.as_closest_canonical(seen)  # type: ignore[no-untyped-call]
         self._check_size(seen)
-        coarse = change_spacing(seen, list(self.task.spacing_mm), order=1, dtype=np.int32)
-        found = Nifti1Image(self._predict(coarse), coarse.affine)  # type: ignore[no-untyped-call]
-        fine = change_spacing(
-            found, list(self.task.spacing_mm), seen.shape, order=0, dtype=np.uint8, force_affine=seen.affine
-        )
+        coarse = change_spacing(seen, spacing_mm, order=1, dtype=np.int32)
+        coarse_hu = np.asarray(coarse.dataobj).astype(np.float32)
+        x_mm, y_mm, z_mm = (float(mm) for mm in coarse.header.get_zooms())
+        coarse_labels = self._predict(coarse_hu, (x_mm, y_mm, z_mm))
+        found = Nifti1Image(coarse_labels, coarse.affine)  # type: ignore[no-untyped-call]
+        fine = change_spacing(found, spacing_mm, seen.shape, order=0, dtype=np.uint8, force_affine=seen.affine)
         back = undo_canonical(fine, image)
         if box is not None:
             back = undo_crop(back, image, box)
-        return np.asarray(back.dataobj).astype(np.uint8)
+        labels = np.asarray(back.dataobj).astype(np.uint8)
+        return Seen(labels, coarse_hu, coarse_labels, (x_mm, y_mm, z_mm))
 
     def _check_size(self, image: Any) -> None:
         for count, mm, wanted_mm in zip(image.shape, image.header.get_zooms(), self.task.spacing_mm, strict=True):
@@ -144,11 +165,11 @@ class TaskNetwork:
                     f"{wanted_mm:.3g} mm, which is what TotalSegmentator's task {self.task.number} looks at"
                 )
 
-    def _predict(self, image: Any) -> Labels:
-        """The network on an image of its own spacing, in RAS order."""
-        x_mm, y_mm, z_mm = (float(mm) for mm in image.header.get_zooms())
+    def _predict(self, voxels_hu: npt.NDArray[np.float32], spacing_mm: tuple[float, float, float]) -> Labels:
+        """The network on (x, y, z) voxels in RAS order at its own spacing."""
+        x_mm, y_mm, z_mm = spacing_mm
         affine = np.array([[0, 0, -x_mm, 0], [0, -y_mm, 0, 0], [z_mm, 0, 0, 0], [0, 0, 0, 1]], dtype=np.float64)
-        voxels = np.asarray(image.dataobj).transpose(2, 1, 0).astype(np.float32)
+        voxels = voxels_hu.transpose(2, 1, 0)
         grid = Grid((voxels.shape[0], voxels.shape[1], voxels.shape[2]), affine)
         labels = self._network.predict(CtVolume(voxels, grid)).labels
         return labels.transpose(2, 1, 0).astype(np.uint8)
@@ -179,8 +200,8 @@ class TotalSegmentatorLiver:
     def parameters(self) -> dict[str, object]:
         """For a Provenance: what decides the liver beside the weights."""
         return {
-            "totalsegmentator": version("totalsegmentator"),
             "networks": [self._rough.parameters, self._fine.parameters],
+            "precision": self._fine.precision,
             "crop_margin_mm": CROP_MARGIN_MM,
         }
 
@@ -192,8 +213,8 @@ class TotalSegmentatorLiver:
     def liver(self, ct: CtVolume) -> LabelVolume:
         """1 = liver, on `ct.grid`; all 0 where none was found. Raises SeriesRejected, DeviceExhausted."""
         image = image_of(ct)
-        near = self._rough.labels(image) == self._rough.task.label_of("liver")
-        found = self._fine.labels(image, near.astype(np.uint8)) == self._fine.task.label_of("liver")
+        near = self._rough.look(image).labels == self._rough.task.label_of("liver")
+        found = self._fine.look(image, near.astype(np.uint8)).labels == self._fine.task.label_of("liver")
         return labels_of(found.astype(np.uint8), ct.grid)
 
     def unload(self) -> None:
