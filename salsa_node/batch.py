@@ -8,7 +8,9 @@ case without it was not finished.
 from __future__ import annotations
 
 import csv
+import glob
 import json
+import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -37,6 +39,7 @@ INTERMEDIATES: Final = (  # what SALSA keeps of a case, by its names
     "mask_resampled",
 )  # fmt: skip
 OVERLAYS: Final = ("gif", "png")
+_STALE_S: Final = 86_400.0
 _WRITER: Final = "salsa_node batch, "
 
 
@@ -210,8 +213,11 @@ class _Keeper:
 
 @contextmanager
 def _unfinished(place: Path) -> Iterator[Path]:
-    """A file beside `place` while it is written; gone afterwards unless it was renamed."""
-    file = place.with_name(f".{uuid.uuid4().hex}{cases.MARK}.nii.gz")
+    """A file beside `place` while it is written; gone afterwards unless it was renamed, and those of killed batches."""
+    for left in place.parent.glob(f".*.{glob.escape(place.name)}"):
+        if time.time() - left.stat().st_mtime > _STALE_S:
+            left.unlink(missing_ok=True)
+    file = place.with_name(f".{uuid.uuid4().hex}.{place.name}")
     file.touch()
     try:
         yield file

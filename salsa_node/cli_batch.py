@@ -25,10 +25,14 @@ def batch(
         list[str] | None,
         typer.Argument(metavar="[PATH…]", help="NIfTI files, DICOM folders, folders of either, or patterns."),
     ] = None,
-    input_csv: Annotated[Path | None, typer.Option(help="A table with one scan a row in the column PATHS.")] = None,
+    input_csv: Annotated[
+        Path | None,
+        typer.Option("--input-csv", "--input_csv", help="A table with one scan a row in the column PATHS."),
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder for the results; else beside each scan.")] = None,
     config_file: ConfigFile = None,
     pipeline: Annotated[str, typer.Option(help="Another pipeline than the configured one.")] = "",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda:N, instead of the configured one.")] = "",
     recist: Annotated[
         bool, typer.Option("--recist/--no-recist", help="1 measurable and 2 non-measurable, or 1 for every lesion.")
     ] = True,
@@ -67,7 +71,7 @@ def batch(
     loaded = pipelines.load(
         name,
         pipelines.PipelineSettings(
-            device=settings.pipeline.device,
+            device=device or settings.pipeline.device,
             models_dir=settings.models_dir,
             options=settings.pipeline.options if name == settings.pipeline.name else {},
         ),

@@ -18,9 +18,10 @@ from salsa_node import model_manifest, model_source, model_trial
 from salsa_node.errors import ConfigError, ModelRefused, WeightsMissing
 from salsa_node.model_cards import card, name_of_task
 from salsa_node.model_manifest import Manifest
-from salsa_node.models import CHECKPOINT, SALSA, SALSA_STAGES, ModelFolder, task_name
+from salsa_node.models import CHECKPOINT, SALSA, SALSA_STAGES, TOTALSEGMENTATOR, ModelFolder, task_name
 
 INCOMING: Final = ".incoming-"  # what is not whole yet; such folders mean nothing and may be removed
+_STALE_S: Final = 86_400.0
 _NEEDED: Final = ("dataset.json", "plans.json", f"fold_0/{CHECKPOINT}")
 _LAYOUTS: Final = (
     "expected SALSA's nnUNetTrainer__nnUNetPlans__3d_lowres and ...__3d_cascade_fullres, at any depth, or "
@@ -57,6 +58,7 @@ def import_model(
     source = model_source.open_source(path)
     try:
         models_dir.mkdir(parents=True, exist_ok=True)
+        _sweep(models_dir, now)
         return [
             _install(source, model, models_dir, now, origin or path.resolve().name, replace, progress)
             for model in recognise(source.names)
@@ -165,6 +167,13 @@ def _install(
         return manifest
     finally:
         shutil.rmtree(incoming, ignore_errors=True)
+
+
+def _sweep(models_dir: Path, now: datetime) -> None:
+    """Remove what an import that was killed left behind; a younger one may still be at work."""
+    for folder in (*models_dir.glob(f"{INCOMING}*"), *models_dir.glob(f"{TOTALSEGMENTATOR}/{INCOMING}*")):
+        if now.timestamp() - folder.stat().st_mtime > _STALE_S:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _present(place: Path) -> Manifest | None:

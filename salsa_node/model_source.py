@@ -18,6 +18,7 @@ from salsa_node.errors import ModelRefused
 
 MAX_FILES: Final = 20_000
 MAX_FILE_BYTES: Final = 4 << 30  # a checkpoint with its optimizer; today's are a tenth of that
+MAX_JSON_BYTES: Final = 64 << 20
 MAX_RATIO: Final = 200  # packed weights shrink by a tenth, plans by fifty
 _CHUNK_BYTES: Final = 1 << 20
 
@@ -63,7 +64,7 @@ class _Folder:
         if not file.is_file():
             raise ModelRefused(f"{name} is no plain file")
         with file.open("rb") as stream:
-            return _copy(stream, to, str(name), MAX_FILE_BYTES)
+            return _copy(stream, to, str(name), _limit(name))
 
 
 class _Zip:
@@ -91,10 +92,10 @@ class _Zip:
         entry = self._entries[name]
         if entry.flag_bits & 1:
             raise ModelRefused(f"{self._path.name} is encrypted; unpack it and import the folder")
-        if entry.file_size > MAX_RATIO * max(entry.compress_size, 1) or entry.file_size > MAX_FILE_BYTES:
+        if entry.file_size > MAX_RATIO * max(entry.compress_size, 1) or entry.file_size > _limit(name):
             raise ModelRefused(
                 f"{name} would grow from {entry.compress_size} to {entry.file_size} bytes; "
-                f"expected at most {MAX_RATIO} times as much and at most {MAX_FILE_BYTES} bytes"
+                f"expected at most {MAX_RATIO} times as much and at most {_limit(name)} bytes"
             )
         try:
             with zipfile.ZipFile(self._path) as archive, archive.open(entry) as stream:
@@ -113,6 +114,10 @@ def _check_entry(entry: zipfile.ZipInfo, path: Path) -> None:
     kind = stat.S_IFMT(entry.external_attr >> 16)
     if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
         raise ModelRefused(f"{path.name} holds a link or a device ({name[:120]!r}); nothing of it is used")
+
+
+def _limit(name: PurePosixPath) -> int:
+    return MAX_JSON_BYTES if name.suffix == ".json" else MAX_FILE_BYTES
 
 
 def _copy(stream: IO[bytes], to: Path, name: str, limit: int) -> int:

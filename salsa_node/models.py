@@ -213,7 +213,7 @@ def _has_content(file: Path) -> bool:
 def _read_json(file: Path) -> dict[str, object]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as exc:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as exc:
         raise WeightsMissing(f"{file} is not JSON ({exc}); install the model again") from exc
     if not isinstance(found, dict):
         raise WeightsMissing(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import permutations
@@ -246,6 +248,17 @@ def test_a_batch_that_was_cut_off_goes_on(tmp_path: Path) -> None:
     assert again.state == "done"
 
 
+def test_what_a_killed_batch_left_is_swept(tmp_path: Path) -> None:
+    source = save(tmp_path / "[a].nii.gz")
+    left = [tmp_path / f".{name}.[a]_SALSA.nii.gz" for name in ("old", "new")]
+    for file, age_s in zip(left, (90_000, 60), strict=True):
+        file.touch()
+        os.utime(file, (time.time() - age_s,) * 2)
+    run(source)
+    assert [file.exists() for file in left] == [False, True]
+    assert [case.path for case in cases.find([str(tmp_path)])] == [source]
+
+
 def test_a_map_that_somebody_changed_or_brought_is_not_overwritten(tmp_path: Path) -> None:
     source = save(tmp_path / "a.nii.gz")
     brought = save(tmp_path / "a_SALSA.nii.gz", np.zeros((2, 2, 2), np.uint8))
@@ -364,3 +377,33 @@ def test_tables_hold_every_lesion_and_every_scan(tmp_path: Path) -> None:
 def test_a_batch_without_lesions_still_has_a_table(tmp_path: Path) -> None:
     paths = batch.write_tables([], tmp_path)
     assert [path.read_text().strip() for path in paths] == ["scan", "scan", "[]"]
+
+
+class ByMask(ByDensity):
+    """Answers with a mask that somebody else made."""
+
+    def __init__(self, mask: Path) -> None:
+        super().__init__()
+        self._mask = mask
+
+    def segment(self, ct: CtVolume, observer: Observer = unobserved) -> Masks:
+        found = nifti.read_labels(self._mask)
+        return Masks(None, LabelVolume((found.labels > 0).astype(np.uint8), ct.grid), self.provenance)
+
+
+def test_salsas_own_result_comes_out_of_salsas_own_mask(tmp_path: Path, testdata: Path) -> None:
+    """Set 12: stored to the left, front and head; two lesions, both measurable; three in the truth: 1, 1, 2."""
+    demo = testdata / "12_salsa_demo_scan1"
+    theirs = nib.load(demo / "scan1_SALSA.nii.gz")
+    source = save(tmp_path / "scan1.nii.gz", np.full(theirs.shape, -50, np.int16), theirs.affine)
+    (result,) = run(source, pipeline=ByMask(demo / "scan1_SALSA.nii.gz"), rule=Rule.VOLUME)
+    ours = nib.load(tmp_path / "scan1_SALSA.nii.gz")
+    assert ours.get_data_dtype() == theirs.get_data_dtype() == np.uint8
+    assert np.array_equal(ours.affine, theirs.affine)
+    assert np.array_equal(np.asarray(ours.dataobj), np.asarray(theirs.dataobj))
+    (result,) = run(source, pipeline=ByMask(demo / "scan1_GT.nii.gz"), rule=Rule.VOLUME, wanted=Wanted(again=True))
+    assert [row["disease"] for row in result.lesions] == ["measurable", "measurable", "non-measurable"]
+    written = labels(result.place)
+    numbered = labels(demo / "scan1_GT.nii.gz") > 0
+    assert np.array_equal(written > 0, numbered)
+    assert (written == 2).sum() == result.lesions[2]["voxels"]

@@ -270,6 +270,30 @@ def test_a_truncated_zip_is_refused(tmp_path: Path) -> None:
     assert left_behind(tmp_path / "models") == []
 
 
+def test_a_plans_file_that_no_plans_file_is_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = task_at(tmp_path)
+    plans = next(given.rglob("plans.json"))
+    plans.write_text("[" * 200_000)
+    with pytest.raises(ModelRefused, match="is not JSON"):
+        import_model(given, tmp_path / "models", NOW)
+    monkeypatch.setattr(model_source, "MAX_JSON_BYTES", 1000)
+    with pytest.raises(ModelRefused, match="holds more than 1000 bytes"):
+        import_model(given, tmp_path / "models", NOW)
+    assert left_behind(tmp_path / "models") == []
+
+
+@pytest.mark.usefixtures("untried")
+def test_what_a_killed_import_left_is_swept_and_what_is_at_work_is_not(tmp_path: Path) -> None:
+    for name, hours in ((".incoming-old", 48), (".incoming-new", 1)):
+        folder = tmp_path / "models" / name
+        folder.mkdir(parents=True)
+        (folder / "plans.json").write_text("{}")
+        then = NOW.timestamp() - hours * 3600
+        os.utime(folder, (then, then))
+    import_model(task_at(tmp_path / "a"), tmp_path / "models", NOW)
+    assert left_behind(tmp_path / "models") == [".incoming-new", "totalsegmentator"]
+
+
 def test_too_many_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_source, "MAX_FILES", 5)
     given = salsa_at(tmp_path / "given")

@@ -6,6 +6,7 @@ meant: a network or a layer of torch and dynamic_network_architectures, and nnU-
 
 from __future__ import annotations
 
+import math
 import pydoc
 import re
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from salsa_node.errors import PipelineError
 _NETWORKS = "dynamic_network_architectures.architectures."
 _LAYERS = ("torch.nn.", "dynamic_network_architectures.building_blocks.")
 _STEPS = "nnunetv2.preprocessing."
+_MAX_PATCH_VOXELS = 64 << 20  # 400 x 400 x 400; nnU-Net's own planning stays ten times below it
 _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", re.ASCII)
 
 
@@ -41,6 +43,7 @@ def check(plans: Mapping[str, object], configuration: Mapping[str, object], mode
         found = _own("normalization.default_normalization_schemes", scheme)
         if not (isinstance(found, type) and issubclass(found, ImageNormalization)):
             raise _refusal(model, "the normalisation", scheme, "nnU-Net's own schemes are known")
+    _check_patch(configuration.get("patch_size"), model)
     for kind in ("data", "seg", "probabilities"):
         function = configuration.get(f"resampling_fn_{kind}")
         places = ("default_resampling", "resample_torch", "no_resampling")
@@ -49,6 +52,14 @@ def check(plans: Mapping[str, object], configuration: Mapping[str, object], mode
     manager = plans.get("label_manager", "LabelManager")
     if manager != "LabelManager":
         raise _refusal(model, "the label manager", manager, "LabelManager is known")
+
+
+def _check_patch(sides: object, model: str) -> None:
+    """A patch is padded up to: one that no memory holds must not be tried."""
+    if not isinstance(sides, list) or not sides or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise _refusal(model, "a patch of", sides, "a list of positive counts is expected")
+    if math.prod(sides) > _MAX_PATCH_VOXELS:
+        raise _refusal(model, "a patch of", sides, f"at most {_MAX_PATCH_VOXELS} voxels are taken")
 
 
 def _check_network(architecture: Mapping[str, object], model: str) -> None:
