@@ -48,7 +48,9 @@ def batch(
     """Find lesions in many scans: <stem>_SALSA.nii.gz for each, tables for all; what is finished is not done again."""
     if not paths and input_csv is None:
         raise errors.ConfigError("nothing to do: give PATHs or --input-csv FILE")
-    settings = config.load(config_file)
+    from salsa_node import preflight
+
+    settings = preflight.settled(config.load(config_file))
     name = pipeline or settings.pipeline.name
     criteria = settings.criteria
     if rule:
@@ -56,8 +58,6 @@ def batch(
             expected = " or ".join(known.value for known in Rule)
             raise errors.ConfigError(f"--rule: expected {expected}, found {rule!r}")
         criteria = replace(criteria, rule=Rule(rule))
-    from salsa_node import preflight
-
     preflight.require_pipeline(name, settings)
     if name == "given_masks":
         raise errors.ConfigError("the pipeline given_masks takes one mask for one scan: use salsa-node run --masks")

@@ -39,6 +39,7 @@ def load(
     choice = settings.pipeline
     if models_dir is not None:
         choice = replace(choice, models_dir=str(models_dir))
+    choice = preflight.settled(replace(settings, pipeline=choice)).pipeline
     settings = replace(settings, pipeline=replace(choice, name=name or choice.name, device=device or choice.device))
     preflight.require_pipeline(settings.pipeline.name, settings)
     if options is None:
