@@ -35,6 +35,7 @@ room imports exactly what stands right of its arrow):
     pipelines.totalseg     <- errors models pipelines pipelines.device pipelines.nnunet volume
     pipelines.phase        <- errors
     pipelines.totalsegmentator <- errors models pipelines pipelines.device pipelines.phase pipelines.totalseg volume
+    pipelines.salsa        <- errors models pipelines pipelines.device pipelines.nnunet pipelines.salsa_steps pipelines.totalseg regrid volume
   pipelines.given_masks  <- errors nifti pipelines regrid volume
     findings               <- contrast_phase criteria errors pipelines uids volume
     codes                  <-

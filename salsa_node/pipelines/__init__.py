@@ -157,6 +157,10 @@ class _Entry:
 
 _TABLE = {
     "demo": _Entry("salsa_node.pipelines.demo:DemoPipeline", ("mirroring", "precision")),
+    "salsa": _Entry(
+        "salsa_node.pipelines.salsa:SalsaPipeline",
+        ("preset", "mirroring", "tile_step", "precision", "engine", "fast_liver"),
+    ),
     "given_masks": _Entry(
         "salsa_node.pipelines.given_masks:GivenMasksPipeline", ("organ_labels", "lesion_labels", "lesion_per_label")
     ),

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,7 @@ from salsa_node.pipelines.device import Placement, cpu_has_bfloat16, is_exhausti
 from salsa_node.volume import CtVolume, Grid, LabelVolume
 
 log = logging.getLogger(__name__)
+ENGINES: Final = ("own", "reference")  #: who slides the window: `sliding_window`, or nnU-Net's predictor
 _Voxel = TypeVar("_Voxel", bound=np.generic)
 
 

@@ -2,13 +2,15 @@
 
 After radiomicsgroup/liver-SALSA (Balaguer-Montero et al., Cell Reports Medicine 2025, 102032). Every volume here lies
 on a grid whose (slice, row, column) grow to the patient's superior, anterior and right - nibabel's RAS, read from
-the last axis to the first - so that arrays are what upstream's networks see.
+the last axis to the first - so that arrays are what upstream's networks see. Where a voxel centre lies exactly
+half-way between two others (slices of 2 or 4 mm), upstream's nearest one is left to rounding errors; here it is the
+one with the even index.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, TypeVar
 
 import cc3d
@@ -39,6 +41,9 @@ class Preset:
     fill_holes: what the liver encloses belongs to it.
     open_edge: the liver is not eaten where it reaches the edge of the scan. Upstream closes without room around the
         volume, and loses as many millimetres there as it closes.
+    shifts_oblique: on a grid that is turned against the patient's axes upstream lays the 1 mm grid half the
+        difference of the two extents aside (MONAI's `compute_shape_offset`) and forgets that on the way back: its
+        lesions lie up to (spacing - 1 mm) / 2 off along each axis.
     """
 
     closing: int
@@ -47,34 +52,39 @@ class Preset:
     margin: int
     fill_holes: bool
     open_edge: bool
+    shifts_oblique: bool
 
 
 PRESETS: Final[Mapping[str, Preset]] = {
-    "salsa": Preset(closing=10, dilation=2, neighbours=18, margin=0, fill_holes=False, open_edge=True),
-    "salsa-2025": Preset(closing=10, dilation=2, neighbours=18, margin=0, fill_holes=False, open_edge=False),
-    "salsa-2024": Preset(closing=0, dilation=15, neighbours=6, margin=10, fill_holes=True, open_edge=True),
+    "salsa": Preset(10, 2, 18, 0, fill_holes=False, open_edge=True, shifts_oblique=False),
+    "salsa-2025": Preset(10, 2, 18, 0, fill_holes=False, open_edge=False, shifts_oblique=True),
+    "salsa-2024": Preset(0, 15, 6, 10, fill_holes=True, open_edge=True, shifts_oblique=False),
 }
 
 
-def fine_grid(grid: Grid) -> Grid:
+def fine_grid(grid: Grid, preset: Preset) -> Grid:
     """The 1 mm grid over `grid`: turned to RAS by whole axes, the first voxel centre kept.
 
-    Sides of round((n - 1) * spacing) + 1 voxels, as MONAI's Spacing gives them.
+    Sides of round((n - 1) * spacing + 1) voxels, ties to even, as MONAI's Spacing gives them.
     """
     turned = _turned(grid)
-    shape = tuple(round((n - 1) * mm / SPACING_MM) + 1 for n, mm in zip(turned.shape, turned.spacing_mm, strict=True))
+    shape = tuple(round((n - 1) * mm / SPACING_MM + 1) for n, mm in zip(turned.shape, turned.spacing_mm, strict=True))
     affine = turned.affine_lps_mm.copy()
     affine[:3, :3] *= SPACING_MM / np.array(turned.spacing_mm)
+    if preset.shifts_oblique and _is_oblique(turned):
+        halves = turned.affine_lps_mm[:3, :3] @ np.array(turned.shape) - affine[:3, :3] @ np.array(shape)
+        affine[:3, 3] += halves / 2
     return Grid((shape[0], shape[1], shape[2]), affine, grid.frame_of_reference_uid)
 
 
-def resample_ct(ct: CtVolume) -> CtVolume:
-    """The CT at 1 mm, float32, linear between voxel centres; beyond the last centre its value holds."""
-    fine = fine_grid(ct.grid)
+def resample_ct(ct: CtVolume, fine: Grid) -> CtVolume:
+    """The CT on `fine`, float32, linear between voxel centres; beyond the first and last centre their values hold.
+
+    fine: of `fine_grid(ct.grid, ...)`.
+    """
     voxels = _oriented(ct.voxels_hu, ct.grid).astype(np.float32)
-    spacing_mm = _turned(ct.grid).spacing_mm
-    for axis, (count, mm) in enumerate(zip(fine.shape, spacing_mm, strict=True)):
-        at = np.minimum(np.arange(count) * SPACING_MM / mm, voxels.shape[axis] - 1)
+    for axis, places in enumerate(_places(_turned(ct.grid), fine)):
+        at = np.clip(places, 0, voxels.shape[axis] - 1)
         low = np.minimum(np.floor(at).astype(np.intp), max(voxels.shape[axis] - 2, 0))
         high = np.minimum(low + 1, voxels.shape[axis] - 1)
         part = np.expand_dims((at - low).astype(np.float32), tuple(n for n in range(3) if n != axis))
@@ -82,27 +92,38 @@ def resample_ct(ct: CtVolume) -> CtVolume:
     return CtVolume(voxels, fine)
 
 
-def resample_labels(labels: LabelVolume) -> LabelVolume:
-    """The labels at 1 mm: each voxel takes the nearest one."""
-    fine = fine_grid(labels.grid)
+def resample_labels(labels: LabelVolume, fine: Grid) -> LabelVolume:
+    """The labels on `fine`, which is of `fine_grid(labels.grid, ...)`: each voxel takes the nearest one."""
     voxels = _oriented(labels.labels, labels.grid)
-    spacing_mm = _turned(labels.grid).spacing_mm
-    for axis, (count, mm) in enumerate(zip(fine.shape, spacing_mm, strict=True)):
-        at = np.minimum(np.rint(np.arange(count) * SPACING_MM / mm).astype(np.intp), voxels.shape[axis] - 1)
-        voxels = np.take(voxels, at, axis)
-    return LabelVolume(voxels, fine)
+    return LabelVolume(_nearest(voxels, _places(_turned(labels.grid), fine)), fine)
 
 
-def restore_labels(labels: LabelVolume, grid: Grid) -> LabelVolume:
-    """Labels at 1 mm back on `grid`: each voxel takes the nearest one. `labels.grid` must be `fine_grid(grid)`."""
+def restore_labels(labels: LabelVolume, grid: Grid, preset: Preset) -> LabelVolume:
+    """Labels at 1 mm back on `grid`: each voxel takes the nearest one. `labels.grid` is `fine_grid(grid, preset)`."""
     turned = _turned(grid)
-    voxels = labels.labels
-    for axis, (count, mm) in enumerate(zip(turned.shape, turned.spacing_mm, strict=True)):
-        at = np.minimum(np.rint(np.arange(count) * mm / SPACING_MM).astype(np.intp), voxels.shape[axis] - 1)
-        voxels = np.take(voxels, at, axis)
+    unshifted = replace(preset, shifts_oblique=False)
+    from_grid = fine_grid(grid, unshifted) if preset.shifts_oblique else labels.grid
+    voxels = _nearest(labels.labels, _places(from_grid, turned))
     axes, flips = _way(grid)
     back = np.flip(voxels, tuple(n for n in range(3) if flips[n])).transpose(np.argsort(axes))
     return LabelVolume(np.ascontiguousarray(back), grid)
+
+
+def _places(source: Grid, target: Grid) -> list[npt.NDArray[np.float64]]:
+    """Where the target's voxels lie along each axis of the source, as indices of it; both have the same axes."""
+    first = source.to_index(target.to_lps_mm((0, 0, 0)))
+    steps = np.array(target.spacing_mm) / np.array(source.spacing_mm)
+    # whole numbers that a matrix made inexact are whole again: a tie must fall to the same side everywhere
+    return [
+        np.arange(count) * step + np.round(start, 6)
+        for count, step, start in zip(target.shape, steps, first, strict=True)
+    ]
+
+
+def _nearest(voxels: npt.NDArray[_Voxel], places: list[npt.NDArray[np.float64]]) -> npt.NDArray[_Voxel]:
+    for axis, at in enumerate(places):
+        voxels = np.take(voxels, np.clip(np.rint(at).astype(np.intp), 0, voxels.shape[axis] - 1), axis)
+    return voxels
 
 
 def clean_liver(liver: LabelVolume, preset: Preset) -> LabelVolume:
@@ -173,6 +194,11 @@ def _way(grid: Grid) -> tuple[tuple[int, int, int], tuple[bool, bool, bool]]:
         left[old, :] = left[:, new] = -1
     flips = tuple(bool(along[old, new] < 0) for new, old in enumerate(axes))
     return (axes[0], axes[1], axes[2]), (flips[0], flips[1], flips[2])
+
+
+def _is_oblique(turned: Grid) -> bool:
+    cosines = turned.affine_lps_mm[:3, :3] / np.array(turned.spacing_mm)
+    return not np.allclose(cosines, _GROWS_TO, rtol=0, atol=1e-6)
 
 
 def _turned(grid: Grid) -> Grid:

@@ -1,0 +1,174 @@
+"""SALSA: TotalSegmentator's liver, its neighbourhood at 1 mm, and two nnU-Net stages that see nothing else.
+
+After radiomicsgroup/liver-SALSA (Balaguer-Montero et al., Cell Reports Medicine 2025, 102032), in memory from the
+volume to the labels. The networks are loaded once and stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import numpy as np
+
+from salsa_node import __version__
+from salsa_node.errors import ConfigError, SeriesRejected
+from salsa_node.models import SALSA, folders_of
+from salsa_node.pipelines import DEMO_NOTICE, Flag, Masks, Observer, PipelineSettings, Provenance, once, unobserved
+from salsa_node.pipelines.device import choose_device, libraries
+from salsa_node.pipelines.nnunet import ENGINES, Network
+from salsa_node.pipelines.salsa_steps import (
+    PRESETS,
+    clean_liver,
+    crop,
+    fine_grid,
+    resample_ct,
+    resample_labels,
+    restore_labels,
+)
+from salsa_node.pipelines.totalseg import TotalSegmentatorLiver
+from salsa_node.regrid import onto
+from salsa_node.volume import CtVolume, LabelVolume
+
+FAST_LIVER_PRESET = "salsa-2024"  # upstream asked TotalSegmentator for its 3 mm liver then, for its 1.5 mm liver since
+
+
+class LiverFinder(Protocol):
+    """Finds the liver, before anything else is looked at."""
+
+    @property
+    def weights_sha256(self) -> Mapping[str, str]:
+        """Of every file that decides the liver."""
+        ...
+
+    @property
+    def parameters(self) -> Mapping[str, object]:
+        """What decides the liver beside the weights."""
+        ...
+
+    @property
+    def flags(self) -> tuple[Flag, ...]:
+        """What went otherwise than asked the last time."""
+        ...
+
+    def liver(self, ct: CtVolume) -> LabelVolume:
+        """1 = liver, on `ct.grid`; all 0 where none was found."""
+        ...
+
+    def unload(self) -> None:
+        """Let go of its weights."""
+        ...
+
+
+class SalsaPipeline:
+    """Liver lesions by SALSA's networks, where a site has installed them.
+
+    `settings.options`:
+      preset: "salsa" (ours), "salsa-2025" (today's upstream, bit for bit) or "salsa-2024"; see `salsa_steps.PRESETS`.
+      mirroring (true), tile_step (0.5), precision ("float32"; "auto" and "bfloat16" are faster on CPUs that have
+      it), engine ("own" or "reference"): as `Network` has them.
+      fast_liver: take TotalSegmentator's 3 mm liver; true for "salsa-2024" alone.
+    liver: finds the liver; TotalSegmentator where none is given.
+    Raises ConfigError for an option it cannot use, WeightsMissing where SALSA's or TotalSegmentator's are absent.
+    """
+
+    def __init__(self, settings: PipelineSettings, liver: LiverFinder | None = None) -> None:
+        options = dict(settings.options)
+        preset = options.pop("preset", "salsa")
+        if preset not in PRESETS:
+            raise ConfigError(f"pipeline.options.preset: salsa has {', '.join(PRESETS)}; found {preset!r}")
+        fast_liver = options.pop("fast_liver", preset == FAST_LIVER_PRESET)
+        mirroring, tile_step = options.pop("mirroring", True), options.pop("tile_step", 0.5)
+        precision, engine = options.pop("precision", "float32"), options.pop("engine", "own")
+        if options:
+            raise ConfigError(f"pipeline.options.{next(iter(options))}: salsa has no such option")
+        if not isinstance(mirroring, bool) or not isinstance(fast_liver, bool):
+            raise ConfigError("pipeline.options: salsa's mirroring and fast_liver are true or false")
+        if not isinstance(tile_step, float | int) or engine not in ENGINES or not isinstance(precision, str):
+            raise ConfigError(
+                f"pipeline.options: salsa's tile_step is a number, precision a word, engine {' or '.join(ENGINES)}"
+            )
+        folders = folders_of(SALSA, settings.models_dir)
+        self._preset = PRESETS[str(preset)]
+        self._liver: LiverFinder = liver or TotalSegmentatorLiver(
+            settings.models_dir, settings.device, fast=fast_liver, precision=precision
+        )
+        device = choose_device(settings.device)
+        self._lowres, self._cascade = (
+            Network(
+                folders[stage],
+                device,
+                mirroring=mirroring,
+                tile_step=float(tile_step),
+                precision=precision,
+                reference=engine == "reference",
+            )
+            for stage in ("lowres", "cascade")
+        )
+        hashes = {f"{stage}/{name}": sha for stage, folder in folders.items() for name, sha in folder.sha256().items()}
+        self._provenance = Provenance(
+            pipeline=SALSA,
+            version=__version__,
+            weights_sha256=hashes | dict(self._liver.weights_sha256),
+            parameters={
+                "preset": preset,
+                "mirroring": mirroring,
+                "tile_step": float(tile_step),
+                "precision": self._lowres.precision,
+                "engine": engine,
+                "liver": dict(self._liver.parameters),
+            },
+            libraries=libraries("TotalSegmentator"),
+            device=str(device),
+            notice=DEMO_NOTICE if _are_demo_models(hashes) else "",
+        )
+
+    @property
+    def provenance(self) -> Provenance:
+        """Which preset, weights, libraries and parameters."""
+        return self._provenance
+
+    def segment(self, ct: CtVolume, observer: Observer = unobserved) -> Masks:
+        """Liver and lesions on `ct.grid`.
+
+        The observer is told what upstream keeps as files, by their names: "liver", "liver_resampled",
+        "liver_postprocessed", "scan_resampled", "cropped/scan_0000", "cropped/mask_0000", "mask_resampled".
+        Raises OrganNotFound where there is no liver, SeriesRejected where a voxel is no number, DeviceExhausted.
+        """
+        if not np.isfinite(ct.voxels_hu).all():
+            raise SeriesRejected("some voxels are not finite numbers; Hounsfield units were expected")
+        liver = self._liver.liver(ct)
+        observer("liver", liver)
+        grid_fine = fine_grid(ct.grid, self._preset)
+        liver_fine = resample_labels(liver, grid_fine)
+        observer("liver_resampled", liver_fine)
+        cleaned = clean_liver(liver_fine, self._preset)
+        observer("liver_postprocessed", cleaned)
+        fine = resample_ct(ct, grid_fine)
+        observer("scan_resampled", fine)
+        seen = crop(fine, cleaned, self._preset)
+        observer("cropped/scan_0000", seen)
+        found = self._cascade.predict(seen, previous=self._lowres.predict(seen))
+        observer("cropped/mask_0000", found)
+        whole = onto(found, cleaned.grid)
+        observer("mask_resampled", whole)
+        lesions = (restore_labels(whole, ct.grid, self._preset).labels > 0).astype(np.uint8)
+        organ = ((liver.labels > 0) | (lesions > 0)).astype(np.uint8)
+        return Masks(
+            LabelVolume(organ, ct.grid),
+            LabelVolume(lesions, ct.grid),
+            self._provenance,
+            flags=once(*self._liver.flags, *self._lowres.flags, *self._cascade.flags),
+        )
+
+    def unload(self) -> None:
+        """Let go of the liver's networks and of both stages."""
+        self._liver.unload()
+        self._lowres.unload()
+        self._cascade.unload()
+
+
+def _are_demo_models(hashes: Mapping[str, str]) -> bool:
+    """Whether a network is one of those that ship with this package, whatever folder it lies in."""
+    shipped = {sha for folder in folders_of("demo", None).values() for sha in folder.sha256().values()}
+    return any(sha in shipped for name, sha in hashes.items() if name.endswith(".pth"))

@@ -1,0 +1,332 @@
+"""SALSA's pipeline against the same chain driven the upstream way, on any grid, and on what it must refuse."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+
+from salsa_node.errors import ConfigError, OrganNotFound, SeriesRejected, WeightsMissing
+from salsa_node.models import DEMO_STAGES, demo_models_dir
+from salsa_node.nifti import read_ct, read_labels, write_ct, write_labels
+from salsa_node.phantom import Phantom, Recipe, make
+from salsa_node.pipelines import DEMO_NOTICE, Flag, Pipeline, PipelineSettings, load
+from salsa_node.pipelines.salsa import LiverFinder, SalsaPipeline
+from salsa_node.pipelines.salsa_steps import OUTSIDE_HU
+from salsa_node.volume import CtVolume, Grid, LabelVolume
+
+MIDDLE = (-50.0, -5.0, 5.0)  # of a window in the liver that keeps the networks' work small
+# No voxel centre of one grid lies half-way between two of the other: there MONAI's rounding errors decide.
+RECIPES = {
+    "axial": Recipe(43, (30, 50, 50), (4.19, 2.41, 2.41), center_lps_mm=MIDDLE),
+    "from head to feet": Recipe(50, (24, 50, 44), (5.0, 2.41, 2.69), "IPL", center_lps_mm=MIDDLE),
+    "sagittal, oblique": Recipe(51, (49, 30, 44), (2.41, 4.19, 2.69), "LSP", (6.0, -4.0, 3.0), center_lps_mm=MIDDLE),
+}
+SMALL = Recipe(43, (12, 24, 24), (5.0, 2.5, 2.5), center_lps_mm=(-70.0, 8.0, -4.0))
+
+
+@dataclass(frozen=True)
+class KnownLiver:
+    """A liver finder that is told the answer."""
+
+    labels: LabelVolume
+    weights_sha256: Mapping[str, str]
+    parameters: Mapping[str, object]
+    flags: tuple[Flag, ...] = ()
+
+    def liver(self, ct: CtVolume) -> LabelVolume:
+        assert ct.grid.matches(self.labels.grid)
+        return self.labels
+
+    def unload(self) -> None:
+        """Nothing is kept."""
+
+
+def known(labels: LabelVolume) -> LiverFinder:
+    return KnownLiver(labels, {"liver": "0" * 64}, {"known": True})
+
+
+@pytest.fixture(scope="module")
+def models_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's two lesion networks, in SALSA's own layout."""
+    folder: Path = tmp_path_factory.mktemp("models")
+    for stage in ("lowres", "cascade"):
+        source = demo_models_dir() / DEMO_STAGES[stage]
+        shutil.copytree(source, folder / "salsa" / "Dataset001_TALES" / source.name)
+    return folder
+
+
+def pipeline(models_dir: Path, liver: LabelVolume, **options: object) -> SalsaPipeline:
+    quick = {"mirroring": False, "tile_step": 1.0}
+    return SalsaPipeline(PipelineSettings("cpu", models_dir, options=quick | options), known(liver))
+
+
+# ---- against the upstream way -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=RECIPES, ids=list(RECIPES))
+def case(request: pytest.FixtureRequest) -> Phantom:
+    return make(RECIPES[request.param])
+
+
+@pytest.mark.filterwarnings("ignore")  # MONAI's and nnU-Net's own, which are many
+def test_the_labels_are_those_of_the_upstream_chain(case: Phantom, models_dir: Path, tmp_path: Path) -> None:
+    """Files, MONAI and nnU-Net's file API, as liver-SALSA drives them.
+
+    MONAI interpolates with another order of sums: Hounsfield units differ by less than 0.001, and a voxel on a
+    network's decision boundary may fall to the other side.
+    """
+    ours = pipeline(models_dir, case.liver, preset="salsa-2025").segment(case.ct)
+    write_ct(case.ct, tmp_path / "scan.nii.gz")
+    write_labels(case.liver, tmp_path / "liver.nii.gz")
+    theirs = upstream_labels(tmp_path, models_dir)
+    found = ours.lesions.labels > 0
+    assert theirs.shape == found.shape
+    assert theirs.sum() > 1000
+    assert 2 * (found & theirs).sum() / (found.sum() + theirs.sum()) >= 0.999
+
+
+def upstream_labels(folder: Path, models_dir: Path) -> np.ndarray:
+    """Lesions of `folder`/scan.nii.gz as (slice, row, column) of the CT that was written there."""
+    from monai.data import MetaTensor
+    from monai.transforms import Compose, EnsureChannelFirstd, LoadImaged, Orientationd, Spacing, Spacingd
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+    from scipy.ndimage import binary_closing, binary_dilation, generate_binary_structure, label
+
+    keys = ["scan", "liver"]
+    steps = [
+        LoadImaged(keys), EnsureChannelFirstd(keys), Orientationd(keys, axcodes="RAS"),
+        Spacingd(keys, pixdim=(1.0, 1.0, 1.0), mode=("bilinear", "nearest")),
+    ]  # fmt: skip
+    loaded = Compose(steps)({key: folder / f"{key}.nii.gz" for key in keys})
+    scan, liver = (np.asarray(loaded[key][0]) for key in keys)
+    ball = generate_binary_structure(3, 2)
+    wide = binary_dilation(binary_closing(liver > 0, ball, iterations=10), ball, iterations=2)
+    parts, _ = label(wide)
+    largest = parts == np.argmax(np.bincount(parts.ravel())[1:]) + 1
+    box = tuple(slice(np.flatnonzero(s)[0], np.flatnonzero(s)[-1] + 1) for s in (
+        largest.any(axis=(1, 2)), largest.any(axis=(0, 2)), largest.any(axis=(0, 1))
+    ))  # fmt: skip
+    seen = np.where(largest, scan, -1024)[box]
+    padded = np.pad(seen, [(0, -n % 64) for n in seen.shape], constant_values=-1024)
+    for name in ("in", "low", "high"):
+        (folder / name).mkdir()
+    nibabel.save(nibabel.Nifti1Image(padded, np.eye(4)), folder / "in" / "scan_0000.nii.gz")
+    with contextlib.redirect_stdout(io.StringIO()):
+        for stage, out, before in (("lowres", "low", None), ("cascade", "high", str(folder / "low"))):
+            predictor = nnUNetPredictor(
+                tile_step_size=1.0, use_mirroring=False, perform_everything_on_device=False,
+                device=torch.device("cpu"), allow_tqdm=False,
+            )  # fmt: skip
+            name = Path(DEMO_STAGES[stage]).name
+            predictor.initialize_from_trained_model_folder(str(models_dir / "salsa/Dataset001_TALES" / name), (0,))
+            predictor.predict_from_files_sequential(
+                str(folder / "in"), str(folder / out), folder_with_segs_from_prev_stage=before
+            )
+    answer = np.asarray(nibabel.load(folder / "high" / "scan.nii.gz").dataobj)
+    pasted = np.zeros(scan.shape, dtype=np.uint8)
+    pasted[box] = answer[tuple(slice(n) for n in seen.shape)]
+    source = nibabel.load(folder / "scan.nii.gz")
+    canonical = nibabel.as_closest_canonical(source)
+    zooms = tuple(float(mm) for mm in canonical.header.get_zooms())
+    coarse = Spacing(zooms, mode="nearest")(MetaTensor(torch.from_numpy(pasted[None]), affine=loaded["scan"].affine))
+    turned = nibabel.Nifti1Image(np.asarray(coarse[0]).astype(np.uint8), canonical.affine)
+    there = nibabel.orientations.io_orientation(source.affine)
+    ras = nibabel.orientations.axcodes2ornt("RAS")
+    back = turned.as_reoriented(nibabel.orientations.ornt_transform(ras, there))
+    return np.asarray(back.dataobj).transpose(2, 1, 0) > 0
+
+
+def test_nnunets_own_engine_gives_the_same_labels(models_dir: Path) -> None:
+    case = make(SMALL)
+    own, reference = (pipeline(models_dir, case.liver, engine=engine) for engine in ("own", "reference"))
+    assert np.array_equal(own.segment(case.ct).lesions.labels, reference.segment(case.ct).lesions.labels)
+    assert own.provenance.digest != reference.provenance.digest
+
+
+# ---- geometry: with networks that answer by attenuation ------------------------------------------
+
+
+@pytest.fixture
+def by_attenuation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The two stages mark what is darker than liver within the crop, so that every voxel's fate is known."""
+
+    def predict(_network: object, ct: CtVolume, previous: LabelVolume | None = None) -> LabelVolume:
+        return LabelVolume(((ct.voxels_hu > OUTSIDE_HU / 2) & (ct.voxels_hu < 70)).astype(np.uint8), ct.grid)
+
+    monkeypatch.setattr("salsa_node.pipelines.nnunet.Network.predict", predict)
+
+
+def liver_block(grid: Grid, liver_mm: tuple[tuple[float, float], ...], lesion_mm: tuple[tuple[float, float], ...]):
+    """A CT of 100 HU, a block of it liver, with a block of lesion at 40 HU in it; both in LPS mm along x, y, z."""
+    index = np.stack(np.meshgrid(*map(np.arange, grid.shape), indexing="ij"), axis=-1)
+    place = index @ grid.affine_lps_mm[:3, :3].T + grid.affine_lps_mm[:3, 3]
+
+    def inside(block: tuple[tuple[float, float], ...]) -> np.ndarray:
+        return np.logical_and.reduce([(place[..., n] >= a) & (place[..., n] < b) for n, (a, b) in enumerate(block)])
+
+    liver, lesion = inside(liver_mm), inside(lesion_mm)
+    voxels = np.where(lesion, 40, 100).astype(np.int16)
+    return CtVolume(voxels, grid), LabelVolume(liver.astype(np.uint8), grid), lesion
+
+
+def dice(a: np.ndarray, b: np.ndarray) -> float:
+    return float(2 * (a & b).sum() / (a.sum() + b.sum()))
+
+
+@pytest.mark.usefixtures("by_attenuation")
+@pytest.mark.parametrize(
+    ("shape", "spacing_mm"),
+    [
+        ((60, 50, 50), (2.0, 2.0, 2.0)),
+        ((200, 60, 40), (0.5, 1.5, 2.5)),
+        ((14, 60, 60), (10.0, 2.0, 2.0)),
+        ((3, 60, 60), (10.0, 2.0, 2.0)),
+        ((300, 40, 40), (0.3, 3.0, 3.0)),
+    ],
+)
+@pytest.mark.parametrize("orientation", ["SPL", "IAR", "LSP", "AIL"])
+def test_a_lesion_comes_back_where_it_was(
+    models_dir: Path, shape: tuple[int, int, int], spacing_mm: tuple[float, float, float], orientation: str
+) -> None:
+    grid = Recipe(1, shape, spacing_mm, orientation=orientation).grid
+    reach = np.abs(grid.affine_lps_mm[:3, :3] @ np.array(shape)) / 2
+    middle = np.array(grid.to_lps_mm(tuple((n - 1) / 2 for n in shape)))  # type: ignore[arg-type]
+    liver = tuple((m - 0.8 * r, m + 0.8 * r) for m, r in zip(middle, reach, strict=True))
+    lesion = tuple((m - 0.2 * r, m + 0.5 * r) for m, r in zip(middle, reach, strict=True))
+    ct, organ, truth = liver_block(grid, liver, lesion)
+    masks = pipeline(models_dir, organ).segment(ct)
+    assert truth.any()
+    # at the lesion's faces the 1 mm image is a mixture of 40 and 100 HU; the middle of it decides
+    assert dice(masks.lesions.labels > 0, truth) > 0.8
+    assert abs(centre(masks.lesions.labels > 0) - centre(truth)).max() <= 0.5
+    assert masks.lesions.grid is grid
+    assert masks.organ is not None
+    assert (masks.organ.labels[organ.labels > 0] == 1).all()
+
+
+def centre(mask: np.ndarray) -> np.ndarray:
+    return np.argwhere(mask).mean(axis=0)
+
+
+@pytest.mark.usefixtures("by_attenuation")
+@pytest.mark.parametrize("preset", ["salsa", "salsa-2025"])
+def test_a_liver_at_the_edge_of_the_scan_keeps_its_lesion_in_the_last_slice(models_dir: Path, preset: str) -> None:
+    grid = Recipe(1, (40, 60, 60), (2.0, 2.0, 2.0)).grid
+    top = grid.to_lps_mm((39, 0, 0))[2]
+    everywhere = ((-50.0, 50.0), (-50.0, 50.0), (top - 60, top + 1))
+    ct, organ, truth = liver_block(grid, everywhere, ((-10.0, 10.0), (-10.0, 10.0), (top - 3, top + 1)))
+    assert truth[39].any()
+    found = pipeline(models_dir, organ, preset=preset).segment(ct).lesions.labels > 0
+    if preset == "salsa":
+        assert dice(found, truth) > 0.9
+    else:
+        assert not found[39].any()  # its closing eats 10 mm of a liver that the scan cuts; 8 stay lost
+
+
+# ---- what it refuses, keeps and says --------------------------------------------------------------
+
+
+def test_no_liver_is_a_verdict(models_dir: Path) -> None:
+    case = make(SMALL)
+    nothing = LabelVolume(np.zeros_like(case.liver.labels), case.ct.grid)
+    with pytest.raises(OrganNotFound, match="no voxel was marked as liver"):
+        pipeline(models_dir, nothing).segment(case.ct)
+
+
+def test_voxels_that_are_no_numbers_are_refused(models_dir: Path) -> None:
+    case = make(SMALL)
+    broken = case.ct.voxels_hu.astype(np.float32)
+    broken[3, 4, 5] = np.nan
+    with pytest.raises(SeriesRejected, match="not finite"):
+        pipeline(models_dir, case.liver).segment(CtVolume(broken, case.ct.grid))
+
+
+def test_a_second_case_loads_nothing_and_unload_frees(models_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "salsa_node")
+    case = make(SMALL)
+    salsa = pipeline(models_dir, case.liver)
+    loads = [record for record in caplog.records if getattr(record, "event", "") == "network.loaded"]
+    assert len(loads) == 2
+    first, second = salsa.segment(case.ct), salsa.segment(case.ct)
+    assert np.array_equal(first.lesions.labels, second.lesions.labels)
+    assert [r for r in caplog.records if getattr(r, "event", "") == "network.loaded"] == loads
+    salsa.unload()
+    assert caplog.text.count("network unloaded") == 2
+
+
+@pytest.mark.usefixtures("by_attenuation")
+def test_the_observer_sees_what_upstream_keeps(models_dir: Path, tmp_path: Path) -> None:
+    liver, lesion = ((-40.0, 40.0),) * 3, ((-5.0, 25.0),) * 3
+    ct, organ, _ = liver_block(Recipe(1, (25, 60, 50), (5.0, 2.0, 2.5), "IPL").grid, liver, lesion)
+    seen: dict[str, CtVolume | LabelVolume] = {}
+    pipeline(models_dir, organ).segment(ct, seen.__setitem__)
+    assert list(seen) == [
+        "liver", "liver_resampled", "liver_postprocessed", "scan_resampled", "cropped/scan_0000",
+        "cropped/mask_0000", "mask_resampled",
+    ]  # fmt: skip
+    scan, mask = seen["cropped/scan_0000"], seen["cropped/mask_0000"]
+    assert isinstance(scan, CtVolume)
+    assert isinstance(mask, LabelVolume)
+    assert scan.grid.matches(mask.grid)
+    write_ct(scan, tmp_path / "scan.nii.gz")
+    assert read_ct(tmp_path / "scan.nii.gz").grid.matches(scan.grid)
+    write_labels(mask, tmp_path / "mask.nii.gz")
+    # the crop's own affine puts its lesions where the lesions of the whole scan are
+    back, whole = read_labels(tmp_path / "mask.nii.gz"), seen["mask_resampled"]
+    assert isinstance(whole, LabelVolume)
+    assert whole.labels.any()
+    places = [np.array(one.grid.to_lps_mm(tuple(centre(one.labels > 0)))) for one in (back, whole)]  # type: ignore[arg-type]
+    assert np.linalg.norm(places[0] - places[1]) < 0.01
+
+
+def test_demo_networks_in_salsas_folder_are_told_as_such(models_dir: Path) -> None:
+    case = make(SMALL)
+    provenance = pipeline(models_dir, case.liver).provenance
+    assert provenance.notice == DEMO_NOTICE
+    assert provenance.parameters["preset"] == "salsa"
+    assert {"torch", "nnunetv2", "TotalSegmentator"} <= provenance.libraries.keys()
+    assert sum(name.endswith("checkpoint_final.pth") for name in provenance.weights_sha256) == 2
+
+
+def test_other_presets_are_other_results(models_dir: Path) -> None:
+    case = make(SMALL)
+    digests = {pipeline(models_dir, case.liver, preset=name).provenance.digest for name in ("salsa", "salsa-2025")}
+    assert len(digests) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"preset": "salsa-2026"}, "salsa has salsa, salsa-2025, salsa-2024; found 'salsa-2026'"),
+        ({"mirroring": "yes"}, "true or false"),
+        ({"tile_step": "half"}, "tile_step is a number"),
+        ({"tile_step": 0.0}, "above 0 and at most 1"),
+        ({"engine": "fast"}, "own or reference"),
+        ({"precision": "half"}, "precision must be"),
+    ],
+)
+def test_options_that_cannot_be_used_are_refused(models_dir: Path, options: dict[str, object], words: str) -> None:
+    liver = LabelVolume(np.ones((2, 2, 2), dtype=np.uint8), Grid((2, 2, 2), np.eye(4)))
+    with pytest.raises(ConfigError, match=words):
+        pipeline(models_dir, liver, **options)
+
+
+def test_absent_weights_say_where_to_get_them(tmp_path: Path) -> None:
+    with pytest.raises(WeightsMissing, match="salsa-node models import"):
+        load("salsa", PipelineSettings("cpu", tmp_path))
+    with pytest.raises(ConfigError, match="the pipeline salsa has preset"):
+        load("salsa", PipelineSettings("cpu", tmp_path, options={"presett": "salsa"}))
+
+
+def test_it_is_a_pipeline(models_dir: Path) -> None:
+    liver = LabelVolume(np.ones((2, 2, 2), dtype=np.uint8), Grid((2, 2, 2), np.eye(4)))
+    assert isinstance(pipeline(models_dir, liver), Pipeline)
