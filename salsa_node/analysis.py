@@ -52,11 +52,15 @@ class Outcome(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """By what rules a series is analysed, and what is made of it: everything beside images and pipeline."""
+    """By what rules a series is analysed, and what is made of it: everything beside images and pipeline.
+
+    label_map: some destination asks for the lesions by class as a label map, which is then made beside the SEG.
+    """
 
     criteria: Criteria = field(default_factory=Criteria)
     limits: Limits = field(default_factory=Limits)
     products: Products = field(default_factory=Products)
+    label_map: bool = False
 
     @property
     def identity(self) -> Identity:
@@ -125,7 +129,12 @@ def analyse(
     # What else decides the bytes decides the UIDs too: other bytes never go out under a UID that was used before.
     source = headers(series)
     phase = contrast_phase.read(source[len(source) // 2])
-    signed = digest(findings.run_digest, repr(phase), *map(repr, (terms.identity, terms.products, terms.limits)))
+    signed = digest(
+        findings.run_digest,
+        repr(phase),
+        *map(repr, (terms.identity, terms.products, terms.limits)),
+        *(["label map"] if terms.label_map else []),
+    )
     odd = (
         *findings.flags,
         *([Flag("phase_wrong", phase.wrong)] if phase.wrong else []),
@@ -181,7 +190,13 @@ def _objects(
     identity, products, when = terms.identity, terms.products, born.produced_at
     by_class = dicom_seg.build(findings, source, identity, when, include_organ=products.include_liver)
     alone = dicom_seg.build_lesions(findings, source, identity, when) if products.per_lesion_seg else ()
-    segs = [*by_class, *alone]
+    label_map = (
+        dicom_seg.build_label_map(findings, source, identity, when, include_organ=products.include_liver)
+        if terms.label_map
+        else None
+    )
+    # Reports refer to what every destination gets: the SEG by class is none of it where a label map takes its place.
+    segs = alone if label_map is not None and alone else [*by_class, *alone]
     report = dicom_sr.build(findings, segs, source, identity, when, born.predecessors.get(Kind.SR))
     objects = [Made(Kind.SEG, "seg" if n == 1 else f"seg_{n}", seg) for n, seg in enumerate(by_class, start=1)]
     objects.append(Made(Kind.SR, "sr", report))
@@ -197,6 +212,7 @@ def _objects(
     if products.key_object_selection:
         selection = dicom_ko.build(findings, segs, source, identity, when)
         objects += [Made(Kind.KO, "ko", selection)] if selection is not None else []
+    objects += [Made(Kind.LABELMAP, "labelmap", label_map)] if label_map is not None else []
     return tuple(objects)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from io import BytesIO
@@ -24,7 +24,7 @@ from pynetdicom.status import STATUS_SUCCESS, STATUS_WARNING, code_to_category
 from salsa_node.association import VERIFICATION, without_delay
 from salsa_node.errors import DeliveryError, DestinationRefused, LeaseLost, SalsaNodeError
 from salsa_node.log import unforeseen
-from salsa_node.settings import SENDER, DeliverySettings, Destination
+from salsa_node.settings import SEG_KINDS, SENDER, DeliverySettings, Destination
 from salsa_node.store import Delivery, ResultObject, Store
 
 log = logging.getLogger(__name__)
@@ -75,8 +75,13 @@ def _send_out(
         return
     destination = resolve(store, due[0], destinations)
     made = {item.id: item for item in store.objects_of(due[0].run_id)}
+    kinds = {item.kind for item in made.values()}
     files: list[tuple[Delivery, pydicom.Dataset]] = []
     for delivery in due:
+        unwanted = _unwanted(made[delivery.object_id].kind, kinds, destination)
+        if unwanted:
+            outbox.leave_out(delivery, unwanted)
+            continue
         try:
             with _in_words("reading failed"):
                 files.append((delivery, _read(data_dir, made[delivery.object_id])))
@@ -87,6 +92,14 @@ def _send_out(
     with _associated(destination, {_context(ds) for _, ds in files}, settings.timeout_s) as assoc:
         for delivery, ds in files:
             outbox.send(assoc, destination, delivery, ds)
+
+
+def _unwanted(kind: str, kinds: Set[str], destination: Destination) -> str:
+    """Why this destination does not get an object of that kind, of a result of those `kinds`; "" where it does."""
+    wanted = SEG_KINDS[destination.seg]
+    if kind not in SEG_KINDS.values() or kind == wanted or wanted not in kinds:
+        return ""
+    return f"not sent: {destination.name} gets {wanted} instead (its setting seg)"
 
 
 def echo(destination: Destination, settings: DeliverySettings) -> None:
@@ -161,6 +174,11 @@ class _Outbox:
             return
         if self._settle(delivery, lambda now: self._store.delivered(delivery.id, self._owner, status, note, now)):
             log.info("object delivered", extra={"event": "delivery.sent", "delivery": delivery.id, "status": status})
+
+    def leave_out(self, delivery: Delivery, why: str) -> None:
+        """The destination does not want this object."""
+        if self._settle(delivery, lambda now: self._store.leave_out(delivery.id, self._owner, why, now)):
+            log.info(why, extra={"event": "delivery.left_out", "delivery": delivery.id})
 
     def failed(self, delivery: Delivery, error: DeliveryError) -> None:
         """Try again later, or give up where a retry is pointless or all were used; nothing where it is settled."""

@@ -34,6 +34,7 @@ CAVEAT_BY_PERSON: Final = "Lesions marked by a person, measured by software. Not
 _SIMPLER: Final = dict(zip("·–—‘’“”×³", "---''\"\"x3", strict=True)) | {"≥": ">=", "≤": "<="}
 SERIES_APART: Final = 100  # between the Series Numbers of one kind, where it fills several series
 _FREE_NUMBERS: Final = 100_000  # above the first Series Number
+LABEL_MAP_STORAGE: Final = UID("1.2.840.10008.5.1.4.1.1.66.7")  # Supplement 243; pydicom 3.0 has no name for it
 GRID_TOLERANCE: Final = 0.5  # of the smallest voxel side: beyond it another voxel would be the nearest
 
 _EARLIEST, _LATEST = timedelta(hours=-12), timedelta(hours=14)  # of Timezone Offset From UTC (PS3.3 Table C.12-1)
@@ -117,6 +118,7 @@ class Kind(Enum):
     SC = "SC"  #: the summary page and the key images, as pictures
     PDF = "PDF"  #: the summary page
     KO = "KO"  #: a selection that points at the source slices
+    LABELMAP = "LABELMAP"  #: the lesions by class in one label map, for destinations that ask for it instead of SEG
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from pydicom.dataset import Dataset
 from pydicom.sr.coding import Code
-from pydicom.uid import ExplicitVRLittleEndian
+from pydicom.uid import UID, ExplicitVRLittleEndian, RLELossless
 from pydicom.valuerep import DSfloat
 from scipy.ndimage import find_objects
 
@@ -59,11 +59,13 @@ class _Kind:
 
 @dataclass(frozen=True, slots=True)
 class _Series:
-    """What tells the two segmentations of a result apart."""
+    """What tells the segmentations of a result apart."""
 
     kind: Kind
     title: str
     content_label: str
+    encoding: hd.seg.SegmentationTypeValues = hd.seg.SegmentationTypeValues.BINARY
+    transfer_syntax_uid: UID = ExplicitVRLittleEndian
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -84,6 +86,9 @@ class _Part:
 
 _BY_CLASS: Final = _Series(Kind.SEG, "SEG", "LIVER_LESIONS")
 _ONE_BY_ONE: Final = _Series(Kind.LESION_SEG, "SEG, single", "EACH_LESION")
+_LABEL_MAP: Final = _Series(
+    Kind.LABELMAP, "label map", "LIVER_LABEL_MAP", hd.seg.SegmentationTypeValues.LABELMAP, RLELossless
+)
 MAX_FRAMES: Final = 400  # a known viewer shows no segmentation of more (Weasis issue 680)
 
 _LESIONS: Final = {
@@ -146,6 +151,31 @@ def build_lesions(
         part = _Part(_ONE_BY_ONE, number, kinds, segment_of[labels], uid)
         objects.append(_signed(part, findings, source, identity, produced_at))
     return tuple(objects)
+
+
+def build_label_map(
+    findings: Findings,
+    source: Sequence[Dataset],
+    identity: Identity,
+    produced_at: datetime,
+    *,
+    include_organ: bool = False,
+) -> Dataset | None:
+    """The segments of `build` in one LABELMAP Segmentation (DICOM Supplement 243), RLE; None where there are none.
+
+    Each voxel belongs to one segment: a lesion covers the liver. One frame a slice, never divided.
+    Arguments and errors as of `build`.
+    """
+    check_source(source, findings.lesion_labels.grid)
+    _check_lesions(findings, source)
+    kinds = list(_frames(findings, include_organ=include_organ))
+    if not kinds:
+        return None
+    pixels = np.zeros(findings.lesion_labels.labels.shape, dtype=np.uint8)
+    for number in range(len(kinds), 0, -1):  # the liver, which is the last, goes below
+        pixels[_mask(kinds[number - 1], findings)] = number
+    uid = uids.derive(findings.run_digest, "LABELMAP", *(kind.label for kind in kinds))
+    return _signed(_Part(_LABEL_MAP, 1, kinds, pixels, uid), findings, source, identity, produced_at)
 
 
 def flags(findings: Findings, *, include_organ: bool = False) -> tuple[Flag, ...]:
@@ -256,7 +286,7 @@ def _segmentation(part: _Part, findings: Findings, source: Sequence[Dataset], id
     return hd.seg.Segmentation(
         source_images=_references([source[int(k)] for k in shown], findings.lesion_labels.grid.spacing_mm[0]),
         pixel_array=pixels[shown],
-        segmentation_type=hd.seg.SegmentationTypeValues.BINARY,
+        segmentation_type=series.encoding,
         segment_descriptions=[_describe(n, kind, provenance, identity) for n, kind in enumerate(part.kinds, start=1)],
         series_instance_uid=uids.derive(part.uid, "series"),
         series_number=identity.series_number(series.kind, part.number),
@@ -269,7 +299,7 @@ def _segmentation(part: _Part, findings: Findings, source: Sequence[Dataset], id
         content_label=series.content_label,
         content_description=line(words, provenance.notice),
         content_creator_name=f"{identity.manufacturer}^",
-        transfer_syntax_uid=ExplicitVRLittleEndian,
+        transfer_syntax_uid=series.transfer_syntax_uid,
         omit_empty_frames=True,
         series_description=line(titled(series.title, provenance), provenance.notice),
     )

@@ -19,7 +19,7 @@ from pydicom.uid import SegmentationStorage
 from scipy.ndimage import distance_transform_edt
 
 from salsa_node import codes, uids
-from salsa_node.dicom_result import GRID_TOLERANCE, same_patient_and_study
+from salsa_node.dicom_result import GRID_TOLERANCE, LABEL_MAP_STORAGE, same_patient_and_study
 from salsa_node.errors import EncodingError, GuardFailed
 from salsa_node.findings import Findings
 from salsa_node.limits import Limits
@@ -71,7 +71,7 @@ def check(objects: Sequence[Dataset], source: Sequence[Dataset], findings: Findi
         return
     shown: dict[str, Mask] = {}
     for obj in objects:
-        if obj.SOPClassUID == SegmentationStorage:
+        if obj.SOPClassUID in (SegmentationStorage, LABEL_MAP_STORAGE):
             mask = _shown_lesions(obj, {ds.SOPInstanceUID: ds for ds in source}, findings)
             shown[obj.ContentLabel] = mask | shown.get(obj.ContentLabel, False)
     for mask in shown.values():  # the lesions may be shared out over several objects of that label
@@ -254,7 +254,9 @@ def _shown_lesions(seg: Dataset, source: dict[str, Dataset], findings: Findings)
             raise GuardFailed(f"a frame of the segmentation names image {named}, which is not of its series")
         position = _group(item, shared, "PlanePositionSequence").ImagePositionPatient
         _same(position, source[named].ImagePositionPatient, allowed_mm, f"position of the frame on image {named}")
-        if _group(item, shared, "SegmentIdentificationSequence").ReferencedSegmentNumber in lesions:
+        if seg.SegmentationType == "LABELMAP":
+            shown[slices[named]] |= np.isin(pixels, sorted(lesions))
+        elif _group(item, shared, "SegmentIdentificationSequence").ReferencedSegmentNumber in lesions:
             shown[slices[named]] |= pixels != 0
     return shown
 

@@ -6,7 +6,10 @@ import ipaddress
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
+#: what `Destination.seg` may be -> the kind of the object that such a destination gets of the lesions by class
+SEG_KINDS: Final[Mapping[str, str]] = {"binary": "SEG", "labelmap": "LABELMAP"}
 SENDER = "sender"  #: in `DeliverySettings.to`: the destination whose AE title sent the study
 
 AUTO = "auto"  #: `PipelineChoice.name`: the best pipeline whose models are installed
@@ -80,6 +83,7 @@ class Destination:
     """Where results may go, by DICOM C-STORE.
 
     calling_ae_title: what we call ourselves there.
+    seg: the form in which it gets the lesions by class; "labelmap" (DICOM Supplement 243) is smaller, and few read it.
     """
 
     name: str = field(metadata={"pattern": r"\S+"})
@@ -87,6 +91,7 @@ class Destination:
     host: str = field(metadata={"pattern": r"\S+"})
     port: int = field(metadata={"min": 1, "max": 65535})
     calling_ae_title: str = "SALSA_NODE"
+    seg: str = field(default="binary", metadata={"choices": tuple(SEG_KINDS)})
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,14 +12,16 @@ States (a test holds this drawing against `store_rows.TRANSITIONS`)::
     Run       QUEUED -> RUNNING | CANCELLED
               RUNNING -> PRODUCED | QUEUED | FAILED | BLOCKED | CANCELLED
               PRODUCED -> SUPERSEDED
-    Delivery  PENDING -> SENT | PENDING | GAVE_UP | WITHDRAWN
+    Delivery  PENDING -> SENT | PENDING | GAVE_UP | WITHDRAWN | LEFT_OUT
               SENT -> VERIFIED | PENDING
               VERIFIED -> PENDING
               GAVE_UP -> PENDING
+              LEFT_OUT -> PENDING
 
 A study has one current result. Queueing a newer run cancels the runs of that study that wait or run;
 its worker hears LeaseLost at the next heartbeat. The older result stays current until the newer one
-is PRODUCED; then it is SUPERSEDED and what had not yet gone out of it is WITHDRAWN.
+is PRODUCED; then it is SUPERSEDED and what had not yet gone out of it is WITHDRAWN. What a destination
+does not want, as it is configured when its turn comes, is LEFT_OUT, until a resend asks again.
 
 Times are aware UTC datetimes and come in as `now`. Every method raises StoreError where the
 database cannot be read or written.

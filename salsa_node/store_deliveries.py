@@ -64,8 +64,17 @@ class Deliveries(Queries):
             delivery = t.leased_delivery(delivery_id, owner)
             return t.become_delivery(delivery, DeliveryState.GAVE_UP, now, error, last_status=status, last_error=error)
 
+    def leave_out(self, delivery_id: int, owner: str, reason: str, now: datetime) -> Delivery:
+        """The destination does not want this object, until a person asks again. Raises LeaseLost."""
+        with transaction(self._writer) as t:
+            delivery = t.leased_delivery(delivery_id, owner)
+            changes = {"last_status": None, "last_error": reason}
+            return t.become_delivery(delivery, DeliveryState.LEFT_OUT, now, reason, **changes)
+
     def resend(self, study_uid: str, destination: str | None, now: datetime) -> tuple[Delivery, ...]:
         """The deliveries of the study's current result are due again, to one destination or to all it had.
+
+        Those LEFT_OUT too: what a destination wants is asked when their turn comes.
 
         A destination that the result never went to gets deliveries of its own. Raises UnknownStudy where the
         study has no current result.

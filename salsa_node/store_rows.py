@@ -43,6 +43,7 @@ class DeliveryState(Enum):
     VERIFIED = "VERIFIED"
     GAVE_UP = "GAVE_UP"
     WITHDRAWN = "WITHDRAWN"
+    LEFT_OUT = "LEFT_OUT"
 
 
 State = SeriesState | RunState | DeliveryState
@@ -61,12 +62,19 @@ TRANSITIONS: Final[Mapping[State, frozenset[State]]] = {
     RunState.CANCELLED: frozenset(),
     RunState.SUPERSEDED: frozenset(),
     DeliveryState.PENDING: frozenset(
-        {DeliveryState.SENT, DeliveryState.PENDING, DeliveryState.GAVE_UP, DeliveryState.WITHDRAWN}
+        {
+            DeliveryState.SENT,
+            DeliveryState.PENDING,
+            DeliveryState.GAVE_UP,
+            DeliveryState.WITHDRAWN,
+            DeliveryState.LEFT_OUT,
+        }
     ),
     DeliveryState.SENT: frozenset({DeliveryState.VERIFIED, DeliveryState.PENDING}),
     DeliveryState.VERIFIED: frozenset({DeliveryState.PENDING}),
     DeliveryState.GAVE_UP: frozenset({DeliveryState.PENDING}),
     DeliveryState.WITHDRAWN: frozenset(),
+    DeliveryState.LEFT_OUT: frozenset({DeliveryState.PENDING}),
 }
 
 

@@ -111,7 +111,8 @@ class Worker:
         return done
 
     def _analysis(self, run: Run) -> Analysis:
-        terms = Terms(self._config.criteria, self._config.guards, self._config.results)
+        label_map = any(destination.seg == "labelmap" for destination in self._config.destination)
+        terms = Terms(self._config.criteria, self._config.guards, self._config.results, label_map)
         if run.refusal is not None:
             return refuse(self._paths(run), run.refusal, terms, lambda digest: self._lineage(run, digest))
         return analyse(

@@ -16,6 +16,14 @@ DCIODVFY = {
     ),
 }
 
+_NOT_KNOWN = "dicom3tools of 2022 does not know Supplement 243, so it judges no module of the object."
+#: the same, of LABELMAP alone, and errors by its own account
+DCIODVFY_LABEL_MAP = {
+    "Error - Information Object Not found": _NOT_KNOWN,
+    "Error - SegmentNumber not monotonically increasing from one by one - have SegmentSequence item number 1 "
+    "(from one) with SegmentNumber of 0": "The background has to be described, as number 0; the rule binds BINARY.",
+}
+
 #: dcmtk 3.6.7; its reader tells the same of any report in these character sets
 DCMTK = {
     "W: The VR checker does not support this Specific Character Set: ISO_IR 126": "Greek, carried over as it is.",

@@ -81,6 +81,10 @@ def test_the_readme_names_every_key():
         ("[node]\nstore_url = 'postgresql://h/db'", ["node.store_url", "sqlite:///"]),
         ("[node]\ndata_dir = 'a?b'", ["node.data_dir", "?"]),
         ("[[destination]]\nname = 'sender'\nae_title = 'A'\nhost = 'h'\nport = 1", ["destination", "'sender'"]),
+        (
+            "[[destination]]\nname = 'a'\nae_title = 'A'\nhost = 'h'\nport = 1\nseg = 'map'",
+            ["destination[0].seg", "binary, labelmap"],
+        ),
         ("[[destination]]\nname = ''\nae_title = 'A'\nhost = 'h'\nport = 1", ["destination[0].name"]),
     ],
 )

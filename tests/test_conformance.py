@@ -16,7 +16,7 @@ from test_result_cases import objects
 
 from salsa_node import codes, listener
 from salsa_node.association import VERIFICATION
-from salsa_node.dicom_result import Identity, Kind
+from salsa_node.dicom_result import LABEL_MAP_STORAGE, Identity, Kind
 from salsa_node.listener import Listener
 from salsa_node.settings import ListenerSettings
 from salsa_node.store import Store, StoreSettings
@@ -38,11 +38,16 @@ def table(*header: str, after: str = "") -> list[list[str]]:
     return rows
 
 
+def name_of(sop_class: str) -> str:
+    """The dictionary's name; pydicom 3.0 has none for the newest class."""
+    return "Label Map Segmentation Storage" if sop_class == LABEL_MAP_STORAGE else UID(sop_class).name
+
+
 def test_the_objects_are_those_that_are_made():
     first = Identity().first_series_number
     made_so = {
         item.kind: [
-            item.kind.value, str(int(item.ds.SeriesNumber) - first), item.ds.Modality, UID(item.ds.SOPClassUID).name,
+            item.kind.value, str(int(item.ds.SeriesNumber) - first), item.ds.Modality, name_of(item.ds.SOPClassUID),
             str(item.ds.SOPClassUID), str(item.ds.file_meta.TransferSyntaxUID),
         ]
         for item in objects(made.case())
@@ -56,6 +61,11 @@ def test_the_private_codes_are_those_in_use():
     stated = table("code", "meaning", "because")
     assert sorted(row[:2] for row in stated) == sorted([code.value, code.meaning] for code in used)
     assert f"Scheme `{codes.PRIVATE_SCHEME}`, *{codes.PRIVATE_SCHEME_NAME}*" in STATEMENT.read_text(encoding="utf-8")
+
+
+def test_what_is_too_new_for_a_validator_is_listed_with_its_reasons():
+    stated = table("message", "why it may stand", after="### dciodvfy, LABELMAP")
+    assert dict(stated) == allowed_warnings.DCIODVFY_LABEL_MAP
 
 
 @pytest.mark.parametrize("validator", ["DCIODVFY", "DCMTK", "PIXELMED"])

@@ -23,15 +23,17 @@ from pynetdicom import AE, evt
 from told import events
 
 from salsa_node import delivery
+from salsa_node.dicom_result import Kind
 from salsa_node.errors import DeliveryError, DestinationRefused, StoreError
-from salsa_node.settings import DeliverySettings, Destination
+from salsa_node.settings import SEG_KINDS, DeliverySettings, Destination
 from salsa_node.store import Delivery, DeliveryState, NewInstance, NewObject, Store, StoreSettings
 
 T0 = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
 STUDY = "1.2.3"
 SECRET = "Doe^Jane"
 SETTINGS = DeliverySettings(first_retry_s=30, max_retry_s=100, max_attempts=4, timeout_s=10, lease_s=300)
-SEG, SR = "2.25.1", "2.25.2"
+SEG, SR, LABELMAP = "2.25.1", "2.25.2", "2.25.3"
+LABEL_MAP_STORAGE = UID("1.2.840.10008.5.1.4.1.1.66.7")
 BOTH = (SegmentationStorage, Comprehensive3DSRStorage)
 
 
@@ -58,16 +60,17 @@ def an_object(sop_class: UID, sop_instance_uid: str) -> bytes:
 
 @pytest.fixture
 def produced(store: Store, tmp_path: Path) -> Callable[..., None]:
-    """A result of two objects that is due to some destinations."""
+    """A result of two objects, or three with a label map, that is due to some destinations."""
 
-    def make(*destinations: str, calling_ae: str = "CT1") -> None:
+    def make(*destinations: str, calling_ae: str = "CT1", label_map: bool = False) -> None:
         new = NewInstance("1.2.3.1.1", "1.2.3.1", STUDY, "1.5", "1.6", "p", "0" * 64, 9, calling_ae)
         store.add_instance(new, T0)
         store.complete_series(T0, T0)
         run = store.queue_run(STUDY, "demo", "d", T0)
         store.claim_run("w", 60, T0)
         objects = []
-        for kind, sop_class, uid in (("SEG", SegmentationStorage, SEG), ("SR", Comprehensive3DSRStorage, SR)):
+        parts = [("SEG", SegmentationStorage, SEG), ("SR", Comprehensive3DSRStorage, SR)]
+        for kind, sop_class, uid in [*parts, *([("LABELMAP", LABEL_MAP_STORAGE, LABELMAP)] if label_map else [])]:
             content = an_object(sop_class, uid)
             (tmp_path / f"{kind}.dcm").write_bytes(content)
             objects.append(NewObject(kind, uid, sop_class, f"{kind}.dcm", hashlib.sha256(content).hexdigest()))
@@ -159,6 +162,7 @@ def states(store: Store) -> list[DeliveryState]:
 
 
 SENT, PENDING, GAVE_UP = DeliveryState.SENT, DeliveryState.PENDING, DeliveryState.GAVE_UP
+LEFT_OUT = DeliveryState.LEFT_OUT
 
 
 def test_a_result_goes_out_whole_in_one_association(step: Step, produced: Produced, store: Store) -> None:
@@ -330,6 +334,62 @@ def test_the_sender_is_found_by_a_title_that_was_padded(step: Step, produced: Pr
     with a_pacs() as pacs:
         step(T0, replace(pacs.destination, ae_title=" PACS  "))
     assert states(store) == [SENT, SENT]
+
+
+def test_each_destination_gets_the_segmentation_in_the_form_it_asks_for(
+    step: Step, produced: Produced, store: Store
+) -> None:
+    produced("pacs", "research", "sender", calling_ae="PACS", label_map=True)
+    with a_pacs((*BOTH, LABEL_MAP_STORAGE)) as pacs:
+        binary = pacs.destination
+        research = replace(binary, name="research", ae_title="PACS", seg="labelmap")
+        for expected in ([SEG, SR], [SR, LABELMAP], [SEG, SR]):
+            pacs.seen.clear()
+            assert step(T0, binary, research) is not None
+            assert pacs.uids == expected
+        assert step(T0, binary, research) is None
+    by_destination = {
+        name: [row.state for row in store.deliveries_of(1) if row.destination == name]
+        for name in ("pacs", "research", "sender")
+    }
+    assert by_destination == {
+        "pacs": [SENT, SENT, LEFT_OUT],
+        "research": [LEFT_OUT, SENT, SENT],
+        "sender": [SENT, SENT, LEFT_OUT],
+    }
+    told = [event.detail for event in store.events_of(STUDY) if event.name == "delivery.left_out"]
+    assert "research: not sent: research gets LABELMAP instead (its setting seg)" in told
+
+
+def test_a_resend_asks_anew_what_the_destination_wants(step: Step, produced: Produced, store: Store) -> None:
+    produced("sender", calling_ae="PACS", label_map=True)
+    with a_pacs((*BOTH, LABEL_MAP_STORAGE)) as pacs:
+        step(T0, pacs.destination)
+        assert (pacs.uids, states(store)) == ([SEG, SR], [SENT, SENT, LEFT_OUT])
+        for _ in range(2):  # as often as a person likes
+            pacs.seen.clear()
+            store.resend(STUDY, None, T0)
+            assert states(store) == [PENDING] * 3
+            step(T0, replace(pacs.destination, seg="labelmap"))
+            assert (pacs.uids, states(store)) == ([SR, LABELMAP], [LEFT_OUT, SENT, SENT])
+        pacs.seen.clear()
+        store.resend(STUDY, "sender", T0)
+        step(T0, pacs.destination)
+        assert (pacs.uids, states(store)) == ([SEG, SR], [SENT, SENT, LEFT_OUT])
+
+
+def test_a_result_from_before_the_label_map_was_asked_for_goes_out_as_it_is(
+    step: Step, produced: Produced, store: Store
+) -> None:
+    produced("pacs")
+    with a_pacs() as pacs:
+        step(T0, replace(pacs.destination, seg="labelmap"))
+    assert (pacs.uids, states(store)) == ([SEG, SR], [SENT, SENT])
+
+
+def test_the_kinds_of_segmentation_are_those_that_are_made() -> None:
+    assert set(SEG_KINDS.values()) == {Kind.SEG.value, Kind.LABELMAP.value}
+    assert Destination("a", "A", "h", 1).seg == "binary"
 
 
 def test_an_unknown_sender_says_which_destination_to_add(step: Step, produced: Produced, store: Store) -> None:

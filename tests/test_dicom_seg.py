@@ -330,6 +330,65 @@ def test_on_a_real_compressed_series(testdata, tool, tmp_path):
     assert [text for text in dciodvfy(path, tool("dciodvfy", "dicom3tools")) if text.startswith("Error")] == []
 
 
+def label_map(findings, source, **kwargs) -> Dataset:
+    return dicom_seg.build_label_map(findings, source, IDENTITY, made.PRODUCED_AT, **kwargs)
+
+
+@pytest.mark.parametrize("include_organ", [False, True])
+@pytest.mark.parametrize("orientation", made.ORIENTATIONS)
+def test_a_label_map_holds_every_voxel_lesions_above_the_liver(orientation, include_organ):
+    findings, source = made.case(orientation)
+    seg = reread(label_map(findings, source, include_organ=include_organ))
+    expected = expected_map(findings)
+    if include_organ:
+        expected[(expected == 0) & (findings.organ.labels == 1)] = 3
+    grid, slices = findings.lesion_labels.grid, {ds.SOPInstanceUID: k for k, ds in enumerate(source)}
+    found = np.zeros(grid.shape, dtype=np.uint8)
+    for pixels, item in zip(seg.pixel_array, seg.PerFrameFunctionalGroupsSequence, strict=True):
+        image = item.DerivationImageSequence[0].SourceImageSequence[0].ReferencedSOPInstanceUID
+        assert item.PlanePositionSequence[0].ImagePositionPatient == source[slices[image]].ImagePositionPatient
+        found[slices[image]] = pixels
+    np.testing.assert_array_equal(found, expected)
+    assert int(seg.NumberOfFrames) == np.count_nonzero(expected.any(axis=(1, 2)))
+    # and as another library understands it, by position
+    volume = hd.seg.Segmentation.from_dataset(seg).get_volume(combine_segments=True)
+    inside = np.argwhere(volume.array > 0)
+    index = np.linalg.solve(grid.affine_lps_mm, volume.affine @ np.c_[inside, np.ones(len(inside))].T)[:3]
+    index = np.rint(index).astype(int)
+    np.testing.assert_array_equal(expected[tuple(index)], volume.array[tuple(inside.T)])
+    assert len(inside) == np.count_nonzero(expected)
+    guards.check([seg], source, findings)
+
+
+def test_a_label_map_names_and_colours_its_segments_and_is_the_same_every_time():
+    findings, source = made.case()
+    seg = label_map(findings, source, include_organ=True)
+    assert (seg.SegmentationType, seg.SOPClassUID) == ("LABELMAP", "1.2.840.10008.5.1.4.1.1.66.7")
+    assert seg.file_meta.TransferSyntaxUID == "1.2.840.10008.1.2.5"
+    names = dicom_seg.segment_numbers(seg)
+    assert names == {"Background": 0, "Measurable lesions": 1, "Non-measurable lesions": 2, "Liver": 3}
+    assert seg.SeriesDescription == "AI liver lesions label map - DEMO MODEL - NOT FOR CLINICAL USE"
+    assert int(seg.SeriesNumber) == 9008
+    binary = build(findings, source, include_organ=True)
+    colours = [[s.RecommendedDisplayCIELabValue for s in of.SegmentSequence] for of in (seg, binary)]
+    assert colours[0][1:] == colours[1]
+    assert written(seg) == written(label_map(*made.case(), include_organ=True))
+    assert len({ds.SOPInstanceUID for ds in (seg, binary, label_map(findings, source))}) == 3
+    grid = made.grid()
+    assert label_map(made.findings(grid, source), source) is None
+
+
+def test_a_label_map_with_another_lesion_than_the_findings_is_caught():
+    findings, source = made.case()
+    seg = label_map(findings, source, include_organ=True)
+    seg.decompress(generate_instance_uid=False)
+    pixels = seg.pixel_array.copy()
+    pixels[pixels == 2] = 3  # the small lesion is now liver
+    seg.PixelData = pixels.tobytes()
+    with pytest.raises(GuardFailed, match=f"differ in {findings.lesions[1].voxels} voxels"):
+        guards.check([seg], source, findings)
+
+
 def long_case(measurable: slice, small: slice, liver: slice, slices: int = 600):
     """Two classes and a liver in that many slices each: a large box, a wire of one voxel a slice, a block."""
     where = replace(made.grid(spacing_mm=(1.0, 0.9, 1.1)), shape=(slices, 24, 20))

@@ -95,6 +95,22 @@ def test_dcmqi_reads_the_classes_voxel_for_voxel_and_by_name(tmp_path):
         np.testing.assert_allclose(segment["recommendedDisplayRGBValue"], rgb, atol=2)  # by way of CIELab
 
 
+def test_dcmqi_reads_the_label_map_object_voxel_for_voxel(tmp_path):
+    findings, source = made.case("oblique")
+    where = findings.lesion_labels.grid
+    seg = dicom_seg.build_label_map(findings, source, IDENTITY, made.PRODUCED_AT, include_organ=True)
+    seg.save_as(tmp_path / "labelmap.dcm", enforce_file_format=True)
+    dcmqi("segimage2itkimage", "--inputDICOM", tmp_path / "labelmap.dcm", "--outputDirectory", tmp_path, "-t", "nrrd")
+    (image,) = tmp_path.glob("*.nrrd")
+    labels = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(image)))
+    expected = expected_map(findings)
+    for number in (1, 2):
+        one = SimpleITK.ReadImage(str(image)) == number
+        SimpleITK.WriteImage(one, str(tmp_path / "one.mha"))
+        np.testing.assert_array_equal(onto([tmp_path / "one.mha"], where) == 1, expected == number)
+    assert np.count_nonzero(labels == 3) == np.count_nonzero((expected == 0) & (findings.organ.labels == 1))
+
+
 def reported(path: Path, folder: Path) -> list[dict[str, object]]:
     """The measurement groups of a report, as dcmqi reads them."""
     out = folder / "sr.json"

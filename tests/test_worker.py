@@ -129,6 +129,32 @@ def test_a_run_becomes_objects_with_rows_files_and_deliveries(store, worker, con
     assert worker.step(T0) is None
 
 
+def test_a_destination_that_asks_for_a_label_map_has_one_made_beside_the_rest(store, config, study):
+    wanted = replace(config, destination=(replace(config.destination[0], seg="labelmap"),))
+    run = queue(store, study, study.truth_labels)
+    done = Worker(store, wanted, "worker", clock=lambda: T0).step(T0)
+    assert done is not None
+    assert done.state is RunState.PRODUCED, done.error
+    objects = store.objects_of(run.id)
+    kinds = [item.kind for item in objects]
+    assert (kinds[0], kinds[-1]) == ("SEG", "LABELMAP")
+    read = {item.kind: pydicom.dcmread(config.node.data_dir / item.path) for item in objects}
+    lesions = read["LESION_SEG"].SOPInstanceUID
+    referred = {
+        str(element.value)
+        for kind in ("SR", "KO")
+        for element in read[kind].iterall()
+        if element.keyword == "ReferencedSOPInstanceUID"
+    }
+    assert lesions in referred
+    assert not referred & {read["SEG"].SOPInstanceUID, read["LABELMAP"].SOPInstanceUID}
+    queue(store, study, study.truth_labels, force=True)
+    without = Worker(store, config, "worker", clock=lambda: T0).step(T0)
+    assert without is not None
+    assert "LABELMAP" not in {item.kind for item in store.objects_of(without.id)}
+    assert without.digest != done.digest
+
+
 def test_the_same_result_again_is_the_same_objects(store, worker, study):
     queue(store, study, study.truth_labels)
     first = worker.step(T0)
