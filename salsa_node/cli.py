@@ -227,10 +227,11 @@ def config_check(config_file: ConfigFile = None, as_json: AsJson = False) -> Non
 
     checks = preflight.checks(settings)
     if as_json:
-        console.put_json([{"check": c.name, "ok": c.ok, "detail": c.detail} for c in checks])
+        console.put_json([{"check": c.name, "ok": c.ok, "warns": c.warns, "detail": c.detail} for c in checks])
     else:
         for check in checks:
-            console.put(f"{'ok  ' if check.ok else 'FAIL'}  {check.name}: {check.detail}")
+            verdict = "FAIL" if not check.ok else "warn" if check.warns else "ok  "
+            console.put(f"{verdict}  {check.name}: {check.detail}")
     if not all(check.ok for check in checks):
         raise SystemExit(3)
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from importlib import metadata
 from pathlib import Path
 
 from salsa_node import models, pipelines
@@ -11,26 +14,34 @@ from salsa_node.config import Config
 from salsa_node.errors import ConfigError, PipelineError
 from salsa_node.settings import AUTO, SENDER
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing that was looked at."""
+    """One thing that was looked at.
+
+    warns: the node starts, but somebody should read the detail.
+    """
 
     name: str
     ok: bool
     detail: str
+    warns: bool = False
 
 
 def checks(config: Config) -> tuple[Check, ...]:
     """Every check, failed ones included; quick, and beside a running node without harm."""
-    return (_data_dir(config.node.data_dir), _pipeline(config), _destinations(config))
+    return (_data_dir(config.node.data_dir), _pipeline(config), _libraries(config), _destinations(config))
 
 
 def require(config: Config) -> None:
-    """Raises ConfigError with the first check that fails."""
+    """Raises ConfigError with the first check that fails; what merely warns goes into the log."""
     for check in checks(config):
         if not check.ok:
             raise ConfigError(f"{check.name}: {check.detail}")
+        if check.warns:
+            log.warning(f"{check.name}: {check.detail}", extra={"event": "preflight.warning"})
 
 
 def _data_dir(data_dir: Path) -> Check:
@@ -78,6 +89,35 @@ def _pipeline(config: Config) -> Check:
     except (ConfigError, PipelineError) as error:
         return Check(name, ok=False, detail=str(error))
     return Check(name, ok=True, detail=f"{count} model folders are complete")
+
+
+def known_faults(versions: Mapping[str, str]) -> tuple[str, ...]:
+    """What is known to be wrong or slow about these versions (distribution -> version), each with what to do."""
+    faults = []
+    if versions.get("torch", "").startswith("2.9."):
+        faults.append("torch 2.9 runs mixed-precision 3-D convolutions four times slower; install torch 2.10 or later")
+    for name, version in versions.items():
+        numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdecimal())
+        if name.startswith("nvidia-cudnn") and (9, 8) <= numbers <= (9, 10):
+            faults.append(f"cuDNN {version} gave wrong bfloat16 3-D convolutions; install cuDNN 9.11 or later")
+    return tuple(faults)
+
+
+def _libraries(config: Config) -> Check:
+    """The versions of what multiplies on a GPU; torch itself is not imported."""
+    looked_at = ("torch", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
+    versions = {name: metadata.version(name) for name in looked_at if _is_installed(name)}
+    faults = known_faults(versions) if config.pipeline.device != "cpu" else ()
+    found = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return Check("libraries", ok=True, detail="; ".join((found, *faults)), warns=bool(faults))
+
+
+def _is_installed(distribution: str) -> bool:
+    try:
+        metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _destinations(config: Config) -> Check:

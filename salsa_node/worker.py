@@ -26,7 +26,7 @@ from salsa_node import durable, pipelines
 from salsa_node.analysis import Analysis, Lineage, Terms, analyse, check, refuse, summary
 from salsa_node.config import Config
 from salsa_node.dicom_result import Kind
-from salsa_node.errors import GuardFailed, LeaseLost, SalsaNodeError, StoreError
+from salsa_node.errors import DeviceExhausted, GuardFailed, LeaseLost, SalsaNodeError, StoreError
 from salsa_node.log import unforeseen
 from salsa_node.pipelines import Pipeline, PipelineSettings
 from salsa_node.store import NewObject, Run, RunState, Store, StoreSettings
@@ -79,6 +79,8 @@ class Worker:
             log.warning("run taken over", extra={"event": "run.lease_lost", "run": run.id})
             return self._store.run(run.id)
         except SalsaNodeError as error:
+            if isinstance(error, DeviceExhausted):
+                self._unload()
             return self._failed(run, f"{type(error).__name__}: {error}", error.retryable)
         except Exception as error:  # noqa: BLE001 - the loop's one broad except: it writes the failure down
             return self._failed(run, unforeseen(error), retryable=False)
@@ -167,6 +169,12 @@ class Worker:
             self._tell(run, "loading")
             self._warm[key] = pipelines.load(run.pipeline, settings)
         return self._warm[key]
+
+    def _unload(self) -> None:
+        """Give the device back all that warm pipelines hold, so that the next attempt finds it empty."""
+        for pipeline in self._warm.values():
+            pipeline.unload()
+        self._warm.clear()
 
     def _earlier(self, run: Run, result: Analysis) -> list[NewObject]:
         """The objects of an earlier run that came to the very same result: they are sent again, no second ones made."""

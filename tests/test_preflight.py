@@ -67,3 +67,32 @@ def test_destinations_are_told():
     assert told.ok
     assert "pacs = PACS at h:104" in told.detail
     assert "until one is added" in preflight.checks(Config())[-1].detail
+
+
+@pytest.mark.parametrize(
+    ("versions", "words"),
+    [
+        ({"torch": "2.9.0+cu128"}, "four times slower"),
+        ({"torch": "2.13.0", "nvidia-cudnn-cu12": "9.10.2.21"}, "wrong bfloat16"),
+        ({"nvidia-cudnn-cu13": "9.8.0.87"}, "wrong bfloat16"),
+    ],
+)
+def test_versions_that_are_known_to_be_wrong_or_slow_are_told(versions, words):
+    (told,) = preflight.known_faults(versions)
+    assert words in told
+    assert "install" in told
+
+
+def test_good_versions_are_not_complained_of():
+    assert preflight.known_faults({"torch": "2.13.0+cpu", "nvidia-cudnn-cu13": "9.20.0.48"}) == ()
+    assert preflight.known_faults({"torch": "2.10.0", "nvidia-cudnn-cu12": "9.7.1.26"}) == ()
+
+
+def test_a_fault_of_the_libraries_warns_at_start_and_stops_nothing(config, monkeypatch, caplog):
+    monkeypatch.setattr(preflight.metadata, "version", lambda name: {"torch": "2.9.1"}.get(name, "9.9.0"))
+    warned = [check for check in preflight.checks(config) if check.warns]
+    assert [check.name for check in warned] == ["libraries"]
+    preflight.require(config)
+    assert "four times slower" in caplog.text
+    on_cpu = replace(config, pipeline=PipelineChoice(device="cpu"))
+    assert not any(check.warns for check in preflight.checks(on_cpu))

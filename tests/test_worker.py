@@ -19,6 +19,7 @@ from salsa_node import worker as worker_module
 from salsa_node.config import Config, parse
 from salsa_node.errors import LeaseLost
 from salsa_node.nifti import read_labels, write_labels
+from salsa_node.pipelines import Masks, Provenance
 from salsa_node.series import inspect
 from salsa_node.settings import NodeSettings
 from salsa_node.store import DeliveryState, NewInstance, Run, RunState, Store, StoreSettings
@@ -350,6 +351,33 @@ def test_a_retryable_error_waits_and_is_given_up_in_the_end(store, worker, study
     done = worker.step(T0 + timedelta(seconds=11))
     assert done.state is RunState.FAILED
     assert "no memory left" in done.error
+
+
+def test_exhausted_memory_lets_every_warm_pipeline_go(store, config, study, monkeypatch):
+    from salsa_node.errors import DeviceExhausted
+
+    class Warm:
+        """A pipeline that is resident, and then full."""
+
+        unloaded = 0
+
+        def __init__(self, *_: object) -> None:
+            self.provenance = Provenance("warm", "1")
+
+        def segment(self, *_: object, **__: object) -> Masks:
+            raise DeviceExhausted("the GPU has no memory left")
+
+        def unload(self) -> None:
+            Warm.unloaded += 1
+
+    monkeypatch.setattr("salsa_node.pipelines.load", Warm)
+    run = queue(store, study)
+    settings = replace(config.worker, retry_s=10, max_attempts=5)
+    full = Worker(store, replace(config, worker=settings), "worker", clock=lambda: T0)
+    for n in range(2):
+        assert full.step(T0 + timedelta(hours=n)).state is RunState.QUEUED
+    assert Warm.unloaded == 2  # loaded anew for the second attempt, since the first one let go of it
+    assert store.run(run.id).attempt == 2
 
 
 def test_a_run_that_kills_its_worker_is_given_up(store, worker, study):
