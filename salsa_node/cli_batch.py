@@ -50,31 +50,23 @@ def batch(
         raise errors.ConfigError("nothing to do: give PATHs or --input-csv FILE")
     from salsa_node import preflight
 
-    settings = preflight.settled(config.load(config_file))
-    name = pipeline or settings.pipeline.name
+    settings = preflight.ready(config.load(config_file), pipeline, device)
     criteria = settings.criteria
     if rule:
         if rule not in [known.value for known in Rule]:
             expected = " or ".join(known.value for known in Rule)
             raise errors.ConfigError(f"--rule: expected {expected}, found {rule!r}")
         criteria = replace(criteria, rule=Rule(rule))
-    preflight.require_pipeline(name, settings)
-    if name == "given_masks":
-        raise errors.ConfigError("the pipeline given_masks takes one mask for one scan: use salsa-node run --masks")
     from salsa_node import batch as batches
     from salsa_node import cases, pipelines
 
     wanted = batches.Wanted(recist, instances, keep_intermediates, overlay, again)
     listed = cases.listed(input_csv) if input_csv else []
     placed = cases.placed(cases.find([*listed, *(paths or [])]), output)
-    console.note(f"loading the pipeline {name} ...")
+    choice = settings.pipeline
+    console.note(f"loading the pipeline {choice.name} ...")
     loaded = pipelines.load(
-        name,
-        pipelines.PipelineSettings(
-            device=device or settings.pipeline.device,
-            models_dir=settings.models_dir,
-            options=settings.pipeline.options if name == settings.pipeline.name else {},
-        ),
+        choice.name, pipelines.PipelineSettings(choice.device, settings.models_dir, options=choice.options)
     )
     done: list[Result] = []
     try:

@@ -65,6 +65,24 @@ def settled(config: Config) -> Config:
     return replace(config, pipeline=replace(config.pipeline, name=models.preferred(config.models_dir)))
 
 
+def ready(config: Config, pipeline: str = "", device: str = "") -> Config:
+    """The settings to analyse with here and now: `pipeline` and `device` in place of the configured ones, none "auto".
+
+    The configured pipeline's own settings stay with it; another pipeline has its defaults.
+    Raises ConfigError, WeightsMissing where it cannot be loaded; given_masks never can, for it needs a mask.
+    """
+    config = settled(config)
+    choice = replace(config.pipeline, device=device or config.pipeline.device)
+    if pipeline and pipeline != choice.name:
+        choice = replace(choice, name=pipeline, options={})
+    config = settled(replace(config, pipeline=choice))
+    if config.pipeline.name == "given_masks":
+        raise ConfigError("the pipeline given_masks needs a mask for each scan: use salsa-node run --masks FILE")
+    require_pipeline(config.pipeline.name, config)
+    pipelines.check_options(config.pipeline.name, config.pipeline.options)
+    return config
+
+
 def require_pipeline(name: str, config: Config) -> int:
     """How many model folders that pipeline needs, all complete. Raises ConfigError, WeightsMissing."""
     if name not in pipelines.names():

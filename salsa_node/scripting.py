@@ -30,24 +30,18 @@ def load(
     models_dir: Path | str | None = None,
     options: Mapping[str, object] | None = None,
 ) -> Pipeline:
-    """A pipeline with its weights in memory; keep it for all scans.
+    """A pipeline with its weights in memory; keep it for all scans. "auto" is the best whose models are installed.
 
     What is not given is as `SALSA_NODE_CONFIG` says, else as the defaults are.
     Raises ConfigError for a name or an option that is not there, WeightsMissing where weights are absent.
     """
     settings = config.load(None)
-    choice = settings.pipeline
     if models_dir is not None:
-        choice = replace(choice, models_dir=str(models_dir))
-    choice = preflight.settled(replace(settings, pipeline=choice)).pipeline
-    settings = replace(settings, pipeline=replace(choice, name=name or choice.name, device=device or choice.device))
-    preflight.require_pipeline(settings.pipeline.name, settings)
-    if options is None:
-        options = choice.options if settings.pipeline.name == choice.name else {}
-    return pipelines.load(
-        settings.pipeline.name,
-        PipelineSettings(device=settings.pipeline.device, models_dir=settings.models_dir, options=options),
-    )
+        settings = replace(settings, pipeline=replace(settings.pipeline, models_dir=str(models_dir)))
+    settings = preflight.ready(settings, name, device)
+    choice = settings.pipeline
+    wanted = choice.options if options is None else options
+    return pipelines.load(choice.name, PipelineSettings(choice.device, settings.models_dir, options=wanted))
 
 
 def read(path: Path | str) -> Scan:

@@ -96,3 +96,24 @@ def test_a_fault_of_the_libraries_warns_at_start_and_stops_nothing(config, monke
     assert "four times slower" in caplog.text
     on_cpu = replace(config, pipeline=PipelineChoice(device="cpu"))
     assert not any(check.warns for check in preflight.checks(on_cpu))
+
+
+def test_what_is_asked_for_takes_the_place_of_what_is_configured(config):
+    assert preflight.ready(config).pipeline.name == "demo"
+    assert preflight.ready(config, "auto").pipeline.name == "demo"
+    choice = replace(config, pipeline=PipelineChoice(name="demo", options={"mirroring": True}))
+    assert preflight.ready(choice, device="cpu").pipeline == PipelineChoice("demo", "cpu", options={"mirroring": True})
+    with pytest.raises(ConfigError, match="needs a mask for each scan"):
+        preflight.ready(choice, "given_masks")
+    with pytest.raises(ConfigError, match="no pipeline is called 'salsa7'"):
+        preflight.ready(choice, "salsa7")
+
+
+@pytest.mark.parametrize("name", ["totalsegmentator-liver-lesions"])
+def test_absent_weights_refuse_and_name_the_command_that_mends_it(config, name):
+    (told,) = failed(replace(config, pipeline=PipelineChoice(name=name)))
+    assert "salsa-node models fetch 297" in told
+    with pytest.raises(WeightsMissing, match="salsa-node models fetch 297"):
+        preflight.ready(config, name)
+    with pytest.raises(ConfigError, match="salsa-node models fetch 297"):
+        preflight.require(replace(config, pipeline=PipelineChoice(name=name)))
