@@ -32,6 +32,7 @@ PIPELINE_TASKS: Final[Mapping[str, tuple[int, ...]]] = {
     SALSA: (298, 291),
     "totalsegmentator-liver-lesions": (297, 591),
 }
+FAST_LIVER_TASKS: Final = (298, 297)  #: of SALSA with the option fast_liver, or with the preset that had it
 #: pipeline -> one of its own settings -> the tasks that it runs besides, where the setting is on
 OPTION_TASKS: Final[Mapping[str, Mapping[str, tuple[int, ...]]]] = {
     "totalsegmentator-liver-lesions": {"couinaud": (570,)},
@@ -119,12 +120,33 @@ def folders_of(pipeline: str, models_dir: Path | None) -> dict[str, ModelFolder]
 def require(pipeline: str, models_dir: Path | None, options: Mapping[str, object] | None = None) -> int:
     """How many model folders that pipeline needs with these settings of its own, TotalSegmentator's among them.
 
-    Raises WeightsMissing with the command that installs the first one that is absent. Opens no weights.
+    Raises WeightsMissing with all that is absent and the commands that install it. Opens no weights.
     """
-    tasks = list(PIPELINE_TASKS.get(pipeline, ()))
+    found, missing = 0, []
+    for task in tasks_of(pipeline, options or {}):
+        try:
+            task_model(task, models_dir)
+        except WeightsMissing as exc:
+            missing.append(str(exc))
+        else:
+            found += 1
+    try:
+        found += len(folders_of(pipeline, models_dir))
+    except WeightsMissing as exc:
+        missing.append(str(exc))
+    if missing:
+        raise WeightsMissing("; ".join(missing))
+    return found
+
+
+def tasks_of(pipeline: str, options: Mapping[str, object]) -> tuple[int, ...]:
+    """TotalSegmentator's tasks that a pipeline runs with these settings of its own."""
+    tasks = PIPELINE_TASKS.get(pipeline, ())
+    if pipeline == SALSA and options.get("fast_liver", options.get("preset") == "salsa-2024"):
+        tasks = FAST_LIVER_TASKS
     for option, more in OPTION_TASKS.get(pipeline, {}).items():
-        tasks += more if (options or {}).get(option) else ()
-    return len([task_model(task, models_dir) for task in tasks]) + len(folders_of(pipeline, models_dir))
+        tasks += more if options.get(option) else ()
+    return tasks
 
 
 def preferred(models_dir: Path | None) -> str:

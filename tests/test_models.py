@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from pathlib import Path
 
 import pytest
@@ -124,9 +125,14 @@ def test_what_a_pipeline_needs_is_counted_with_totalsegmentators_tasks(tmp_path:
         make_folder(tmp_path / name / "nnUNetTrainer__nnUNetPlans__3d_fullres")
     assert require("totalsegmentator-liver-lesions", tmp_path) == 2
     make_folder(tmp_path / ROUGH / "nnUNetTrainer__nnUNetPlans__3d_fullres")
-    with pytest.raises(WeightsMissing, match="models fetch 291"):
+    with pytest.raises(WeightsMissing, match="models fetch 291; SALSA's weights are not in .*models import"):
         require("salsa", tmp_path)
     make_folder(tmp_path / LIVER / "nnUNetTrainer__nnUNetPlans__3d_fullres")
     for stage in ("3d_lowres", "3d_cascade_fullres"):
         make_folder(tmp_path / "salsa" / f"nnUNetTrainer__nnUNetPlans__{stage}")
     assert require("salsa", tmp_path) == 4
+    shutil.rmtree(tmp_path / LIVER)
+    for options in ({"fast_liver": True}, {"preset": "salsa-2024"}):
+        assert require("salsa", tmp_path, options) == 4
+    with pytest.raises(WeightsMissing, match="models fetch 291"):
+        require("salsa", tmp_path, {"preset": "salsa-2024", "fast_liver": False})

@@ -109,11 +109,18 @@ def test_what_is_asked_for_takes_the_place_of_what_is_configured(config):
         preflight.ready(choice, "salsa7")
 
 
-@pytest.mark.parametrize("name", ["totalsegmentator-liver-lesions"])
-def test_absent_weights_refuse_and_name_the_command_that_mends_it(config, name):
+@pytest.mark.parametrize(
+    ("name", "commands"),
+    [
+        ("totalsegmentator-liver-lesions", ["models fetch 297", "models fetch 591"]),
+        ("salsa", ["models fetch 298", "models fetch 291", "models import FOLDER-OR-ZIP"]),
+    ],
+)
+def test_absent_weights_refuse_and_name_the_commands_that_mend_it(config, name, commands):
     (told,) = failed(replace(config, pipeline=PipelineChoice(name=name)))
-    assert "salsa-node models fetch 297" in told
-    with pytest.raises(WeightsMissing, match="salsa-node models fetch 297"):
-        preflight.ready(config, name)
-    with pytest.raises(ConfigError, match="salsa-node models fetch 297"):
-        preflight.require(replace(config, pipeline=PipelineChoice(name=name)))
+    for command in commands:
+        assert f"salsa-node {command}" in told
+        with pytest.raises(WeightsMissing, match=command):
+            preflight.ready(config, name)
+        with pytest.raises(ConfigError, match=command):
+            preflight.require(replace(config, pipeline=PipelineChoice(name=name)))
