@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 import torch
 from made_totalseg import SEGMENT, make_weights
+from scipy import ndimage
+from totalsegmentator.cropping import crop_to_mask
 
 from salsa_node.models import TOTALSEGMENTATOR
 from salsa_node.phantom import Phantom, Recipe, make
-from salsa_node.pipelines import PipelineSettings
-from salsa_node.pipelines.totalseg import TotalSegmentatorLiver, image_of
+from salsa_node.pipelines import PipelineSettings, totalseg
+from salsa_node.pipelines.totalseg import TotalSegmentatorLiver, image_of, nearest
 from salsa_node.pipelines.totalsegmentator import LiverLesionsPipeline
 
 HERE = Path(__file__).parent
@@ -113,3 +115,27 @@ def test_nothing_of_the_process_is_changed(
         assert [one for one in functions if one.__module__.startswith("totalsegmentator")] == []
     assert list(tmp_path.iterdir()) == []
     assert capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize("shape", [(7, 12, 30), (1, 5, 9), (24, 3, 1)])
+@pytest.mark.parametrize("wanted", [(20, 31, 17), (1, 2, 1), (9, 64, 50)])
+def test_labels_come_back_as_scipy_zooms_them(shape: tuple[int, int, int], wanted: tuple[int, int, int]) -> None:
+    labels = np.random.default_rng(1).integers(0, 200, shape).astype(np.uint8)
+    expected = ndimage.zoom(labels, np.array(wanted) / shape, order=0, mode="nearest")
+    assert np.array_equal(nearest(labels, wanted), expected)
+
+
+@pytest.mark.parametrize("spacing_mm", [0.8, 0.7, 3.0, 6.4])
+def test_the_box_around_the_liver_is_totalsegmentators(spacing_mm: float) -> None:
+    affine = np.diag([-spacing_mm, spacing_mm, 2.5, 1.0])
+    voxels = np.random.default_rng(1).normal(0, 300, (90, 80, 40)).astype(np.float32)
+    near = np.zeros(voxels.shape, dtype=np.uint8)
+    near[40:44, 30:50, 20] = 1
+    image = nib.Nifti1Image(voxels, affine)
+    expected, bounds = crop_to_mask(image, nib.Nifti1Image(near, affine), addon=[20] * 3, dtype=np.int32)
+    box = totalseg._box(near, image)
+    assert box is not None
+    ours = totalseg._cropped(image, box)
+    assert [[one.start, one.stop] for one in box] == bounds
+    assert np.array_equal(ours.affine, expected.affine)
+    assert np.array_equal(ours.dataobj, expected.dataobj)

@@ -131,30 +131,22 @@ class TaskNetwork:
         Raises SeriesRejected where the image is too thin for the network's spacing, DeviceExhausted.
         """
         from totalsegmentator.alignment import undo_canonical
-        from totalsegmentator.cropping import crop_to_mask, undo_crop
         from totalsegmentator.resampling import change_spacing
 
-        spacing_mm = list(self.task.spacing_mm)
-        if near is not None and not near.any():
-            nowhere = np.zeros((0, 0, 0))
-            labels = np.zeros(image.shape, dtype=np.uint8)
-            return Seen(labels, nowhere.astype(np.float32), nowhere.astype(np.uint8), self.task.spacing_mm)
-        seen, box = image, None
-        if near is not None:
-            mask = Nifti1Image(near, image.affine)  # type: ignore[no-untyped-call]
-            seen, box = crop_to_mask(image, mask, addon=[CROP_MARGIN_MM] * 3, dtype=np.int32)
-        seen = nib.as_closest_canonical(seen)  # type: ignore[no-untyped-call]
+        labels = np.zeros(image.shape, dtype=np.uint8)
+        box = (slice(None), slice(None), slice(None)) if near is None else _box(near, image)
+        if box is None:
+            nowhere = np.zeros((0, 0, 0), dtype=np.float32)
+            return Seen(labels, nowhere, nowhere.astype(np.uint8), self.task.spacing_mm)
+        crop = image if near is None else _cropped(image, box)
+        seen = nib.as_closest_canonical(crop)  # type: ignore[no-untyped-call]
         self._check_size(seen)
-        coarse = change_spacing(seen, spacing_mm, order=1, dtype=np.int32)
+        coarse = change_spacing(seen, list(self.task.spacing_mm), order=1, dtype=np.int32)
         coarse_hu = np.asarray(coarse.dataobj).astype(np.float32)
         x_mm, y_mm, z_mm = (float(mm) for mm in coarse.header.get_zooms())
         coarse_labels = self._predict(coarse_hu, (x_mm, y_mm, z_mm))
-        found = Nifti1Image(coarse_labels, coarse.affine)  # type: ignore[no-untyped-call]
-        fine = change_spacing(found, spacing_mm, seen.shape, order=0, dtype=np.uint8, force_affine=seen.affine)
-        back = undo_canonical(fine, image)
-        if box is not None:
-            back = undo_crop(back, image, box)
-        labels = np.asarray(back.dataobj).astype(np.uint8)
+        fine = Nifti1Image(nearest(coarse_labels, seen.shape), seen.affine)  # type: ignore[no-untyped-call]
+        labels[box] = np.asarray(undo_canonical(fine, image).dataobj)
         return Seen(labels, coarse_hu, coarse_labels, (x_mm, y_mm, z_mm))
 
     def _check_size(self, image: Any) -> None:
@@ -173,6 +165,37 @@ class TaskNetwork:
         grid = Grid((voxels.shape[0], voxels.shape[1], voxels.shape[2]), affine)
         labels = self._network.predict(CtVolume(voxels, grid)).labels
         return labels.transpose(2, 1, 0).astype(np.uint8)
+
+
+def nearest(labels: Labels, shape: tuple[int, ...]) -> Labels:
+    """Labels on as many voxels as `shape` has, each the nearest one: the first and last centres fall together.
+
+    What `scipy.ndimage.zoom(order=0)` gives, axis by axis instead of voxel by voxel.
+    """
+    for axis, (count, wanted) in enumerate(zip(labels.shape, shape, strict=True)):
+        step = (count - 1) / (wanted - 1) if wanted > 1 else 1.0
+        at = np.floor(np.arange(wanted) * step + 0.5).astype(np.intp)
+        labels = np.take(labels, np.minimum(at, count - 1), axis)
+    return labels
+
+
+def _box(near: Labels, image: Nifti1Image) -> tuple[slice, slice, slice] | None:
+    """The box around what is not 0, 20 mm wider on each side, in whole voxels rounded down; None where all is 0."""
+    bounds = []
+    for axis, mm in enumerate(image.header.get_zooms()):  # type: ignore[no-untyped-call]
+        inside = np.flatnonzero(near.any(axis=tuple(n for n in range(3) if n != axis)))
+        if not inside.size:
+            return None
+        margin = int(CROP_MARGIN_MM / float(mm))  # in float64, as it divides: 0.8 mm gives 24 voxels, not 25
+        bounds.append(slice(max(0, int(inside[0]) - margin), min(near.shape[axis], int(inside[-1]) + 1 + margin)))
+    return bounds[0], bounds[1], bounds[2]
+
+
+def _cropped(image: Nifti1Image, box: tuple[slice, slice, slice]) -> Nifti1Image:
+    """The part of the image in `box`, in whole Hounsfield units."""
+    affine = image.affine.copy()
+    affine[:3, 3] = (image.affine @ [box[0].start, box[1].start, box[2].start, 1])[:3]
+    return Nifti1Image(np.asarray(image.dataobj)[box].astype(np.int32), affine)  # type: ignore[no-untyped-call]
 
 
 class TotalSegmentatorLiver:
