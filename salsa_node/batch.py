@@ -30,9 +30,9 @@ from salsa_node.findings import Disease, Findings, measure
 from salsa_node.limits import Limits
 from salsa_node.log import unforeseen
 from salsa_node.models import sha256_of
-from salsa_node.pipelines import DEMO_NOTICE, Pipeline, once
+from salsa_node.pipelines import DEMO_NOTICE, Pipeline, once, unobserved
 from salsa_node.uids import digest
-from salsa_node.volume import CtVolume, LabelVolume
+from salsa_node.volume import CtVolume, Grid, LabelVolume
 
 INTERMEDIATES: Final = (  # what SALSA keeps of a case, by its names
     "liver", "liver_resampled", "liver_postprocessed", "scan_resampled", "cropped/scan_0000", "cropped/mask_0000",
@@ -164,9 +164,12 @@ def _one(case: Case, place: Path, pipeline: Pipeline, criteria: Criteria, limits
             raise ConfigError(f"{place.name} is there and is not what a batch wrote; move it away, or add --again")
     place.parent.mkdir(parents=True, exist_ok=True)
     with _unfinished(place) as labels_file:  # a folder that cannot be written is found before the work
-        scan = cases.read(case)
-        findings, ct = _analyse(scan.ct, pipeline, criteria, limits, place, wanted)
+        ct = cases.read(case).ct
         like = case.path if case.is_nifti else None
+        kept = place.with_name(place.name.removesuffix(".nii.gz"))
+        masks = pipeline.segment(ct, _Keeper(kept, ct.grid, like) if wanted.keep_intermediates else unobserved)
+        findings = measure(ct, masks, criteria)
+        findings = replace(findings, flags=once(*guards.flags(ct, findings, limits), *findings.flags))
         nifti.write_labels(label_map(findings, wanted), labels_file, _description(findings, wanted), like)
         overlay = {"gif": film.gif, "png": film.png}.get(wanted.overlay)
         if overlay is not None:
@@ -180,23 +183,16 @@ def _one(case: Case, place: Path, pipeline: Pipeline, criteria: Criteria, limits
     return Result(case, place, "done", _counted(record), record)
 
 
-def _analyse(
-    ct: CtVolume, pipeline: Pipeline, criteria: Criteria, limits: Limits, place: Path, wanted: Wanted
-) -> tuple[Findings, CtVolume]:
-    if wanted.keep_intermediates:
-        masks = pipeline.segment(ct, _Keeper(place.with_name(place.name.removesuffix(".nii.gz"))))
-    else:
-        masks = pipeline.segment(ct)
-    findings = measure(ct, masks, criteria)
-    return replace(findings, flags=once(*guards.flags(ct, findings, limits), *findings.flags)), ct
-
-
 class _Keeper:
-    """Writes each intermediate volume where SALSA keeps it, `<stem>_SALSA/<name>.nii.gz`, where it really lies."""
+    """Writes each intermediate volume where SALSA keeps it, `<stem>_SALSA/<name>.nii.gz`, where it really lies.
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        for name in INTERMEDIATES:  # nothing of an earlier run stays beside this one's
+    grid: the scan's; labels on it are stored as `like`, the scan's file, is.
+    Nothing of an earlier run stays beside this one's.
+    """
+
+    def __init__(self, folder: Path, grid: Grid, like: Path | None) -> None:
+        self._folder, self._grid, self._like = folder, grid, like
+        for name in INTERMEDIATES:
             self._file(name).unlink(missing_ok=True)
 
     def __call__(self, name: str, volume: CtVolume | LabelVolume) -> None:
@@ -205,7 +201,7 @@ class _Keeper:
         if isinstance(volume, CtVolume):
             nifti.write_ct(volume, file)
         else:
-            nifti.write_labels(volume, file)
+            nifti.write_labels(volume, file, like=self._like if volume.grid.matches(self._grid) else None)
 
     def _file(self, name: str) -> Path:
         return self._folder / f"{name}.nii.gz"

@@ -125,7 +125,7 @@ def test_what_a_pipeline_needs_is_counted_with_totalsegmentators_tasks(tmp_path:
         make_folder(tmp_path / name / "nnUNetTrainer__nnUNetPlans__3d_fullres")
     assert require("totalsegmentator-liver-lesions", tmp_path) == 2
     make_folder(tmp_path / ROUGH / "nnUNetTrainer__nnUNetPlans__3d_fullres")
-    with pytest.raises(WeightsMissing, match="models fetch 291; SALSA's weights are not in .*models import"):
+    with pytest.raises(WeightsMissing, match=r"models fetch 291; SALSA's weights are not in .*models import"):
         require("salsa", tmp_path)
     make_folder(tmp_path / LIVER / "nnUNetTrainer__nnUNetPlans__3d_fullres")
     for stage in ("3d_lowres", "3d_cascade_fullres"):
