@@ -9,7 +9,7 @@ from highdicom.ko import KeyObjectSelection, KeyObjectSelectionDocument
 from pydicom.dataset import Dataset
 
 from salsa_node import codes, uids
-from salsa_node.dicom_result import Identity, Kind, caveat, line, named, plain, sign, titled
+from salsa_node.dicom_result import Identity, Kind, caveat, line, plain, reference, sign, titled
 from salsa_node.errors import EncodingError
 from salsa_node.findings import Findings
 
@@ -26,7 +26,8 @@ def build(
     """
     if not findings.lesions:
         return None
-    slices = [named(source[k]) for k in sorted({lesion.slice_index for lesion in findings.lesions})]
+    # With their sizes, by which highdicom tells images from other objects.
+    slices = [reference(source[k]) for k in sorted({lesion.slice_index for lesion in findings.lesions})]
     evidence = [*slices, *segs]
     provenance = findings.provenance
     words = " ".join(part for part in (caveat(provenance), provenance.notice) if part)
@@ -42,6 +43,9 @@ def build(
         )
     except (ValueError, TypeError, AttributeError) as exc:
         raise EncodingError(f"the key object selection could not be put together ({type(exc).__name__})") from exc
+    for item in selection.ContentSequence:
+        if item.ValueType == "IMAGE":
+            del item.ConceptNameCodeSequence  # highdicom names it "Source"; TID 2010 leaves it without a name
     selection.SeriesDescription = line(titled("key objects", provenance), provenance.notice)
     sign(selection, source[0], identity, produced_at)
     return selection

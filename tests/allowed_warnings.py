@@ -24,7 +24,7 @@ DCIODVFY_LABEL_MAP = {
     "(from one) with SegmentNumber of 0": "The background has to be described, as number 0; the rule binds BINARY.",
 }
 
-#: dcmtk 3.6.7; its reader tells the same of any report in these character sets
+#: dcmtk 3.6.7; its reader tells the same of any document in these character sets
 DCMTK = {
     "W: The VR checker does not support this Specific Character Set: ISO_IR 126": "Greek, carried over as it is.",
     "W: The VR checker does not support this Specific Character Set: ISO_IR 127": "Arabic, carried over as it is.",
@@ -33,6 +33,9 @@ DCMTK = {
         "Japanese, carried over as it is."
     ),
     "W: Reading unknown/unsupported SpecificCharacterSet (\\ISO 2022 IR 87)": "Japanese, carried over as it is.",
+    "W: Check for template constraints not yet supported": (
+        "Of KO: dsrdump says so of every key object selection; PixelMed's validator does check the template."
+    ),
 }
 
 _GROUP = (

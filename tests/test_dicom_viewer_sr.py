@@ -150,11 +150,10 @@ def test_without_lesions_there_is_nothing_to_draw_or_to_select():
 
 def test_the_selection_names_the_slices_of_the_diameters_and_the_segmentation(objects):
     findings, source = made.case()
-    named = {
-        item.ReferencedSOPSequence[0].ReferencedSOPInstanceUID
-        for item in objects["ko"].ContentSequence
-        if item.ValueType in ("IMAGE", "COMPOSITE")
-    }
+    references = [item for item in objects["ko"].ContentSequence if "ReferencedSOPSequence" in item]
+    assert {item.ValueType for item in references} == {"IMAGE"}  # TID 2010 rows 3 to 5: images have no name
+    assert not any("ConceptNameCodeSequence" in item for item in references)
+    named = {item.ReferencedSOPSequence[0].ReferencedSOPInstanceUID for item in references}
     slices = {source[lesion.slice_index].SOPInstanceUID for lesion in findings.lesions}
     assert named == slices | {objects["lesion_seg"].SOPInstanceUID}
 

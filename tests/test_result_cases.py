@@ -30,6 +30,7 @@ Box = tuple[slice, slice, slice]
 TERMS = Terms(products=Products(key_images=1), label_map=True)
 OPTIONAL_PATIENT_AND_STUDY = ("PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDescription")
 FULL_SR = ("SR", "VIEWER_SR")
+DOCUMENTS = (*FULL_SR, "KO")
 
 
 def named(character_set: str | list[str], name: str, **more: str) -> Case:
@@ -142,7 +143,7 @@ def judge(item: Made, path: Path, tool: Callable[..., str]) -> None:
     if item.kind is Kind.LABELMAP:
         allowed |= set(allowed_warnings.DCIODVFY_LABEL_MAP)
     assert said <= allowed, f"{item.name}: {said - allowed}"
-    readers = [tool("dcmdump", "dcmtk"), *([tool("dsrdump", "dcmtk")] if item.kind.value in FULL_SR else [])]
+    readers = [tool("dcmdump", "dcmtk"), *([tool("dsrdump", "dcmtk")] if item.kind.value in DOCUMENTS else [])]
     for reader in readers:
         code, lines = told([reader, path])
         said = {text for text in lines if text.startswith(("E:", "W:"))}
@@ -207,20 +208,21 @@ def test_the_reports_keep_to_their_templates(tool, tmp_path):
     tool("DicomSRValidator", "pixelmed-apps")
     findings, source = CASES["Latin-1"]()
     with_liver = replace(TERMS, products=replace(TERMS.products, include_liver=True))
-    sent = [item for item in objects((findings, source), with_liver) if item.kind.value in FULL_SR]
+    sent = [item for item in objects((findings, source), with_liver) if item.kind.value in DOCUMENTS]
     refused = [replace(item, name="not_analysed") for item in not_analysed(made.PROVENANCE)]
     nothing = [replace(item, name="no_candidate") for item in objects(CASES["no candidate"]()) if item.kind is Kind.SR]
     reports = put((*sent, *refused, *nothing), tmp_path)
-    assert {item.name for item, _ in reports} == {"sr", "viewer_sr", "not_analysed", "no_candidate"}
+    assert {item.name for item, _ in reports} == {"sr", "viewer_sr", "ko", "not_analysed", "no_candidate"}
     running = {
         n: subprocess.Popen([*JAVA, path], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for n, (_, path) in enumerate(reports)
     }
-    for process in running.values():
+    for (item, _), process in zip(reports, running.values(), strict=True):
         lines = process.communicate()[0].splitlines()
         assert "Root Template Validation Complete" in lines, lines
         assert "IOD validation complete" in lines, lines
-        assert "Found Root Template TID_1500 (MeasurementReport)" in lines, lines
+        template = "2010 (KeyObjectSelection)" if item.kind is Kind.KO else "1500 (MeasurementReport)"
+        assert f"Found Root Template TID_{template}" in lines, lines
         assert not [text for text in lines if text.startswith("Error")]
         said = {re.sub(r"\b1(\.\d+)+: ", "", text.removeprefix("Warning: ")) for text in lines if "Warning" in text}
         assert said <= set(allowed_warnings.PIXELMED), said - set(allowed_warnings.PIXELMED)
