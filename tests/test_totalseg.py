@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,7 +18,8 @@ from made_totalseg import SEGMENT, make_weights
 from scipy import ndimage
 from totalsegmentator.cropping import crop_to_mask
 
-from salsa_node.models import TOTALSEGMENTATOR
+from salsa_node import pipelines
+from salsa_node.models import DEMO_STAGES, SALSA, TOTALSEGMENTATOR, demo_models_dir
 from salsa_node.phantom import Phantom, Recipe, make
 from salsa_node.pipelines import PipelineSettings, totalseg
 from salsa_node.pipelines.totalseg import TotalSegmentatorLiver, image_of, nearest
@@ -92,6 +94,20 @@ def test_lesions_and_segments_are_those_of_totalsegmentators_python_api(
     theirs = by_python_api("liver_segments")
     assert np.unique(theirs).tolist() == [0, SEGMENT]
     assert dice(masks.segments.labels == SEGMENT, theirs == SEGMENT) >= 0.999
+
+
+def test_salsa_takes_its_liver_from_these_networks(models_dir: Path, phantom: Phantom, tmp_path: Path) -> None:
+    (tmp_path / TOTALSEGMENTATOR).symlink_to(models_dir / TOTALSEGMENTATOR)
+    for stage in ("lowres", "cascade"):
+        shutil.copytree(demo_models_dir() / DEMO_STAGES[stage], tmp_path / SALSA / Path(DEMO_STAGES[stage]).name)
+    quick = {"mirroring": False, "tile_step": 1.0, "fast_liver": True}
+    salsa = pipelines.load(SALSA, PipelineSettings("cpu", tmp_path, options=quick))
+    masks = salsa.segment(phantom.ct)
+    assert masks.organ is not None
+    liver = TotalSegmentatorLiver(models_dir, "cpu", fast=True).liver(phantom.ct)
+    assert dice(masks.organ.labels == 1, liver.labels == 1) > 0.95
+    tasks = {name.split("_")[0] for name in salsa.provenance.weights_sha256 if name.startswith("Dataset2")}
+    assert tasks == {"Dataset297", "Dataset298"}
 
 
 def test_nothing_of_the_process_is_changed(

@@ -154,6 +154,7 @@ def test_every_extra_is_off_until_it_is_asked_for_and_then_a_line_of_the_finding
     told = {flag.name: flag.text for flag in findings.flags}
     assert told["body_region"] == "Body region: the liver lies wholly in the field of view."
     assert "s after injection" in told["contrast_phase"]
+    assert told["contrast_phase"].endswith("Expected is portal venous: lesions may be missed, and attenuation differs.")
     assert [lesion.segments for lesion in findings.lesions] == [(7,)]
     assert asked.provenance.parameters["couinaud"] is True
     assert "contrast_phase_classifiers" in asked.provenance.weights_sha256

@@ -133,7 +133,7 @@ class TaskNetwork:
         from totalsegmentator.alignment import undo_canonical
         from totalsegmentator.resampling import change_spacing
 
-        labels = np.zeros(image.shape, dtype=np.uint8)
+        labels = np.zeros(image.shape, dtype=np.uint8, order="F")  # slices lie together, as in a CT of ours
         box = (slice(None), slice(None), slice(None)) if near is None else _box(near, image)
         if box is None:
             nowhere = np.zeros((0, 0, 0), dtype=np.float32)
@@ -172,11 +172,12 @@ def nearest(labels: Labels, shape: tuple[int, ...]) -> Labels:
 
     What `scipy.ndimage.zoom(order=0)` gives, axis by axis instead of voxel by voxel.
     """
-    for axis, (count, wanted) in enumerate(zip(labels.shape, shape, strict=True)):
+    turned = labels.T  # whole slices are copied at a time
+    for axis, (count, wanted) in enumerate(zip(turned.shape, shape[::-1], strict=True)):
         step = (count - 1) / (wanted - 1) if wanted > 1 else 1.0
         at = np.floor(np.arange(wanted) * step + 0.5).astype(np.intp)
-        labels = np.take(labels, np.minimum(at, count - 1), axis)
-    return labels
+        turned = np.take(turned, np.minimum(at, count - 1), axis)
+    return turned.T
 
 
 def _box(near: Labels, image: Nifti1Image) -> tuple[slice, slice, slice] | None:

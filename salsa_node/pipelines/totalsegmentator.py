@@ -30,6 +30,7 @@ from salsa_node.pipelines.totalseg import (
 from salsa_node.volume import CtVolume, Grid, LabelVolume
 
 NAME: Final = "totalsegmentator-liver-lesions"
+EXPECTED_PHASE: Final = "portal venous"  # in which most liver lesions show best
 _SWITCHES: Final = ("couinaud", "contrast_phase", "body_region")
 _TOWARDS: Final = (("left", "right"), ("back", "front"), ("head", "feet"))  # where +x, -x, +y, -y, +z, -z of LPS lie
 
@@ -116,9 +117,11 @@ class LiverLesionsPipeline:
             if phase is not None:
                 text = (
                     f"Contrast phase estimated from the attenuation of the organs: {phase.name}, "
-                    f"{phase.after_injection_s:.0f} s after injection (standard deviation {phase.spread_s:.0f} s, "
-                    f"certainty {100 * phase.certainty:.0f} %)."
+                    f"{phase.after_injection_s:.0f} s after injection (standard deviation of five estimates "
+                    f"{phase.spread_s:.0f} s)."
                 )
+                if not phase.name.startswith(EXPECTED_PHASE):
+                    text += f" Expected is {EXPECTED_PHASE}: lesions may be missed, and attenuation differs."
             told.append(Flag("contrast_phase", text))
         return told
 
