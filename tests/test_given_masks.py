@@ -14,11 +14,12 @@ import pytest
 from made_series import TURNED, files, given_uids, made
 from pydicom.sr.coding import Code
 
-from salsa_node import dicom_seg, pipelines
+from salsa_node import dicom_seg, guards, phantom, pipelines
 from salsa_node.criteria import Criteria
 from salsa_node.dicom_result import Identity
 from salsa_node.errors import ConfigError, PipelineError
 from salsa_node.findings import Disease, measure
+from salsa_node.limits import Limits
 from salsa_node.nifti import LABEL_MAP, read_labels, write_labels
 from salsa_node.pipelines import Masks, Pipeline, PipelineSettings, Provenance
 from salsa_node.regrid import onto
@@ -74,6 +75,21 @@ def test_label_1_is_the_liver_and_the_rest_are_lesions(ct, tmp_path):
     assert np.array_equal(masks.organ.labels, labels > 0)  # the liver includes what was drawn inside it
     assert masks.lesions.grid is ct.grid
     assert [lesion.voxels for lesion in measure(ct, masks, Criteria()).lesions] == [75, 18, 2]
+
+
+def test_a_lesion_drawn_elsewhere_is_no_part_of_the_liver_and_is_flagged(tmp_path):
+    patient = phantom.make(phantom.Recipe(3, shape=(32, 96, 96), spacing_mm=(6.0, 3.0, 3.0)))
+    liver = patient.liver.labels == 1
+    labels = np.where(patient.lesion_labels.labels > 0, 2, liver).astype(np.uint8)
+    labels[4:7, 2:6, 2:6] = 3  # in the air
+    assert not liver[4:7, 2:6, 2:6].any()
+    masks = given(nifti(tmp_path, labels, patient.ct.grid)).segment(patient.ct)
+    assert masks.organ is not None
+    assert np.array_equal(masks.organ.labels == 1, liver)  # with the lesions in it, without the one in the air
+    findings = measure(patient.ct, masks, Criteria())
+    far = [flag.text for flag in guards.flags(patient.ct, findings, Limits()) if flag.name == "lesion_outside_liver"]
+    assert len(far) == 1
+    assert "0 % of it within" in far[0]
 
 
 def test_any_storage_of_the_grid_is_put_in_its_place(ct, tmp_path):

@@ -25,11 +25,13 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
+import cc3d
 import numpy as np
 import numpy.typing as npt
 import pydicom
 from pydicom.errors import BytesLengthException, InvalidDicomError
 from pydicom.uid import SegmentationStorage
+from scipy.ndimage import binary_dilation, find_objects
 
 import salsa_node
 from salsa_node.errors import ConfigError, PipelineError, SeriesRejected
@@ -61,6 +63,9 @@ _UNDECODABLE = (
     ValueError,
     struct.error,
 )
+
+_RIM_VOXELS = 2  # around a lesion: so wide a gap between it and the liver may a person have left
+_RIM_SHARE = 0.1  # so much of that is liver around a lesion of the liver, even one that hangs on its surface
 
 Labels = npt.NDArray[np.unsignedinteger]
 
@@ -106,7 +111,7 @@ class GivenMasksPipeline:
         read = self._from_seg if _is_dicom(self._path) else self._from_nifti
         organ, lesions = read(ct.grid)
         if organ is not None:
-            organ[lesions > 0] = 1
+            _fill_in(organ, lesions)
         return Masks(
             organ=None if organ is None else LabelVolume(organ, ct.grid),
             lesions=LabelVolume(lesions, ct.grid),
@@ -189,6 +194,17 @@ class GivenMasksPipeline:
                     f"(options organ_labels and lesion_labels)"
                 )
         return organ, lesions
+
+
+def _fill_in(organ: npt.NDArray[np.uint8], lesions: Labels) -> None:
+    """Make liver (1) of what was drawn in the liver in place of it; a lesion drawn elsewhere stays outside of it."""
+    parts = cc3d.connected_components(lesions > 0, connectivity=26)
+    for number, box in enumerate(find_objects(parts), start=1):
+        place = tuple(slice(max(0, side.start - _RIM_VOXELS), side.stop + _RIM_VOXELS) for side in box)
+        part = parts[place] == number
+        rim = binary_dilation(part, np.ones((3, 3, 3)), iterations=_RIM_VOXELS) & ~part
+        if np.count_nonzero(organ[place][rim]) >= _RIM_SHARE * np.count_nonzero(rim):
+            organ[place][part] = 1
 
 
 def _label_list(options: Mapping[str, object], name: str) -> tuple[int, ...] | None:
