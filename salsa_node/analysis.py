@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import pydicom
-from pydicom.errors import InvalidDicomError
 
 from salsa_node import (
     contrast_phase,
@@ -37,9 +36,11 @@ from salsa_node.findings import Findings, measure, table
 from salsa_node.limits import Limits
 from salsa_node.pipelines import Flag, Pipeline, Provenance
 from salsa_node.products import Products
-from salsa_node.series import headers, inspect, read_volume
+from salsa_node.series import UNREADABLE, headers, inspect, read_volume
 from salsa_node.uids import digest
 from salsa_node.volume import CtVolume
+
+_NAMED_BY = ("SOPClassUID", "StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")  # an instance, to the world
 
 
 class Outcome(Enum):
@@ -132,6 +133,7 @@ def analyse(
     signed = digest(
         findings.run_digest,
         repr(phase),
+        dicom_result.whose_digest(source[0]),
         *map(repr, (terms.identity, terms.products, terms.limits)),
         *(["label map"] if terms.label_map else []),
     )
@@ -161,7 +163,7 @@ def refuse(
     Raises SeriesRejected where no file of the study can be read: then there is nobody to report on.
     """
     source, identity = _any_header(paths), terms.identity
-    made_of = digest("not analysed", reason, repr(identity), *sorted(path.name for path in paths))
+    made_of = digest("not analysed", reason, repr(identity), dicom_result.whose_digest(source), *_instances(paths))
     run_digest = digest(made_of, provenance.digest if provenance else "", repr(terms.products))
     born = lineage(run_digest)
     report = dicom_sr.build_not_analysed(
@@ -241,11 +243,23 @@ def _any_header(paths: Sequence[Path]) -> pydicom.Dataset:
     for path in sorted(paths):
         try:
             header = pydicom.dcmread(path, stop_before_pixels=True)
-        except (InvalidDicomError, OSError, EOFError, ValueError, AttributeError, KeyError):
+            if all(header.get(keyword) for keyword in _NAMED_BY):
+                return header
+        except UNREADABLE:
             continue
-        if all(header.get(f"{of}UID") for of in ("SOPClass", "SOPInstance", "StudyInstance", "SeriesInstance")):
-            return header
     raise SeriesRejected(f"none of the {len(paths)} files can be read as a DICOM instance of a study")
+
+
+def _instances(paths: Sequence[Path]) -> list[str]:
+    """Which instances these files are, as far as they can be read: the same wherever they lie and in any order."""
+    found = []
+    for path in paths:
+        try:
+            header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(_NAMED_BY))
+            found.append(" ".join(str(header.get(keyword) or "") for keyword in _NAMED_BY))
+        except UNREADABLE:
+            continue
+    return sorted(found)
 
 
 def summary(result: Analysis) -> dict[str, object]:

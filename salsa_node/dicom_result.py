@@ -16,15 +16,20 @@ from enum import Enum
 from typing import Final
 
 import numpy as np
-from pydicom.dataelem import DataElement
+from pydicom.charset import convert_encodings, default_encoding
+from pydicom.datadict import dictionary_VR
+from pydicom.dataelem import DataElement, RawDataElement
 from pydicom.dataset import Dataset
 from pydicom.errors import BytesLengthException
+from pydicom.filewriter import correct_ambiguous_vr
+from pydicom.tag import Tag
 from pydicom.uid import UID
 
 from salsa_node import __version__, uids
 from salsa_node.errors import EncodingError
 from salsa_node.pipelines import Provenance
 from salsa_node.series import WHOSE
+from salsa_node.uids import digest
 from salsa_node.volume import Grid
 
 LO_CHARS: Final = 64  # longest Long String (PS3.5 6.2)
@@ -91,6 +96,7 @@ _OPTIONAL = (
     "ClinicalTrialTimePointID",
     "ClinicalTrialTimePointDescription",
 )
+_TEXT = ("AS", "CS", "DA", "LO", "LT", "PN", "SH", "ST", "TM", "UC", "UI", "UT")  # carried over byte by byte
 # What the segmentation's own headers are made from.
 _UIDS = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID")
 _IMAGE = (
@@ -218,7 +224,7 @@ def check_source(source: Sequence[Dataset], grid: Grid) -> None:
     rows, columns = grid.shape[1:]
     for k, ds in enumerate(source):
         for keyword in (*WHOSE, "SeriesInstanceUID", "FrameOfReferenceUID"):
-            if (ds.get(keyword) or "") != (first.get(keyword) or ""):
+            if differ(ds, first, keyword):
                 raise EncodingError(f"source images 0 and {k} differ in {keyword}: they are not one series")
         if (ds.get("Rows"), ds.get("Columns")) != (rows, columns):
             raise EncodingError(
@@ -283,11 +289,12 @@ def sign(obj: Dataset, source: Dataset, identity: Identity, produced_at: datetim
     time zone that `produced_at` is given in.
     Raises ValueError for a naive `produced_at`, EncodingError where `obj` ends up with another patient or study.
     """
+    correct_ambiguous_vr(obj, True)  # else done in writing, where it would also decode what is carried over as bytes
     for keyword in ("SpecificCharacterSet", "TimezoneOffsetFromUTC", *_REQUIRED, *_OPTIONAL):
         obj.pop(keyword, None)
         element = _element(source, keyword)
-        if element is not None and _fit(element):
-            obj.add(deepcopy(element))
+        if element is not None and _fit(keyword, element.value):
+            obj[Tag(keyword)] = deepcopy(element)
         elif keyword in _REQUIRED:
             setattr(obj, keyword, None)
     when = local(produced_at, source)
@@ -301,23 +308,38 @@ def sign(obj: Dataset, source: Dataset, identity: Identity, produced_at: datetim
     obj.StationName = identity.station_name
     if identity.institution_name:
         obj.InstitutionName = identity.institution_name
+    # pydicom writes bytes as they are where it believes that they were read in this very encoding.
+    named_set = "SpecificCharacterSet" in obj
+    encodings = convert_encodings(obj.SpecificCharacterSet) if named_set else default_encoding
+    obj.set_original_encoding(is_implicit_vr=False, is_little_endian=True, character_encoding=encodings)
     meta = obj.file_meta
     meta.ImplementationClassUID = UID(uids.IMPLEMENTATION_CLASS_UID)
     meta.ImplementationVersionName = uids.IMPLEMENTATION_VERSION_NAME
     same_patient_and_study(obj, source)
 
 
-def _fit(element: DataElement) -> bool:
+def _fit(keyword: str, value: object) -> bool:
     """Whether a result may carry it: an optional attribute only with a value, an age only as the standard writes it."""
-    if element.keyword == "PatientAge":
-        return bool(re.fullmatch(r"\d{3}[DWMY]", str(element.value or "")))  # PS3.5 6.2, value representation AS
-    return element.keyword in _REQUIRED or bool(element.value)
+    text = value.decode("ascii", "replace").strip() if isinstance(value, bytes) else value
+    if keyword == "PatientAge":
+        return bool(re.fullmatch(r"\d{3}[DWMY]", str(text or "")))  # PS3.5 6.2, value representation AS
+    return keyword in _REQUIRED or bool(text)
 
 
-def _element(source: Dataset, keyword: str) -> DataElement | None:
-    """The source's attribute, or None where it has none or an optional one that cannot be read."""
+def _element(source: Dataset, keyword: str) -> DataElement | RawDataElement | None:
+    """The source's attribute, text as the very bytes that stand in its file; None where it has none.
+
+    None also for an optional one that cannot be read.
+    """
     if keyword not in source:
         return None
+    held = source.get_item(Tag(keyword))
+    vr = dictionary_VR(keyword)
+    if isinstance(held, RawDataElement) and vr in _TEXT and held.VR in (None, "UN", *_TEXT):
+        # Only the padding is ours: decoded and encoded again, bytes that their character set lacks would be lost.
+        value = (held.value or b"").rstrip(b"\0")
+        value += b"" if len(value) % 2 == 0 else b"\0" if vr == "UI" else b" "
+        return held._replace(VR=vr, length=len(value), value=value, is_implicit_VR=False, is_little_endian=True)
     try:
         return source[keyword]
     except (BytesLengthException, ValueError, TypeError, OverflowError, NotImplementedError) as exc:
@@ -325,6 +347,15 @@ def _element(source: Dataset, keyword: str) -> DataElement | None:
             return None
         # Not `from exc`: its text would quote the value.
         raise EncodingError(f"the source's {keyword} cannot be read ({type(exc).__name__})") from None
+
+
+def whose_digest(source: Dataset) -> str:
+    """SHA-256 of the patient and study that `sign` carries over: other bytes get other UIDs."""
+    carried = []
+    for keyword in ("SpecificCharacterSet", "TimezoneOffsetFromUTC", *_REQUIRED, *_OPTIONAL):
+        element = _element(source, keyword)
+        carried.append("" if element is None else repr(element.value))
+    return digest(*carried)
 
 
 def local(produced_at: datetime, source: Dataset) -> datetime:
@@ -343,5 +374,17 @@ def local(produced_at: datetime, source: Dataset) -> datetime:
 def same_patient_and_study(obj: Dataset, source: Dataset) -> None:
     """Raises EncodingError, naming the attribute and never its value, where `obj` is not of the source's study."""
     for keyword in WHOSE:
-        if (obj.get(keyword) or "") != (source.get(keyword) or ""):
+        if differ(obj, source, keyword):
             raise EncodingError(f"the result differs from its source in {keyword}: it is kept, not sent")
+
+
+def differ(one: Dataset, other: Dataset, keyword: str) -> bool:
+    """Whether two headers differ in an attribute of text: in its bytes where both hold them as read, without padding.
+
+    An absent value and an empty one are the same.
+    """
+    held = [ds.get_item(Tag(keyword)) if keyword in ds else None for ds in (one, other)]
+    if all(item is None or isinstance(item, RawDataElement) for item in held):
+        a, b = ((item.value or b"").rstrip(b" \0") if item is not None else b"" for item in held)
+        return bool(a != b)
+    return bool((one.get(keyword) or "") != (other.get(keyword) or ""))

@@ -10,6 +10,7 @@ lengths are taken in millimetres in the slice plane, so pixels need not be squar
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
@@ -96,7 +97,8 @@ class Findings:
 
     lesion_labels: 0 = background, n = lesion number n, on the CT's grid.
     organ: 1 = liver, or None; organ_volume_mm3 likewise.
-    run_digest: SHA-256 of source, pipeline and criteria; every UID of the results derives from it.
+    run_digest: SHA-256 of source, pipeline, criteria and the masks themselves, because one pipeline may see a voxel
+        otherwise on another device; every UID of the results derives from it.
     flags: what is odd about them, as `guards.flags` and the pipeline found.
     contrast_phase: of the CT, as its headers have it; unknown where nobody looked.
     """
@@ -116,12 +118,11 @@ class Findings:
 def measure(ct: CtVolume, masks: Masks, criteria: Criteria) -> Findings:
     """Every lesion of `masks`, measured on `ct`.
 
-    The same CT, masks' provenance and criteria always give the same numbers and tracking UIDs.
+    The same CT, masks, provenance and criteria always give the same numbers and tracking UIDs.
     Raises PipelineError where the masks do not lie on the CT's grid.
     """
     if not masks.lesions.grid.matches(ct.grid):
         raise PipelineError(f"the masks lie on {masks.lesions.grid}, the CT on {ct.grid}")
-    run_digest = digest(ct.source_digest, masks.provenance.digest, _fingerprint(criteria))
     box = _box_around(masks.lesions.labels)
     components = _components(masks.lesions.labels[box], masks.lesion_per_value)
     voxels, boxes = _sizes(components)
@@ -133,6 +134,8 @@ def measure(ct: CtVolume, masks: Masks, criteria: Criteria) -> Findings:
     renumbered[kept] = np.arange(1, len(kept) + 1)
     labels = np.zeros(ct.grid.shape, dtype=renumbered.dtype)
     labels[box] = renumbered[components]
+    shown = [_mask_digest(part.labels) if part else "" for part in (LabelVolume(labels, ct.grid), masks.organ)]
+    run_digest = digest(ct.source_digest, masks.provenance.digest, _fingerprint(criteria), *shown)
 
     lesions = []
     for number, component in enumerate(kept, start=1):
@@ -191,6 +194,14 @@ def table(findings: Findings) -> list[dict[str, str | int | float | bool]]:
 
 def _fingerprint(criteria: Criteria) -> str:
     return json.dumps(asdict(criteria) | {"rule": criteria.rule.value}, sort_keys=True)
+
+
+def _mask_digest(labels: npt.NDArray[np.unsignedinteger]) -> str:
+    """SHA-256 of where every value lies, whatever integer type it is held in."""
+    box = _box_around(labels)
+    inside = np.ascontiguousarray(labels[box])
+    whole = inside.astype(np.uint8 if inside.max() < 256 else np.uint32, copy=False)
+    return digest(repr(labels.shape), repr(box), hashlib.sha256(whole.data).hexdigest())
 
 
 def _components(labels: npt.NDArray[np.unsignedinteger], lesion_per_value: bool) -> Components:

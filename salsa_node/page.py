@@ -140,7 +140,8 @@ def _fitted(image: Image.Image) -> Picture:
 
 
 def _made_by(provenance: Provenance) -> list[Flowable]:
-    lines = [f"Made by {provenance.pipeline} {provenance.version} on {provenance.device}.", *weights(provenance)]
+    # Not the device: it is no part of the digest, and one result has one page wherever it was made.
+    lines = [f"Made by {provenance.pipeline} {provenance.version}.", *weights(provenance)]
     return [Paragraph(escape(plain(words)), _SMALL) for words in lines]
 
 

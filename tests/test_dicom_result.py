@@ -7,7 +7,10 @@ from io import BytesIO
 import made_findings as made
 import pydicom
 import pytest
+from pydicom.datadict import dictionary_VR, tag_for_keyword
+from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
+from pydicom.tag import Tag
 from pydicom.uid import SecondaryCaptureImageStorage
 
 from salsa_node import dicom_sr, uids
@@ -54,6 +57,46 @@ CHARACTER_SETS = {
     "chrX1": "Wang^XiaoDong=王^小東",
     "chrX2": "Wang^XiaoDong=王^小东",
 }
+
+
+@pytest.mark.parametrize(
+    ("character_set", "keyword", "value"),
+    [
+        ("ISO_IR 192", "PatientID", b"P\xfc1 "),  # no UTF-8
+        ("GB18030", "PatientName", b"Wang\xff\xff"),
+        (["ISO 2022 IR 6", "ISO 2022 IR 100"], "PatientName", b"M\x1b-A\xfcller^Hans"),
+        (None, "PatientName", b"Yamada^Tarou=\x1b$B;3ED\x1b(B^\x1b$BB@O:\x1b(B"),
+        ("ISO_IR 100", "PatientName", b"A^B==="),
+        ("ISO_IR 100", "PatientBirthDate", b"1960.01.02"),
+        ("ISO_IR 100", "StudyDescription", b"CT  \xc3\xbc"),
+    ],
+)
+def test_bytes_arrive_as_they_were_even_where_they_break_their_character_set(character_set, keyword, value):
+    _, source = made.case()
+    ds = made.with_meta(source[0])
+    for name in ("PatientName", "StudyDescription", "ReferringPhysicianName", "SpecificCharacterSet"):
+        delattr(ds, name)
+    if character_set is not None:
+        ds.SpecificCharacterSet = character_set
+    tag = tag_for_keyword(keyword)
+    original = reread(ds)
+    original[tag] = RawDataElement(Tag(tag), dictionary_VR(tag), len(value), value, 0, False, True)
+    original = pydicom.dcmread(BytesIO(written(original)))
+    assert original.get_item(tag).value == value
+    result = reread(report(original))
+    same_patient_and_study(result, original)
+    assert result.get_item(tag).value == value
+
+
+def test_the_guard_compares_the_bytes_themselves():
+    """Both read as "P" and a replacement character."""
+    _, source = made.case()
+    made.with_meta(source[0]).SpecificCharacterSet = "ISO_IR 192"
+    one, other = reread(source[0]), reread(source[0])
+    for ds, value in ((one, b"P\xfc"), (other, b"P\xfd")):
+        ds["PatientID"] = RawDataElement(Tag("PatientID"), "LO", 2, value, 0, False, True)
+    with pytest.raises(EncodingError, match="PatientID"):
+        same_patient_and_study(one, other)
 
 
 @pytest.mark.parametrize("name", CHARACTER_SETS)

@@ -228,6 +228,13 @@ def test_the_page_says_what_was_found_in_words_that_can_be_searched(objects):
     assert "P-1" not in text
 
 
+def test_a_result_is_the_same_wherever_it_was_made(objects):
+    findings, source = made.case()
+    elsewhere = replace(findings, provenance=replace(findings.provenance, device="cuda:0"))
+    again = everything(elsewhere, source)
+    assert {name: written(ds) for name, ds in again.items()} == {name: written(ds) for name, ds in objects.items()}
+
+
 def test_a_page_about_nothing_says_why():
     why = page.of_refusal("gap of 10.0 mm after slice 41", None, made.PRODUCED_AT)
     assert "No analysis was possible. Reason: gap of 10.0 mm after slice 41" in text_of(why.pdf)

@@ -273,6 +273,24 @@ def test_the_same_run_gives_the_same_uids_and_another_run_others():
     assert found(labels, provenance=replace(PROVENANCE, device="cuda:0")).run_digest == first.run_digest
 
 
+def test_masks_that_differ_in_one_voxel_have_results_of_their_own():
+    """One pipeline need not see every voxel alike on two devices."""
+    labels = block((3, 3, 9), (1, (0, 3), (0, 3), (0, 3)), (1, (0, 3), (0, 3), (5, 7)))
+    fewer, moved = labels.copy(), np.roll(labels, 1, axis=2)
+    fewer[0, 0, 0] = 0
+    ct = CtVolume(np.full(labels.shape, 100, dtype=np.int16), grid(labels.shape))
+
+    def seen(lesions: np.ndarray, organ: np.ndarray | None) -> Findings:
+        liver = None if organ is None else LabelVolume(organ.astype(np.uint8), ct.grid)
+        return measure(ct, Masks(liver, LabelVolume(lesions.astype(np.uint8), ct.grid), PROVENANCE), Criteria())
+
+    several = [seen(labels, None), seen(fewer, None), seen(moved, None), seen(labels, labels), seen(labels, fewer)]
+    assert len({one.run_digest for one in several}) == len(several)
+    tracked = [lesion.tracking_uid for one in several for lesion in one.lesions]
+    assert len(set(tracked)) == len(tracked)
+    assert seen(labels.astype(np.uint8), labels).run_digest == several[3].run_digest
+
+
 def test_masks_of_another_grid_are_refused_naming_both():
     where = grid((3, 3, 3))
     moved = grid((3, 3, 3), origin=(0, 0, 7))

@@ -1,0 +1,76 @@
+"""From files to what is sent: whose UIDs the results bear, and what is checked before they leave."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import made_findings as made
+import pydicom
+import pytest
+from made_series import edit
+from made_series import made as made_on_disk
+
+from salsa_node.analysis import Analysis, Lineage, Terms, refuse
+from salsa_node.errors import SeriesRejected
+
+BORN = Lineage(made.PRODUCED_AT)
+
+
+def refused(paths: list[Path], reason: str = "2 slices; a volume needs at least 3") -> Analysis:
+    return refuse(paths, reason, Terms(), lambda _: BORN)
+
+
+def uids(result: Analysis) -> set[str]:
+    return {uid for item in result.objects for uid in (item.ds.SOPInstanceUID, item.ds.SeriesInstanceUID)}
+
+
+def of_patient(folder: Path, patient: str, study: str) -> list[Path]:
+    """Two slices under the same file names, whoever the patient is."""
+    _, paths = made_on_disk(folder, slices=2)
+    for n, path in enumerate(paths):
+        edit(path, lambda ds, n=n: ds.update(whose(patient, study, n)))
+    return paths
+
+
+def whose(patient: str, study: str, n: int) -> pydicom.Dataset:
+    ds = pydicom.Dataset()
+    ds.PatientID, ds.StudyInstanceUID = patient, study
+    ds.SeriesInstanceUID, ds.SOPInstanceUID = f"{study}.1", f"{study}.1.{n}"
+    return ds
+
+
+def test_refusals_of_two_patients_share_no_uid_though_their_files_are_called_alike(tmp_path):
+    anna = refused(of_patient(tmp_path / "a", "ANNA", "1.2.3"))
+    bob = refused(of_patient(tmp_path / "b", "BOB", "1.2.4"))
+    renamed = refused(of_patient(tmp_path / "c", "BERTA", "1.2.3"))
+    assert len(uids(anna)) == 6
+    assert not uids(anna) & uids(bob)
+    assert not uids(anna) & uids(renamed)  # the same images under another name are other bytes
+
+
+def test_the_same_images_elsewhere_and_in_another_order_give_the_same_refusal(tmp_path):
+    first = refused(of_patient(tmp_path / "a", "ANNA", "1.2.3"))
+    paths = of_patient(tmp_path / "b", "ANNA", "1.2.3")
+    assert uids(refused(paths[::-1])) == uids(first)
+
+
+def test_a_refusal_of_more_images_is_another_one(tmp_path):
+    paths = of_patient(tmp_path, "ANNA", "1.2.3")
+    assert not uids(refused(paths)) & uids(refused(paths[:1]))
+
+
+@pytest.mark.parametrize("name", ["empty", "text", "broken number", "broken value"])
+def test_a_header_that_cannot_be_read_is_passed_over_for_one_that_can(tmp_path, name):
+    paths = of_patient(tmp_path, "ANNA", "1.2.3")
+    whole = paths[0].read_bytes()
+    at = whole.index(b"\x20\x00\x0d\x00UI")  # Study Instance UID
+    broken = {
+        "empty": b"",
+        "text": b"no DICOM at all",
+        "broken number": whole[: at + 4] + b"FD\x03\x00abc",
+        "broken value": whole[: at + 4] + b"ZZ\x00\x00\x02\x00\x00\x00ab",
+    }[name]
+    paths[0].write_bytes(broken)
+    assert refused(paths).objects[0].ds.PatientID == "ANNA"
+    with pytest.raises(SeriesRejected, match="none of the 1 files"):
+        refused(paths[:1])
