@@ -15,7 +15,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from salsa_node import batch, cases, nifti, phantom
+from salsa_node import batch, cases, nifti, phantom, pipelines
 from salsa_node.batch import Result, Wanted
 from salsa_node.criteria import Criteria, Rule
 from salsa_node.errors import ConfigError, OrganNotFound
@@ -246,6 +246,50 @@ def test_a_batch_that_was_cut_off_goes_on(tmp_path: Path) -> None:
     result.place.unlink()
     (again,) = run(source)
     assert again.state == "done"
+
+
+def test_a_second_run_with_other_wishes_that_was_cut_off_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = save(tmp_path / "a.nii.gz")
+    run(source)
+
+    def cut_off(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(batch.durable, "write", cut_off)  # the map is in its place, the JSON is not
+        with pytest.raises(KeyboardInterrupt):
+            run(source, wanted=Wanted(instances=True))
+    (result,) = run(source, wanted=Wanted(instances=True))
+    assert result.state == "done"
+    assert set(np.unique(labels(result.place))) == {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "state"),
+    [
+        (phantom.Recipe(43, (3, 40, 40), (5.0, 7.0, 7.0)), "done"),
+        (phantom.Recipe(43, (16, 32, 32), (10.0, 10.0, 10.0)), "done"),
+        (phantom.Recipe(43, (12, 24, 24), (0.3, 0.3, 0.3), center_lps_mm=(-70.0, 8.0, -4.0)), "failed"),
+        (phantom.Recipe(43, (12, 24, 24), (5.0, 5.0, 5.0), center_lps_mm=(-90.0, 0.0, 40.0)), "done"),
+    ],
+    ids=["three slices", "10 mm", "0.3 mm", "liver cut off"],
+)
+def test_an_odd_scan_gets_labels_or_a_worded_refusal(tmp_path: Path, recipe: phantom.Recipe, state: str) -> None:
+    made = phantom.make(recipe)
+    nifti.write_ct(made.ct, tmp_path / "scan.nii.gz")
+    pipeline = pipelines.load("demo", pipelines.PipelineSettings("cpu"))
+    placed = cases.placed(cases.find([str(tmp_path / "scan.nii.gz")]), None)
+    (result,) = batch.run(placed, pipeline, Criteria(), Limits(), Wanted())
+    assert result.state == state, result.told
+    if state == "failed":
+        assert "ml of liver" in result.told
+    else:
+        assert nifti.read_labels(result.place).grid.shape == recipe.shape
+        flags = result.record["flags"]
+        assert isinstance(flags, list)
+        assert flags  # each of them is odd, and says so
 
 
 def test_what_a_killed_batch_left_is_swept(tmp_path: Path) -> None:

@@ -65,6 +65,7 @@ def arch_kwargs(plans: Plans) -> Plans:
         (lambda plans: arch_kwargs(plans).update(nonlin="os.system"), r"the import nonlin = os\.system"),
         (lambda plans: arch_kwargs(plans).update(conv_op="torch.load"), r"the import conv_op = torch\.load"),
         (lambda plans: arch_kwargs(plans).update(conv_op="torch.nn.functional.conv3d"), "the import conv_op"),
+        (lambda plans: arch_kwargs(plans).update(nonlin="torch.nn.Parameter"), "the import nonlin"),
         (lambda plans: arch_kwargs(plans).update(norm_op="torch.nn.modules.module.warnings.warn"), "norm_op"),
         (
             lambda plans: architecture(plans).update(_kw_requires_import=["nonlin_kwargs"]),
