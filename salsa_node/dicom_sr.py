@@ -147,6 +147,13 @@ def _remarks(findings: Findings) -> Iterable[str]:
             f"Left out and not measured, because smaller than {findings.criteria.min_lesion_mm3:g} mm3: "
             f"{findings.dropped_specks}."
         )
+    sites = [
+        f"{tracking_identifier(lesion)} in {' and '.join(_roman(number) for number in lesion.segments)}"
+        for lesion in findings.lesions
+        if lesion.segments
+    ]
+    if sites:
+        yield f"Couinaud segments, the one with most of the lesion first: {'; '.join(sites)}."
     for lesion in findings.lesions:
         if lesion.touches_volume_edge:
             where = "the edge of the scanned volume"
@@ -155,6 +162,11 @@ def _remarks(findings: Findings) -> Iterable[str]:
         yield flag.text
     if not findings.contrast_phase.wrong:  # else a flag has said so
         yield findings.contrast_phase.sentence
+
+
+def _roman(segment: int) -> str:
+    """The number of a liver segment as its code says it."""
+    return codes.COUINAUD[segment].meaning.rpartition(" ")[2]
 
 
 def _largest(findings: Findings) -> list[Lesion]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 from totalsegmentator.map_tasks_config import TASK_ID_WEIGHTS_CONFIGS
 
@@ -63,6 +64,11 @@ def _install(task: Task, folder: Path, stage: str, moved: dict[int, int]) -> Non
             "network_weights": weights,
             "trainer_name": task.folder.name.split("__")[0],
             "inference_allowed_mirroring_axes": None,
+            "optimizer_state": {"state": {0: {"momentum_buffer": torch.zeros(3)}}, "param_groups": [{"lr": 0.01}]},
+            "grad_scaler_state": {"scale": 65536.0, "growth_factor": 2.0},
+            "logging": {"mean_fg_dice": [np.float64(0.9)], "lrs": [0.01]},
+            "_best_ema": np.float64(0.9),
+            "current_epoch": 4000,
             "init_args": {
                 "configuration": configuration,
                 "fold": 0,

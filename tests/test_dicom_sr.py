@@ -256,6 +256,9 @@ def test_the_couinaud_segments_are_sites_beside_the_liver(tool, tmp_path):
     findings, source = made.case()
     first, second = findings.lesions
     findings = replace(findings, lesions=(replace(first, segments=(8, 4)), second))
+    told = "Couinaud segments, the one with most of the lesion first: Lesion 1 in VIII and IV."
+    assert told in dicom_sr.sentences(findings)
+    assert not any("Couinaud" in sentence for sentence in dicom_sr.sentences(replace(findings, lesions=(second,))))
     sr = report(findings, source)
     sites = [[site.value.CodeValue for site in group.finding_sites] for group in groups(sr)]
     assert sites == [["10200004", "277962002", "277958008"], ["10200004"]]

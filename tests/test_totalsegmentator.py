@@ -98,8 +98,9 @@ def dice(one: np.ndarray, other: np.ndarray) -> float:
         (Recipe(1, (240, 40, 40), (0.3, 1.5, 1.5)), 24.0, 0.3),
         (Recipe(1, (18, 48, 48), (4.0, 2.0, 2.0)), 36.0, 1.0),
         (Recipe(1, (3, 48, 48), (5.0, 2.0, 2.0)), 36.0, 0.0),
+        (Recipe(1, (24, 48, 48), (4.0, 2.0, 2.0), center_lps_mm=(0.0, 30.0, 30.0)), 36.0, 0.0),
     ],
-    ids=["SPL", "IPL", "LSP", "AIR", "oblique", "10 mm", "0.3 mm", "0.3 mm slices", "last slice", "3 slices"],
+    ids=["SPL", "IPL", "LSP", "AIR", "oblique", "10 mm", "0.3 mm", "0.3 mm slices", "last slice", "3 slices", "cut"],
 )
 @pytest.mark.usefixtures("thresholds")
 def test_labels_lie_where_the_liver_and_its_lesion_lie(

@@ -2,8 +2,9 @@
 
 The 3 mm network of the task "total" finds the liver in the whole scan; the network of `liver_lesions` looks at the box
 around it. What TotalSegmentator marks outside the liver is kept, as it keeps it: the guards speak of it. Optional,
-each off by default and each a line of the report: the Couinaud segment of every lesion (`liver_segments`), the
-contrast phase (`totalseg_get_phase`), and whether the liver lies wholly in the field of view.
+each off by default and each a line of the report: the Couinaud segment of every lesion (`liver_segments`, with
+its `robust_crop`: the liver is known from the 3 mm network), the contrast phase (`totalseg_get_phase`), and whether
+the liver lies wholly in the field of view.
 """
 
 from __future__ import annotations
