@@ -32,9 +32,11 @@ Hu = npt.NDArray[np.int16] | npt.NDArray[np.float32]
 
 BODY_HU: Final = -300.0  # what is denser belongs to the body or lies on the table
 LIVER_HU: Final = (0.0, 250.0)  # where the middle of a liver's attenuation can lie, native to arterial
+SOFT_TISSUE_HU: Final = -50.0  # fat lies below, air far below; so does the mean of no lesion but a rare fatty one
 WITHIN_HU: Final = 50.0  # of that middle: parenchyma and its noise
 BETTER_BY: Final = 0.15  # so much better must a mirrored mask fit (phantoms: 0.2)
 _SHELL_MM: Final = (3.0, 10.0)  # around the liver: what looks like liver there speaks against the mask
+_NAMED: Final = 5  # lesions that a flag names at most
 _COARSE_MM: Final = 2.0  # steps of the grid that distances are judged on
 _AXES: Final = ("slice order", "rows", "columns")
 
@@ -42,7 +44,7 @@ _AXES: Final = ("slice order", "rows", "columns")
 def flags(ct: CtVolume, findings: Findings, limits: Limits) -> tuple[Flag, ...]:
     """What a reader should know before trusting these findings, the gravest first.
 
-    Raises nothing: what cannot be judged (no liver in the masks) is not flagged.
+    Raises nothing; what cannot be judged without a liver in the masks is said to be so.
     """
     grid = findings.lesion_labels.grid
     found = list(_of_slices(grid, findings))
@@ -50,6 +52,15 @@ def flags(ct: CtVolume, findings: Findings, limits: Limits) -> tuple[Flag, ...]:
     if organ is not None and organ.any():
         found += _of_liver(ct, organ, findings, limits)
         found += _of_lesions(organ, findings, limits)
+    elif findings.lesions:
+        found.append(
+            Flag(
+                "laterality_unchecked",
+                "Laterality could not be checked, nor the order of slices: the masks hold no liver to compare with the "
+                "images. Whether the lesions lie in the liver is not known either.",
+            )
+        )
+    found += _of_attenuation(findings, limits)
     return tuple(sorted(found, key=lambda flag: not flag.blocks))
 
 
@@ -142,6 +153,19 @@ def _of_lesions(organ: Mask, findings: Findings, limits: Limits) -> Iterable[Fla
                 f"Lesion {lesion.number} lies outside the liver region: {100 * share:.0f} % of it within "
                 f"{limits.near_liver_mm:g} mm of the liver.",
             )
+
+
+def _of_attenuation(findings: Findings, limits: Limits) -> Iterable[Flag]:
+    odd = [lesion for lesion in findings.lesions if lesion.mean_hu < SOFT_TISSUE_HU]
+    if not odd:
+        return
+    which = ", ".join(f"Lesion {lesion.number} ({lesion.mean_hu:.0f} HU)" for lesion in odd[:_NAMED])
+    which += f" and {len(odd) - _NAMED} more" if len(odd) > _NAMED else ""
+    text = f"Not in soft tissue, by mean attenuation: {which}."
+    most = 2 * len(odd) > len(findings.lesions)
+    if most:
+        text += " So are most of the lesions: their masks are probably mirrored, or drawn on other images."
+    yield Flag("not_soft_tissue", text, blocks=most and limits.mirrored == "block")
 
 
 @dataclass(frozen=True, slots=True, eq=False)

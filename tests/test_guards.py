@@ -71,8 +71,37 @@ def test_a_lesion_far_from_the_liver_is_flagged_and_one_beside_it_is_not(patient
     edge = np.argwhere(liver)[0]
     lesions[tuple(edge)] = 2
     flags = flagged(patient.ct, liver, lesions)
-    assert set(flags) == {"lesion_outside_liver"}
+    assert set(flags) == {"lesion_outside_liver", "not_soft_tissue"}  # the far one lies in the air
     assert "0 % of it" in flags["lesion_outside_liver"].text
+
+
+def of_lesions_alone(patient: phantom.Phantom, lesions: np.ndarray, **limits: object) -> dict[str, Flag]:
+    masks = Masks(None, LabelVolume(lesions.astype(np.uint16), patient.ct.grid), made.PROVENANCE)
+    found = measure(patient.ct, masks, Criteria(thick_slice_mm=7))
+    return {f.name: f for f in guards.flags(patient.ct, found, Limits(**limits))}
+
+
+def test_without_a_liver_the_laterality_is_said_to_be_unchecked(patient):
+    lesions = np.zeros(patient.ct.grid.shape)
+    lesions[tuple(np.argwhere((patient.liver.labels == 1) & (patient.ct.voxels_hu > 50))[0])] = 1
+    flags = of_lesions_alone(patient, lesions)
+    assert set(flags) == {"laterality_unchecked"}
+    assert not flags["laterality_unchecked"].blocks
+    assert of_lesions_alone(patient, np.zeros_like(lesions)) == {}
+
+
+def test_lesions_in_fat_or_air_are_kept_here_where_most_are_such(patient):
+    lesions = np.zeros(patient.ct.grid.shape)
+    air = np.argwhere(patient.ct.voxels_hu < -900)
+    liver = np.argwhere((patient.liver.labels == 1) & (patient.ct.voxels_hu > 50))
+    lesions[tuple(air[0])], lesions[tuple(liver[0])] = 1, 2
+    flags = of_lesions_alone(patient, lesions)
+    assert "Lesion 1 (-" in flags["not_soft_tissue"].text
+    assert "Lesion 2" not in flags["not_soft_tissue"].text
+    assert not flags["not_soft_tissue"].blocks  # half of them is not most of them
+    lesions[tuple(liver[0])] = 0
+    assert of_lesions_alone(patient, lesions)["not_soft_tissue"].blocks
+    assert not of_lesions_alone(patient, lesions, mirrored="flag")["not_soft_tissue"].blocks
 
 
 def test_livers_too_small_too_large_or_cut_off_are_flagged(patient):
@@ -110,8 +139,8 @@ def test_thick_slices_are_flagged():
     ct = CtVolume(voxels, findings.lesion_labels.grid)
     thin = guards.flags(ct, replace(findings, organ=None), Limits())
     thick = guards.flags(ct, replace(findings, organ=None, criteria=Criteria(thick_slice_mm=2)), Limits())
-    assert [f.name for f in thin] == []
-    assert [f.name for f in thick] == ["thick_slices"]
+    assert [f.name for f in thin] == ["laterality_unchecked"]
+    assert [f.name for f in thick] == ["thick_slices", "laterality_unchecked"]
     assert "2.5 mm apart" in thick[0].text
 
 
