@@ -14,17 +14,20 @@ room imports exactly what stands right of its arrow):
     criteria               <-
     settings               <-
     limits                 <-
+    selection_rules        <-
   products               <-
-  config                 <- criteria errors limits products settings
+  config                 <- criteria errors limits products selection_rules settings
 
   the science wing, in the order of the flow
     volume                 <- uids
     regrid                 <- volume
     nifti                  <- errors volume
     series                 <- errors uids volume
-    selection              <- errors series
-    models                 <- errors
     contrast_phase         <-
+    candidate              <- contrast_phase series
+    series_score           <- candidate contrast_phase selection_rules
+    selection              <- candidate errors selection_rules series series_score
+    models                 <- errors
     pipelines              <- errors uids volume
     pipelines.plans        <- errors
     pipelines.device       <- errors
@@ -56,13 +59,14 @@ room imports exactly what stands right of its arrow):
     store_transaction      <- errors store_rows
     store_queries          <- errors store_rows store_transaction
     store_deliveries       <- errors store_queries store_rows store_transaction
-  store                  <- errors store_deliveries store_rows store_transaction
+    store_looks            <- errors store_queries store_rows store_transaction
+  store                  <- errors store_deliveries store_looks store_rows store_transaction
     association            <-
     listener               <- association durable errors log settings store
     delivery               <- association errors log settings store
 
   where they meet
-    assembly               <- errors log selection series settings store uids
+    assembly               <- candidate errors log selection selection_rules series settings store uids
     worker                 <- analysis config dicom_result durable errors log pipelines store
 
   on top
@@ -71,7 +75,7 @@ room imports exactly what stands right of its arrow):
     overview               <- store
     console                <-
     dicom_ct               <- errors uids volume
-    offline                <- analysis config criteria dicom_ct dicom_result errors findings log nifti picture pipelines selection uids volume
+    offline                <- analysis candidate config criteria dicom_ct dicom_result errors findings log nifti picture pipelines selection selection_rules uids volume
     anatomy                <- volume
     phantom                <- anatomy dicom_ct nifti uids volume
     loopback               <- association errors
@@ -83,13 +87,14 @@ room imports exactly what stands right of its arrow):
     model_trial            <- errors models phantom pipelines.nnunet volume
     model_import           <- errors model_cards model_manifest model_source model_trial models
     model_fetch            <- errors model_cards model_import model_manifest models
+    cli_series             <- assembly config console options preflight store
     cli_models             <- config console errors model_cards model_fetch model_import model_manifest models options
-    cases                  <- errors nifti selection series volume
+    cases                  <- candidate errors nifti selection series volume
     film                   <- dicom_result findings picture volume
     batch                  <- analysis cases criteria durable errors film findings guards limits log models nifti pipelines uids volume
     scripting              <- batch cases config criteria dicom_result dicom_seg errors findings nifti pipelines preflight series
     cli_batch              <- batch cases config console criteria errors options pipelines preflight
-  cli                    <- assembly cli_batch cli_models config console delivery demo durable errors log nifti node offline options overview preflight settings store worker
+  cli                    <- assembly cli_batch cli_models cli_series config console delivery demo durable errors log nifti node offline options overview preflight settings store worker
     __main__               <- cli
 """  # noqa: E501 - one room, one line
 

@@ -10,7 +10,7 @@ person gave stay in force until a person asks again.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import partial
@@ -20,15 +20,19 @@ from typing import TypeVar
 from pydicom.uid import CTImageStorage, EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage
 
 from salsa_node import series, store
+from salsa_node.candidate import Candidate, read_candidate
 from salsa_node.errors import SeriesRejected
 from salsa_node.log import unforeseen
-from salsa_node.selection import Candidate, choose_volume, read_candidate
+from salsa_node.selection import choose_volume
+from salsa_node.selection_rules import SelectionRules
 from salsa_node.settings import AssemblySettings, PipelineChoice
 from salsa_node.store import Run, SeriesState, Store, Study
 from salsa_node.uids import digest
 
 log = logging.getLogger(__name__)
 
+DEFAULT_RULES = SelectionRules()
+NO_CT = "the study holds no CT image; there is nothing to analyse"
 _Read = TypeVar("_Read")
 _CT = {CTImageStorage, EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage}
 
@@ -41,6 +45,7 @@ class Input:
     source_digest: changes when what would be analysed changes.
     refused: series UID -> reason, of every CT series that cannot be analysed.
     accepted: series UID -> how it ranked, of those that can.
+    scores: a line for each CT series, the best first, as `selection.Verdict.as_json` has it.
     """
 
     series_uid: str | None
@@ -48,10 +53,16 @@ class Input:
     refusal: str | None
     refused: Mapping[str, str]
     accepted: Mapping[str, str]
+    scores: Sequence[Mapping[str, object]]
 
 
 def step(
-    record: Store, data_dir: Path, settings: AssemblySettings, pipeline: PipelineChoice, now: datetime
+    record: Store,
+    data_dir: Path,
+    settings: AssemblySettings,
+    pipeline: PipelineChoice,
+    now: datetime,
+    rules: SelectionRules = DEFAULT_RULES,
 ) -> store.Series | Study | None:
     """Complete one quiet series, or look at one whole study; what was done, or None when there is nothing to do.
 
@@ -64,9 +75,33 @@ def step(
     study = record.study_to_assemble()
     if study is None:
         return None
-    found = examine(record, data_dir, study)
+    found = examine(record, data_dir, study, rules)
     if found is None:
         return record.study_assembled(study, "no CT image in this study; nothing to analyse", now)
+    run = _queue(record, study, found, pipeline, now)
+    if run.masks_path is not None:
+        told = store.KEPT
+    else:
+        told = found.refusal or f"series {found.series_uid} goes to pipeline {pipeline.name}"
+    log.info("study assembled", extra={"event": "study.assembled", "study_uid": study.study_uid, "run": run.id})
+    return record.study_assembled(study, f"run {run.id}: {told}", now)
+
+
+def select(
+    record: Store, data_dir: Path, study: Study, pipeline: PipelineChoice, now: datetime, rules: SelectionRules
+) -> tuple[Input, Run]:
+    """Look at a study again by those rules; a run is queued where the input is another one than before.
+
+    Raises SeriesRejected where the study holds no CT image.
+    """
+    found = examine(record, data_dir, study, rules)
+    if found is None:
+        raise SeriesRejected(NO_CT)
+    return found, _queue(record, study, found, pipeline, now)
+
+
+def _queue(record: Store, study: Study, found: Input, pipeline: PipelineChoice, now: datetime) -> Run:
+    """The verdicts written down, and the run of what was chosen."""
     _write_down(record, study, found, now)
     run = record.queue_run(
         study.study_uid,
@@ -77,12 +112,8 @@ def step(
         options=pipeline.options,
         refusal=found.refusal,
     )
-    if run.masks_path is not None:
-        told = store.KEPT
-    else:
-        told = found.refusal or f"series {found.series_uid} goes to pipeline {pipeline.name}"
-    log.info("study assembled", extra={"event": "study.assembled", "study_uid": study.study_uid, "run": run.id})
-    return record.study_assembled(study, f"run {run.id}: {told}", now)
+    record.note_look(study.study_uid, run.id, found.scores, (), now)
+    return run
 
 
 def queue_again(
@@ -93,17 +124,18 @@ def queue_again(
     options: Mapping[str, object],
     now: datetime,
     masks: tuple[str, str] | None = None,
+    rules: SelectionRules = DEFAULT_RULES,
 ) -> Run:
     """A new run of a study because a person asks, whatever ran before.
 
     masks: path relative to the data folder and SHA-256 of a person's label map.
     Raises SeriesRejected where the study holds no CT image.
     """
-    found = examine(record, data_dir, study)
+    found = examine(record, data_dir, study, rules)
     if found is None:
-        raise SeriesRejected("the study holds no CT image; there is nothing to analyse")
+        raise SeriesRejected(NO_CT)
     path, sha256 = masks or (None, None)
-    return record.queue_run(
+    run = record.queue_run(
         study.study_uid,
         pipeline,
         found.source_digest,
@@ -115,9 +147,11 @@ def queue_again(
         refusal=found.refusal,
         force=True,
     )
+    record.note_look(study.study_uid, run.id, found.scores, (), now)
+    return run
 
 
-def examine(record: Store, data_dir: Path, study: Study) -> Input | None:
+def examine(record: Store, data_dir: Path, study: Study, rules: SelectionRules = DEFAULT_RULES) -> Input | None:
     """What of a study can be analysed; None where it holds no CT image. Reads headers, changes nothing."""
     images = [image for image in record.instances_of(study.study_uid) if image.sop_class_uid in _CT]
     if not images:
@@ -132,15 +166,17 @@ def examine(record: Store, data_dir: Path, study: Study) -> Input | None:
             candidates.append(replace(_verdict(partial(read_candidate, files)), series_uid=uid))
         except SeriesRejected as verdict:
             refused[uid] = verdict.reason
-    choice = choose_volume(candidates, lambda files: _verdict(partial(series.inspect, files)))
+    choice = choose_volume(candidates, lambda files: _verdict(partial(series.inspect, files)), rules)
+    ranked = sorted(choice.verdicts, key=lambda verdict: (verdict.rank is None, verdict.rank or 0))
+    scores = tuple(verdict.as_json() for verdict in ranked)
     refused |= {verdict.series_uid: verdict.reason for verdict in choice.verdicts if not verdict.accepted}
     if choice.chosen is not None and choice.series is not None:
         accepted = {verdict.series_uid: verdict.reason for verdict in choice.verdicts if verdict.accepted}
-        return Input(choice.chosen.series_uid, choice.series.source_digest, None, refused, accepted)
+        return Input(choice.chosen.series_uid, choice.series.source_digest, None, refused, accepted, scores)
     best = choice.best_refused.series_uid if choice.best_refused else None
     refusal = refused[best] if best else _all_reasons(record, study, refused)
     everything = sorted(image.sop_instance_uid for image in images)
-    return Input(best, digest("refused", refusal, *everything), refusal, refused, {})
+    return Input(best, digest("refused", refusal, *everything), refusal, refused, {}, scores)
 
 
 def _verdict(read: Callable[[], _Read]) -> _Read:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from salsa_node import nifti, selection, series
+from salsa_node import candidate, nifti, selection, series
 from salsa_node.errors import ConfigError, SeriesRejected
 from salsa_node.volume import CtVolume
 
@@ -152,10 +152,10 @@ def _cases(path: Path) -> list[Case]:
 
 
 def _dicom_cases(folder: Path, files: Sequence[Path]) -> list[Case]:
-    studies: dict[str, list[selection.Candidate]] = {}
-    for paths in selection.by_series(files).values():
-        candidate = selection.read_candidate(paths)
-        studies.setdefault(candidate.study_uid, []).append(candidate)
+    studies: dict[str, list[candidate.Candidate]] = {}
+    for paths in candidate.by_series(files).values():
+        found = candidate.read_candidate(paths)
+        studies.setdefault(found.study_uid, []).append(found)
     cases = []
     for _, candidates in sorted(studies.items()):
         choice = selection.choose_volume(candidates)

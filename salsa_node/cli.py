@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from salsa_node import __version__, cli_batch, cli_models, config, console, errors
+from salsa_node import __version__, cli_batch, cli_models, cli_series, config, console, errors
 from salsa_node.options import EXIT_NO, AsJson, ConfigFile, LesionLabels, OrganLabels, StudyName
 from salsa_node.settings import SENDER
 
@@ -27,6 +27,7 @@ config_app = typer.Typer(help="The settings.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 app.add_typer(cli_models.app, name="models")
 app.command()(cli_batch.batch)
+app.command()(cli_series.select)
 
 GIVEN_MASKS = "given_masks"
 _EXIT_CODES = (
@@ -135,7 +136,9 @@ def rerun(
     with store.Store.open(store.StoreSettings(settings.store_url)) as record:
         wanted = record.study(study)
         kept = _keep_masks(settings, masks) if masks else None
-        run = assembly.queue_again(record, settings.node.data_dir, wanted, name, options, _now(), masks=kept)
+        run = assembly.queue_again(
+            record, settings.node.data_dir, wanted, name, options, _now(), kept, settings.selection
+        )
     if as_json:
         console.put_json({"run": run.id, "study_uid": run.study_uid, "pipeline": run.pipeline})
     else:

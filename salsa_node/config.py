@@ -21,6 +21,7 @@ from salsa_node.criteria import Criteria
 from salsa_node.errors import ConfigError
 from salsa_node.limits import Limits
 from salsa_node.products import Products
+from salsa_node.selection_rules import SelectionRules
 from salsa_node.settings import (
     SENDER,
     AssemblySettings,
@@ -43,6 +44,7 @@ class Config:
     node: NodeSettings = field(default_factory=NodeSettings)
     listener: ListenerSettings = field(default_factory=ListenerSettings)
     assembly: AssemblySettings = field(default_factory=AssemblySettings)
+    selection: SelectionRules = field(default_factory=SelectionRules)
     pipeline: PipelineChoice = field(default_factory=PipelineChoice)
     criteria: Criteria = field(default_factory=Criteria)
     guards: Limits = field(default_factory=Limits)
@@ -187,6 +189,11 @@ def _check_together(config: Config) -> None:
         raise ConfigError(
             f"worker.heartbeat_s: expected at most half of worker.lease_s ({config.worker.lease_s:g}), "
             f"found {config.worker.heartbeat_s:g}"
+        )
+    if config.selection.thick_mm <= config.selection.thin_mm:
+        raise ConfigError(
+            f"selection.thick_mm: expected more than selection.thin_mm ({config.selection.thin_mm:g}), "
+            f"found {config.selection.thick_mm:g}"
         )
     wrong = invalid_peer(config.listener.allowed)
     if wrong:

@@ -84,6 +84,22 @@ def put_lesions(lesions: Sequence[Mapping[str, object]], title: str = "") -> Non
     put_table(columns, rows, title)
 
 
+def put_scores(scores: Sequence[Mapping[str, object]]) -> None:
+    """The table of scores: what each series is worth by each criterion, the best first, and why."""
+    criteria = list(dict.fromkeys(str(r["criterion"]) for line in scores for r in _rows(line["reasons"])))
+    rows = [
+        {
+            **line,
+            **{str(r["criterion"]): f"{float(str(r['points'])):+.4g} {r['found']}" for r in _rows(line["reasons"])},
+        }
+        for line in scores
+    ]
+    columns = {"rank": ">rank", "series_number": ">series", "images": ">images", "points": ">points"}
+    put_table(columns | {name: name for name in criteria}, [row for row in rows if row["rank"]], "Scores")
+    for row in rows:
+        put(f"series {row['series_uid'] if row['series_number'] is None else row['series_number']}: {row['reason']}")
+
+
 def put_detail(study: Mapping[str, object]) -> None:
     """The page of `show`."""
     put(f"study {study['study_uid']}: {study['standing']}")
@@ -95,6 +111,9 @@ def put_detail(study: Mapping[str, object]) -> None:
         _rows(study["series"]),
         "Series",
     )  # fmt: skip
+    looks = _rows(study["looks"])
+    if looks:
+        put_scores(_rows(looks[-1]["scores"]))
     runs = _rows(study["runs"])
     put_table(
         {"id": ">run", "pipeline": "pipeline", "state": "state", "attempt": ">attempt", "outcome": "outcome",

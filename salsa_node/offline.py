@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from salsa_node import dicom_ct, nifti, picture, pipelines, selection
+from salsa_node import candidate, dicom_ct, nifti, picture, pipelines, selection
 from salsa_node.analysis import Analysis, Lineage, Outcome, Terms, analyse, refuse, summary
 from salsa_node.config import Config
 from salsa_node.criteria import Criteria, Rule
@@ -21,6 +21,7 @@ from salsa_node.errors import ConfigError, SalsaNodeError, SeriesRejected
 from salsa_node.findings import Findings, table
 from salsa_node.log import unforeseen
 from salsa_node.pipelines import Pipeline, PipelineSettings
+from salsa_node.selection_rules import SelectionRules
 from salsa_node.uids import derive
 from salsa_node.volume import LabelVolume
 
@@ -105,7 +106,7 @@ def run(
         told = f"[{number}/{len(paths)}] {path}"
         folder = wanted.output if len(paths) == 1 else wanted.output / f"{number:03d}-{_stem(path)}"
         try:
-            for case in _cases(path, folder):
+            for case in _cases(path, folder, config.selection):
                 progress(f"{told}: {len(case.paths)} images ...")
                 results.append(_one(path, case, pipeline, criteria, config))
         except SalsaNodeError as error:
@@ -118,10 +119,10 @@ def run(
     return results
 
 
-def _cases(path: Path, folder: Path) -> list[Case]:
+def _cases(path: Path, folder: Path, rules: SelectionRules) -> list[Case]:
     """The studies at `path`. Raises SeriesRejected where there is none."""
     if path.is_dir():
-        return _dicom_cases(path, folder)
+        return _dicom_cases(path, folder, rules)
     if not path.is_file():
         raise SeriesRejected("no such file or folder")
     if path.name.endswith((".nii", ".nii.gz")):
@@ -129,24 +130,24 @@ def _cases(path: Path, folder: Path) -> list[Case]:
     raise SeriesRejected("expected a DICOM folder or a .nii or .nii.gz file")
 
 
-def _dicom_cases(path: Path, folder: Path) -> list[Case]:
+def _dicom_cases(path: Path, folder: Path, rules: SelectionRules) -> list[Case]:
     files = sorted(file for file in path.rglob("*") if file.is_file())
-    studies: dict[str, list[selection.Candidate]] = {}
-    for paths in selection.by_series(files).values():
-        candidate = selection.read_candidate(paths)
-        studies.setdefault(candidate.study_uid, []).append(candidate)
+    studies: dict[str, list[candidate.Candidate]] = {}
+    for paths in candidate.by_series(files).values():
+        found = candidate.read_candidate(paths)
+        studies.setdefault(found.study_uid, []).append(found)
     if not studies:
         raise SeriesRejected("no DICOM file lies in this folder")
     places = [folder] if len(studies) == 1 else [folder / f"study-{n}" for n in range(1, len(studies) + 1)]
-    return [_case(candidates, place) for (_, candidates), place in zip(sorted(studies.items()), places, strict=True)]
+    return [_case(found, place, rules) for (_, found), place in zip(sorted(studies.items()), places, strict=True)]
 
 
-def _case(candidates: Sequence[selection.Candidate], place: Path) -> Case:
-    choice = selection.choose_volume(candidates)
+def _case(candidates: Sequence[candidate.Candidate], place: Path, rules: SelectionRules) -> Case:
+    choice = selection.choose_volume(candidates, rules=rules)
     if choice.chosen is not None:
         return Case(choice.chosen.paths, place)
     reasons = "; ".join(verdict.reason for verdict in choice.verdicts)
-    everything = tuple(path for candidate in candidates for path in candidate.paths)
+    everything = tuple(path for one in candidates for path in one.paths)
     return Case(everything, place, f"no series of this study can be analysed: {reasons}")
 
 

@@ -98,6 +98,7 @@ def detail(store: Store, seen: Glance) -> dict[str, object]:
             }
             for run in seen.runs
         ],
+        "looks": [_plain(look) for look in store.looks_of(seen.study.study_uid)],
         "events": [_plain(event) for event in store.events_of(seen.study.study_uid)],
     }
 

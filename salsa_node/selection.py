@@ -1,58 +1,23 @@
-"""Which series of a study to analyse: every series gets a verdict with its reason, one is chosen.
+"""Which series of a study to analyse: every series gets its score with its reasons, one is chosen.
 
-A series can be analysed if it consists of axial CT images, enough of them for a volume. Of those,
-original images go before secondary ones (reformats, copies), then the most slices, then the
-thinnest, then the lowest series number. Only a few headers of a series are read: `series.inspect`
-has the last word on its geometry.
+A series can be analysed if it consists of axial CT images, enough of them for a volume. Of those, the one with the
+most points goes first, then the one with the most slices, then the thinnest, then the lowest series number.
+Only headers are read: `series.inspect` has the last word on a series' geometry.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from decimal import Decimal
-from math import cos, inf, radians
 from pathlib import Path
 
-import pydicom
-from pydicom.uid import CTImageStorage, MediaStorageDirectoryStorage
-
+from salsa_node.candidate import Candidate
 from salsa_node.errors import SeriesRejected
-from salsa_node.series import MIN_SLICES, UNREADABLE, Series, convert, inspect
+from salsa_node.selection_rules import SelectionRules
+from salsa_node.series import Series, inspect
+from salsa_node.series_score import Score, preference, score
 
-MAX_TILT_DEGREES = 30.0  #: between the slices' normal and the patient's z; beyond, an in-plane diameter is not axial
-_SCREENS = {"LOCALIZER", "SCREEN SAVE", "DOSEINFO", "DOSE_INFO", "SCREENSHOT", "PERFUSION", "MIP"}
-_TAGS = [
-    "SOPClassUID",
-    "StudyInstanceUID",
-    "SeriesInstanceUID",
-    "SeriesNumber",
-    "Modality",
-    "ImageType",
-    "ImageOrientationPatient",
-    "SliceThickness",
-    "NumberOfFrames",
-]
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """What a few headers of one series say about it.
-
-    paths: its files, in the order given. image_types: every value of Image Type in the headers read.
-    normal_lps: unit vector across the slices; None where an image has no orientation.
-    slice_thickness_mm: as declared, for preference only; geometry never relies on it.
-    faults: header facts that rule the series out, in words.
-    """
-
-    study_uid: str
-    series_uid: str
-    series_number: int | None
-    paths: tuple[Path, ...]
-    image_types: frozenset[str]
-    normal_lps: tuple[float, float, float] | None
-    slice_thickness_mm: float | None
-    faults: tuple[str, ...]
+DEFAULT_RULES = SelectionRules()
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +25,29 @@ class Verdict:
     """Why a series was chosen, passed over or ruled out.
 
     accepted: it could be analysed, whether or not it was the one chosen.
+    rank: 1 for the one chosen; None where it was ruled out.
     """
 
     series_uid: str
     accepted: bool
     reason: str
+    score: Score
+    rank: int | None
+    candidate: Candidate
+
+    def as_json(self) -> dict[str, object]:
+        """A line of the table of scores."""
+        return {
+            "series_uid": self.series_uid,
+            "series_number": self.candidate.series_number,
+            "images": len(self.candidate.paths),
+            "rank": self.rank,
+            "points": self.score.points if self.accepted else None,
+            "reason": self.reason,
+            "reasons": [{"criterion": r.criterion, "found": r.found, "points": r.points} for r in self.score.reasons]
+            if self.accepted
+            else [],
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,63 +74,31 @@ class VolumeChoice:
     verdicts: tuple[Verdict, ...]
 
 
-def by_series(paths: Iterable[Path]) -> dict[str, tuple[Path, ...]]:
-    """Files sorted into series by their Series Instance UID, series and files in order of appearance.
-
-    Files that are not DICOM and directories of media (DICOMDIR) are left out; images that name no
-    series are kept together under "", for a verdict of their own.
-    """
-    found: dict[str, list[Path]] = {}
-    for path in paths:
-        try:
-            ds = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["SeriesInstanceUID"])
-            convert(ds)
-        except UNREADABLE:
-            continue
-        if ds.file_meta.get("MediaStorageSOPClassUID") != MediaStorageDirectoryStorage:
-            found.setdefault(str(ds.get("SeriesInstanceUID") or ""), []).append(path)
-    return {uid: tuple(files) for uid, files in found.items()}
-
-
-def read_candidate(paths: Sequence[Path]) -> Candidate:
-    """The facts of one series, from its first, middle and last file. `paths` must not be empty."""
-    sample = sorted({0, len(paths) // 2, len(paths) - 1})
-    images = []
-    faults = []
-    for n in sample:
-        try:
-            ds = pydicom.dcmread(paths[n], stop_before_pixels=True, specific_tags=_TAGS)
-            convert(ds)
-            images.append(ds)
-        except UNREADABLE:
-            faults.append(f"file {n + 1} of {len(paths)} cannot be read as DICOM")
-    faults += [fault for ds in images if (fault := _fault(ds))]
-    if not faults and len(paths) < MIN_SLICES:
-        faults.append(f"{len(paths)} image(s); a volume needs at least {MIN_SLICES}")
-    first = images[0] if images else pydicom.Dataset()
-    number, thickness = _number(first.get("SeriesNumber")), _number(first.get("SliceThickness"))
-    return Candidate(
-        study_uid=str(first.get("StudyInstanceUID", "")),
-        series_uid=str(first.get("SeriesInstanceUID", "")),
-        series_number=None if number is None else int(number),
-        paths=tuple(paths),
-        image_types=frozenset(word for ds in images for word in _image_type(ds)),
-        normal_lps=_normal(first),
-        slice_thickness_mm=thickness,
-        faults=tuple(dict.fromkeys(faults)),
-    )
-
-
-def choose(candidates: Sequence[Candidate]) -> Choice:
-    """One series of those that can be analysed, and the reason for each verdict."""
-    usable = sorted((c for c in candidates if not c.faults), key=_preference)
-    chosen = usable[0] if usable else None
-    verdicts = tuple(Verdict(c.series_uid, not c.faults, _reason(c, chosen)) for c in candidates)
-    return Choice(chosen, verdicts)
+def choose(candidates: Sequence[Candidate], rules: SelectionRules = DEFAULT_RULES) -> Choice:
+    """One series of those that can be analysed, and the reasons for each verdict."""
+    scores = [score(candidate, rules) for candidate in candidates]
+    usable = [n for n, found in enumerate(scores) if not found.faults]
+    ranked = sorted(usable, key=lambda n: preference(candidates[n], scores[n]))
+    best = ranked[0] if ranked else None
+    ranks = {n: rank for rank, n in enumerate(ranked, start=1)}
+    verdicts = []
+    for n, (candidate, found) in enumerate(zip(candidates, scores, strict=True)):
+        if found.faults or best is None:
+            reason = "; ".join(found.faults)
+        elif n == best:
+            reason = f"chosen: {found}"
+        else:
+            reason = (
+                f"passed over for {candidates[best].name}: {_worse(candidate, found, candidates[best], scores[best])}"
+            )
+        verdicts.append(Verdict(candidate.series_uid, n in ranks, reason, found, ranks.get(n), candidate))
+    return Choice(None if best is None else candidates[best], tuple(verdicts))
 
 
 def choose_volume(
-    candidates: Sequence[Candidate], look: Callable[[tuple[Path, ...]], Series] = inspect
+    candidates: Sequence[Candidate],
+    look: Callable[[tuple[Path, ...]], Series] = inspect,
+    rules: SelectionRules = DEFAULT_RULES,
 ) -> VolumeChoice:
     """The best series that `look` accepts; those it refuses are ruled out for its reason, one after the other.
 
@@ -155,7 +106,7 @@ def choose_volume(
     """
     told = list(candidates)
     best_refused: Candidate | None = None
-    while (choice := choose(told)).chosen is not None:
+    while (choice := choose(told, rules)).chosen is not None:
         chosen = choice.chosen
         try:
             series = look(chosen.paths)
@@ -167,61 +118,22 @@ def choose_volume(
     return VolumeChoice(None, None, best_refused, choice.verdicts)
 
 
-def _preference(candidate: Candidate) -> tuple[bool, int, float, float, str]:
-    """Sorts the better series first."""
-    return (
-        "SECONDARY" in candidate.image_types,
-        -len(candidate.paths),
-        inf if candidate.slice_thickness_mm is None else candidate.slice_thickness_mm,
-        inf if candidate.series_number is None else candidate.series_number,
-        candidate.series_uid,
-    )
-
-
-def _reason(candidate: Candidate, chosen: Candidate | None) -> str:
-    if candidate.faults:
-        return "; ".join(candidate.faults)
-    kind = "secondary" if "SECONDARY" in candidate.image_types else "original"
-    thickness = "" if candidate.slice_thickness_mm is None else f" of {candidate.slice_thickness_mm:g} mm"
-    facts = f"axial CT, {kind}, {len(candidate.paths)} slices{thickness}"
-    return f"chosen: {facts}" if candidate is chosen else f"passed over for a series that ranks higher: {facts}"
-
-
-def _number(value: object) -> float | None:
-    return float(value) if isinstance(value, int | float | Decimal) else None
-
-
-def _fault(ds: pydicom.Dataset) -> str | None:
-    """Why an image cannot be a slice of an axial CT volume."""
-    if not ds.get("SeriesInstanceUID"):
-        return "no Series Instance UID"
-    if ds.get("Modality") != "CT":
-        return f"modality {str(ds.get('Modality') or 'unknown')[:16]}, expected CT"
-    screens = _SCREENS & set(_image_type(ds))
-    if screens:
-        return f"Image Type {', '.join(sorted(screens))}: no slices of a volume"
-    if (_number(ds.get("NumberOfFrames")) or 1) > 1:
-        return "multi-frame images, which are not supported"
-    if ds.get("SOPClassUID") != CTImageStorage:
-        return f"SOP class {ds.get('SOPClassUID') or 'unknown'}, expected CT Image Storage"
-    normal = _normal(ds)
-    if normal is None:
-        return "no Image Orientation (Patient)"
-    if abs(normal[2]) < cos(radians(MAX_TILT_DEGREES)):
-        return f"not axial: the slices' normal is more than {MAX_TILT_DEGREES:g} degrees from the patient's z axis"
-    return None
-
-
-def _image_type(ds: pydicom.Dataset) -> tuple[str, ...]:
-    given = ds.get("ImageType") or ()
-    return (given,) if isinstance(given, str) else tuple(given)
-
-
-def _normal(ds: pydicom.Dataset) -> tuple[float, float, float] | None:
-    cosines = [x for value in ds.get("ImageOrientationPatient") or () if (x := _number(value)) is not None]
-    if len(cosines) != 6:
-        return None
-    ax, ay, az, bx, by, bz = cosines
-    x, y, z = ay * bz - az * by, az * bx - ax * bz, ax * by - ay * bx
-    length = (x * x + y * y + z * z) ** 0.5
-    return (x / length, y / length, z / length) if length > 0.5 else None
+def _worse(candidate: Candidate, found: Score, best: Candidate, best_score: Score) -> str:
+    """Where it lost points against the best one, or which tie rule decided; whether both are of one acquisition."""
+    lost = [
+        f"{mine.found} {mine.points:+.4g}, not {other.found} {other.points:+.4g}"
+        for mine, other in zip(found.reasons, best_score.reasons, strict=True)
+        if mine.points < other.points
+    ]
+    twin = "the same acquisition; " if candidate.acquisition and candidate.acquisition == best.acquisition else ""
+    if found.points < best_score.points:
+        return f"{twin}{found.points:g} of its {best_score.points:g} points ({'; '.join(lost)})"
+    if len(candidate.paths) != len(best.paths):
+        tie = f"{len(candidate.paths)} slices, not {len(best.paths)}"
+    elif candidate.slice_thickness_mm != best.slice_thickness_mm:
+        tie = "its slices are declared thicker, or no thickness is declared"
+    elif candidate.series_number != best.series_number:
+        tie = "the lower series number goes first"
+    else:
+        tie = "the first Series Instance UID goes first"
+    return f"{twin}as many points ({found.points:g}), and {tie}"

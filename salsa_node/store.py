@@ -38,6 +38,7 @@ import sqlalchemy as sa
 from salsa_node import migrations
 from salsa_node.errors import ContentConflict
 from salsa_node.store_deliveries import Deliveries
+from salsa_node.store_looks import Looks
 from salsa_node.store_rows import (
     DELIVERIES,
     INSTANCES,
@@ -50,6 +51,7 @@ from salsa_node.store_rows import (
     DeliveryState,
     Event,
     Instance,
+    Look,
     NewInstance,
     NewObject,
     ResultObject,
@@ -67,6 +69,7 @@ __all__ = [
     "DeliveryState",
     "Event",
     "Instance",
+    "Look",
     "NewInstance",
     "NewObject",
     "ResultObject",
@@ -84,7 +87,7 @@ KEPT = "images came after the person's masks; the masks stay, salsa-node rerun a
 _UNDER_WAY = (RunState.QUEUED, RunState.RUNNING)
 
 
-class Store(Deliveries):
+class Store(Deliveries, Looks):
     """An open store; made by `Store.open`. Threads may share it, processes open their own."""
 
     @classmethod

@@ -6,7 +6,7 @@ find the study again (`Study.patient_id`, `Study.accession_number`), and those n
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import Enum
@@ -266,6 +266,22 @@ class Event:
     detail: str
 
 
+@dataclass(frozen=True, slots=True)
+class Look:
+    """One look at a study that seemed whole.
+
+    run_id: the run that it led to. scores: a line for each series, as `selection.Verdict.as_json` has it.
+    evidence: a line for each thing that speaks for or against the study's being whole.
+    """
+
+    id: int
+    study_uid: str
+    run_id: int | None
+    at: datetime
+    scores: Sequence[Mapping[str, object]]
+    evidence: Sequence[Mapping[str, object]]
+
+
 class UtcDateTime(sa.TypeDecorator[datetime]):
     """An aware datetime, kept as UTC; a naive one is refused."""
 
@@ -408,4 +424,15 @@ EVENTS = sa.Table(
     sa.Column("subject_id", sa.String(128), nullable=False),
     sa.Column("name", sa.String(64), nullable=False),
     sa.Column("detail", sa.Text, nullable=False),
+)
+
+LOOKS = sa.Table(
+    "looks",
+    METADATA,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("study_uid", sa.ForeignKey("studies.study_uid"), nullable=False, index=True),
+    sa.Column("run_id", sa.ForeignKey("runs.id"), index=True),
+    sa.Column("at", UtcDateTime, nullable=False),
+    sa.Column("scores", sa.JSON, nullable=False),
+    sa.Column("evidence", sa.JSON, nullable=False),
 )

@@ -10,8 +10,11 @@ import pydicom
 import pytest
 
 from salsa_node import phantom
+from salsa_node.candidate import BodyPart, Candidate, Kernel, by_series, read_candidate
+from salsa_node.contrast_phase import ContrastPhase, Phase
 from salsa_node.errors import SeriesRejected
-from salsa_node.selection import Candidate, by_series, choose, choose_volume, read_candidate
+from salsa_node.selection import choose, choose_volume
+from salsa_node.selection_rules import SelectionRules
 from salsa_node.series import inspect
 
 AXIAL = Candidate(
@@ -23,6 +26,10 @@ AXIAL = Candidate(
     normal_lps=(0.0, 0.0, 1.0),
     slice_thickness_mm=5.0,
     faults=(),
+    step_mm=5.0,
+    extent_mm=195.0,
+    phase=ContrastPhase(Phase.PORTAL_VENOUS),
+    acquisition=("2.25.9", "1"),
 )
 
 
@@ -33,23 +40,44 @@ def other(**changes) -> Candidate:
 @pytest.mark.parametrize(
     ("worse", "why"),
     [
-        (other(paths=AXIAL.paths[:39]), "39 slices"),
-        (other(slice_thickness_mm=6.0), "of 6 mm"),
-        (other(slice_thickness_mm=None), "40 slices"),
-        (other(series_number=3), "axial CT"),
-        (other(series_number=None), "axial CT"),
-        (other(image_types=frozenset({"DERIVED", "SECONDARY"}), paths=AXIAL.paths * 2), "secondary, 80 slices"),
+        (other(paths=AXIAL.paths[:39]), "as many points (139.11), and 39 slices, not 40"),
+        (other(slice_thickness_mm=6.0), "declared thicker"),
+        (other(slice_thickness_mm=None), "no thickness is declared"),
+        (other(series_number=3), "the lower series number goes first"),
+        (other(series_number=None), "the lower series number goes first"),
+        (other(), "the first Series Instance UID goes first"),
+        (other(step_mm=6.0), "40 slices 6 mm apart +8.89, not 40 slices 5 mm apart +11.11"),
+        (other(extent_mm=95.0), "100 mm long +30, not 200 mm long +60"),
+        (other(image_types=frozenset({"DERIVED", "SECONDARY"}), paths=AXIAL.paths * 2), "secondary +0, not original"),
+        (other(image_types=frozenset({"DERIVED", "PRIMARY"})), "derived +15, not original +20"),
+        (other(phase=ContrastPhase(Phase.ARTERIAL)), "arterial +10, not portal venous +40"),
+        (other(phase=ContrastPhase(Phase.UNKNOWN)), "phase unknown +20, not portal venous +40"),
+        (other(kernel=Kernel.SHARP), "kernel lung or bone +0, not kernel unknown +8"),
+        (other(body_part=BodyPart.ELSEWHERE), "body part another part of the body -40, not body part unknown +0"),
+        (other(lossy=True), "with loss -5, not without loss +0"),
+        (other(acquisition=("2.25.9", "1"), series_number=3), "the same acquisition; as many points"),
     ],
-)
+)  # fmt: skip
 def test_the_better_series_is_chosen_whatever_the_order(worse, why):
     for candidates in ((AXIAL, worse), (worse, AXIAL)):
         choice = choose(candidates)
         assert choice.chosen is AXIAL
         verdicts = dict(zip(candidates, choice.verdicts, strict=True))
-        assert verdicts[AXIAL].reason.startswith("chosen: axial CT, original, 40 slices of 5 mm")
-        assert verdicts[worse].reason.startswith("passed over for a series that ranks higher")
+        assert verdicts[AXIAL].reason.startswith("chosen: 139.11 points: portal venous +40, original +20")
+        assert verdicts[worse].reason.startswith("passed over for series 2: ")
         assert why in verdicts[worse].reason
         assert verdicts[worse].accepted
+        assert (verdicts[AXIAL].rank, verdicts[worse].rank) == (1, 2)
+
+
+def test_the_rules_decide():
+    thin = other(step_mm=1.0, phase=ContrastPhase(Phase.ARTERIAL))
+    assert choose([AXIAL, thin]).chosen is AXIAL
+    assert choose([AXIAL, thin], SelectionRules(portal_venous=0, arterial=30)).chosen is thin
+    assert choose([AXIAL], SelectionRules(never=("AXIAL",))).chosen is None
+    turned_a_little = other(normal_lps=(0.0, 0.26, 0.966))
+    assert choose([turned_a_little]).chosen is turned_a_little
+    assert choose([turned_a_little], SelectionRules(max_tilt_degrees=10)).chosen is None
 
 
 def test_no_series_is_chosen_where_none_can_be_analysed():
@@ -147,7 +175,8 @@ def test_header_facts_decide(keyword, value, words, study, tmp_path):
         setattr(ds, keyword, value)
         paths.append(tmp_path / path.name)
         ds.save_as(paths[-1])
-    faults = read_candidate(paths).faults
+    (verdict,) = choose([read_candidate(paths)]).verdicts
+    faults = verdict.score.faults
     assert faults == () if words is None else words in faults[0]
 
 

@@ -13,9 +13,9 @@ import SimpleITK
 from made_series import ORIENTATIONS, edit, files, given_uids, made, move
 from pydicom.uid import ExplicitVRLittleEndian
 
+from salsa_node.candidate import by_series, read_candidate
 from salsa_node.errors import SeriesRejected
 from salsa_node.regrid import onto
-from salsa_node.selection import by_series, read_candidate
 from salsa_node.series import PADDING_HU, Series, headers, inspect, read_volume
 from salsa_node.volume import LabelVolume
 

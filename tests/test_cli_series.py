@@ -1,0 +1,98 @@
+"""`select` and `show` print the table of scores from a store that holds a study of two series."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pydicom
+import pytest
+from typer.testing import CliRunner
+
+from salsa_node import assembly, phantom
+from salsa_node.cli import app
+from salsa_node.settings import AssemblySettings, PipelineChoice
+from salsa_node.store import NewInstance, Store, StoreSettings
+
+T0 = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> phantom.Study:
+    recipe = phantom.Recipe(3, shape=(14, 32, 32), spacing_mm=(15.0, 10.0, 10.0))
+    return phantom.write_study(phantom.make(recipe), tmp_path_factory.mktemp("study"))
+
+
+@pytest.fixture
+def config(tmp_path: Path, study: phantom.Study) -> Path:
+    """The config of a node whose store holds the study and was assembled once by the default rules."""
+    data_dir = tmp_path / "data"
+    data_dir.mkdir()
+    file = tmp_path / "site.toml"
+    file.write_text(f'[node]\ndata_dir = "{data_dir}"\n[pipeline]\nname = "demo"\n')
+    with Store.open(StoreSettings(f"sqlite:///{data_dir / 'salsa_node.sqlite'}"), create=True) as record:
+        for number, said in ((2, "Abdomen portal venous"), (3, "Abdomen arterial")):
+            for source in study.axial:
+                _keep(record, data_dir, source, number, said)
+        for source in study.localizer:
+            _keep(record, data_dir, source, 1, "Scout")
+        later = T0 + timedelta(minutes=5)
+        while assembly.step(record, data_dir, AssemblySettings(), PipelineChoice("demo"), later) is not None:
+            pass
+    return file
+
+
+def _keep(record: Store, data_dir: Path, source: Path, number: int, said: str) -> None:
+    ds = pydicom.dcmread(source)
+    ds.SeriesInstanceUID, ds.SeriesNumber, ds.SeriesDescription = f"2.25.5.{number}", number, said
+    ds.SOPInstanceUID = f"{ds.SOPInstanceUID[:60]}.{number}"
+    path = f"{number}-{source.parent.name}-{source.name}"
+    ds.save_as(data_dir / path)
+    new = NewInstance(
+        ds.SOPInstanceUID, ds.SeriesInstanceUID, ds.StudyInstanceUID, ds.SOPClassUID,
+        ds.file_meta.TransferSyntaxUID, path, "0" * 64, 1, "CT1", ds.Modality, number,
+    )  # fmt: skip
+    record.add_instance(new, T0)
+
+
+def _called(*arguments: object) -> str:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_select_says_why_one_series_and_not_the_other(config: Path, study: phantom.Study) -> None:
+    told = json.loads(_called("select", study.study_uid, "--config", config, "--dry-run", "--json"))
+    assert told["run"] is None
+    assert [(line["rank"], line["series_number"]) for line in told["scores"]] == [(1, 2), (2, 3), (None, 1)]
+    first, second, scout = told["scores"]
+    assert first["reason"].startswith("chosen: ")
+    assert "arterial +10, not portal venous +40" in second["reason"]
+    assert (scout["points"], scout["reasons"]) == (None, [])
+    assert sum(reason["points"] for reason in first["reasons"]) == pytest.approx(first["points"])
+    table = _called("select", study.study_uid, "--config", config, "--dry-run")
+    for words in ("Scores", "+40", "series 1: Image Type LOCALIZER", "series 3: passed over for series 2"):
+        assert words in table
+
+
+def test_select_queues_a_run_only_where_the_rules_lead_to_another_series(config: Path, study: phantom.Study) -> None:
+    url = StoreSettings(f"sqlite:///{config.parent / 'data' / 'salsa_node.sqlite'}")
+    same = json.loads(_called("select", study.study_uid, "--config", config, "--json"))
+    with Store.open(url) as record:
+        (run,) = record.runs_of(study.study_uid)
+        assert (run.id, run.series_uid) == (same["run"], "2.25.5.2")
+    config.write_text(config.read_text() + "[selection]\narterial = 90\n")
+    assert "is QUEUED" in _called("select", study.study_uid, "--config", config)
+    with Store.open(url) as record:
+        assert [run.series_uid for run in record.runs_of(study.study_uid)] == ["2.25.5.2", "2.25.5.3"]
+        looks = record.looks_of(study.study_uid)
+    assert [look.run_id for look in looks] == [1, 1, 2]
+    assert [look.scores[0]["series_number"] for look in looks] == [2, 2, 3]
+
+
+def test_show_prints_the_scores_of_the_latest_look(config: Path, study: phantom.Study) -> None:
+    page = json.loads(_called("show", study.study_uid, "--config", config, "--json"))
+    assert page["looks"][0]["scores"][0]["series_number"] == 2
+    shown = _called("show", study.study_uid, "--config", config)
+    assert "series 3: passed over for series 2" in shown
