@@ -35,10 +35,12 @@ LIVER_HU: Final = (0.0, 250.0)  # where the middle of a liver's attenuation can 
 SOFT_TISSUE_HU: Final = -50.0  # fat lies below, air far below; so does the mean of no lesion but a rare fatty one
 WITHIN_HU: Final = 50.0  # of that middle: parenchyma and its noise
 BETTER_BY: Final = 0.15  # so much better must a mirrored mask fit (phantoms: 0.2)
+FITS: Final = 0.3  # so well must it fit then (livers of phantoms and of real CT: 0.57 and more)
+FITS_NOWHERE: Final = 0.1  # what fits no better than that, as it is, was not drawn along a liver
 _SHELL_MM: Final = (3.0, 10.0)  # around the liver: what looks like liver there speaks against the mask
 _NAMED: Final = 5  # lesions that a flag names at most
 _COARSE_MM: Final = 2.0  # steps of the grid that distances are judged on
-_AXES: Final = ("slice order", "rows", "columns")
+_AXES: Final = ("slices", "rows", "columns")
 
 
 def flags(ct: CtVolume, findings: Findings, limits: Limits) -> tuple[Flag, ...]:
@@ -127,12 +129,19 @@ def _of_liver(ct: CtVolume, organ: Mask, findings: Findings, limits: Limits) -> 
             f"What was taken for the liver fills {100 * share:.0f} % of the body's cross-section, at most "
             f"{100 * limits.max_share_of_body:.0f} % are plausible: this may not be an abdomen.",
         )
-    mirrored = _better_mirrored(ct, organ)
+    fit, mirrored = _fit(ct, organ)
     if mirrored:
         yield Flag(
             "mirrored",
-            f"The masks fit the images far better when their {mirrored} is reversed: they are probably mirrored.",
+            f"The masks fit the images far better when the order of their {mirrored} is reversed: they are probably "
+            "mirrored.",
             blocks=limits.mirrored == "block",
+        )
+    elif fit < FITS_NOWHERE:
+        yield Flag(
+            "not_like_a_liver",
+            "Implausible liver: by its attenuation, what was taken for the liver looks no more like one than what lies "
+            "around it. The segmentation is probably wrong.",
         )
     elif _on_the_left(ct, organ):
         yield Flag(
@@ -205,10 +214,11 @@ def _share_of_body(ct: CtVolume, organ: Mask) -> float:
     return float(np.count_nonzero(organ[k]) / np.count_nonzero(body))
 
 
-def _better_mirrored(ct: CtVolume, organ: Mask) -> str:
-    """Which axes of the mask to reverse so that it fits far better, in words; "" where it fits best as it is.
+def _fit(ct: CtVolume, organ: Mask) -> tuple[float, str]:
+    """How well the mask fits, at most 1, and which axes of it to reverse so that it fits far better, in words.
 
-    A mask fits where its inside looks like liver and what lies just around it does not.
+    A mask fits where its inside looks like liver and what lies just around it does not. No words where it fits
+    best as it is, or nowhere: a bad segmentation is not a mirrored one.
     """
     near = _Near.of(organ, ct.grid)
     inside, around = near.between(-1.0, 0.0), near.between(*_SHELL_MM)
@@ -218,9 +228,10 @@ def _better_mirrored(ct: CtVolume, organ: Mask) -> str:
         hu = [ct.voxels_hu[tuple(np.where(flip, last - voxels, voxels).T)] for voxels in (inside, around)]
         fits[flip] = _looks_like_liver(hu[0], hu[0]) - _looks_like_liver(hu[0], hu[1])
     best = max(fits, key=lambda flip: (fits[flip], -sum(flip)))
-    if fits[best] - fits[False, False, False] < BETTER_BY:
-        return ""
-    return " and ".join(name for name, reversed_ in zip(_AXES, best, strict=True) if reversed_)
+    as_it_is = fits[False, False, False]
+    if fits[best] < FITS or fits[best] - as_it_is < BETTER_BY:
+        return as_it_is, ""
+    return as_it_is, " and ".join(name for name, reversed_ in zip(_AXES, best, strict=True) if reversed_)
 
 
 def _looks_like_liver(liver_hu: Hu, voxels_hu: Hu) -> float:

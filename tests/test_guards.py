@@ -55,6 +55,19 @@ def test_a_mirrored_mask_is_caught_and_blocks(patient, axes):
     )["mirrored"].blocks
 
 
+@pytest.mark.parametrize("middle", [(16, 60, 48), (16, 36, 64)])
+def test_a_bad_segmentation_is_not_taken_for_a_mirrored_one(middle):
+    """A ball on the spine, or half in the stomach: turned over, it fits a little better, yet nowhere well."""
+    patient = phantom.make(phantom.Recipe(3, shape=(32, 96, 96), spacing_mm=(6.0, 3.0, 3.0)))
+    away_mm = (np.indices(patient.ct.grid.shape) - np.reshape(middle, (3, 1, 1, 1))) * np.reshape(
+        (6, 3, 3), (3, 1, 1, 1)
+    )
+    flags = flagged(patient.ct, np.linalg.norm(away_mm, axis=0) < 35, np.zeros(patient.ct.grid.shape))
+    assert "mirrored" not in flags
+    assert flags["not_like_a_liver"].text.startswith("Implausible liver: by its attenuation")
+    assert not flags["not_like_a_liver"].blocks
+
+
 def test_images_and_masks_that_are_both_mirrored_put_the_liver_on_the_left(patient):
     axis = left_right_axis(patient.ct.grid)
     ct = CtVolume(np.flip(patient.ct.voxels_hu, axis).copy(), patient.ct.grid)
