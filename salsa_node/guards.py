@@ -62,7 +62,7 @@ def flags(ct: CtVolume, findings: Findings, limits: Limits) -> tuple[Flag, ...]:
                 "images. Whether the lesions lie in the liver is not known either.",
             )
         )
-    found += _of_attenuation(findings, limits)
+    found += _of_attenuation(findings, limits, explained=any(flag.name == "mirrored" for flag in found))
     return tuple(sorted(found, key=lambda flag: not flag.blocks))
 
 
@@ -164,14 +164,14 @@ def _of_lesions(organ: Mask, findings: Findings, limits: Limits) -> Iterable[Fla
             )
 
 
-def _of_attenuation(findings: Findings, limits: Limits) -> Iterable[Flag]:
+def _of_attenuation(findings: Findings, limits: Limits, *, explained: bool) -> Iterable[Flag]:
     odd = [lesion for lesion in findings.lesions if lesion.mean_hu < SOFT_TISSUE_HU]
     if not odd:
         return
     which = ", ".join(f"Lesion {lesion.number} ({lesion.mean_hu:.0f} HU)" for lesion in odd[:_NAMED])
     which += f" and {len(odd) - _NAMED} more" if len(odd) > _NAMED else ""
     text = f"Not in soft tissue, by mean attenuation: {which}."
-    most = 2 * len(odd) > len(findings.lesions)
+    most = 2 * len(odd) > len(findings.lesions) and not explained
     if most:
         text += " So are most of the lesions: their masks are probably mirrored, or drawn on other images."
     yield Flag("not_soft_tissue", text, blocks=most and limits.mirrored == "block")
