@@ -58,11 +58,15 @@ room imports exactly what stands right of its arrow):
     store_rows             <-
     store_transaction      <- errors store_rows
     store_queries          <- errors store_rows store_transaction
+    store_arrivals         <- errors store_queries store_rows store_transaction
     store_deliveries       <- errors store_queries store_rows store_transaction
     store_looks            <- errors store_queries store_rows store_transaction
-  store                  <- errors store_deliveries store_looks store_rows store_transaction
+  store                  <- store_arrivals store_deliveries store_looks store_rows store_transaction
     association            <-
-    listener               <- association durable errors log settings store
+    notes                  <- errors store
+    instance_header        <-
+    intake                 <- durable errors instance_header log notes store
+    listener               <- association errors instance_header intake notes settings store
     delivery               <- association errors log settings store
 
   where they meet

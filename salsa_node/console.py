@@ -136,6 +136,13 @@ def put_detail(study: Mapping[str, object]) -> None:
         deliveries,
         "Deliveries",
     )  # fmt: skip
+    if study["quarantine"]:
+        put_table(
+            {"received_at": "at", "sop_instance_uid": "instance", "reason": "reason", "calling_ae": "from",
+             "times": ">times", "path": "kept as"},
+            _rows(study["quarantine"]),
+            "Quarantine: images that contradict what is stored; a person must say which is right",
+        )  # fmt: skip
     put_table({"at": "at", "name": "event", "detail": "detail"}, _rows(study["events"]), "Time line")
 
 

@@ -38,6 +38,53 @@ def write(path: Path, chunks: Iterable[bytes]) -> int:
     return size
 
 
+class Staged:
+    """A file that is being written under a name that means nothing; `publish` gives it one that does.
+
+    Raises OSError where the disk refuses; the caller then discards it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        _make_folder(folder.absolute())
+        self.path = folder / f"{uuid.uuid4().hex}{PART}"
+        self.size = 0
+        self._handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+
+    def write(self, chunk: bytes | memoryview) -> None:
+        """Append all of `chunk`."""
+        rest = memoryview(chunk)
+        while rest:
+            rest = rest[os.write(self._handle, rest) :]
+        self.size += len(chunk)
+
+    def sync(self) -> None:
+        """The content is on disk when this returns, and the file closed."""
+        os.fsync(self._handle)
+        self._close()
+
+    def discard(self) -> None:
+        """Close and remove the file; harmless after `sync` and after `publish`."""
+        self._close()
+        self.path.unlink(missing_ok=True)
+
+    def _close(self) -> None:
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1
+
+
+def publish(files: Iterable[tuple[Path, Path]]) -> None:
+    """Rename synced files (from, to) and put the new names on disk, each folder once; folders are made as needed."""
+    folders = set()
+    for staged, path in files:
+        if path.parent not in folders:
+            _make_folder(path.parent.absolute())
+            folders.add(path.parent)
+        staged.replace(path)
+    for folder in folders:
+        _sync_folder(folder)
+
+
 def sweep(folder: Path, older_than_s: float = 60.0) -> int:
     """Remove what interrupted writes left below `folder`; returns how many files.
 

@@ -16,6 +16,7 @@
         * IllegalTransition  a state was asked to become one that it cannot become
         * LeaseLost          somebody else has taken the work over
         * ContentConflict    the same SOP Instance UID with other content
+            * PatientConflict  the same Study Instance UID under another Patient ID
 
 `retryable` is all the worker asks. Foreign exceptions are turned once, at the seam, with
 `raise ... from exc`. A text never holds patient identity: UIDs, counts, sizes, file kinds only.
@@ -129,3 +130,7 @@ class ContentConflict(StoreError):
     def __init__(self, message: str, brief: str) -> None:
         super().__init__(message)
         self.brief = brief
+
+
+class PatientConflict(ContentConflict):
+    """An instance of a stored study names another patient: one of the two is wrong, and a person must say which."""

@@ -86,7 +86,7 @@ def row(seen: Glance) -> dict[str, object]:
 
 
 def detail(store: Store, seen: Glance) -> dict[str, object]:
-    """What `show` prints: series with reasons, runs with findings, objects, deliveries, time line."""
+    """What `show` prints: series with reasons, runs with findings, objects, deliveries, quarantine, time line."""
     return {
         **row(seen),
         "series": [_plain(s) for s in seen.series],
@@ -99,6 +99,7 @@ def detail(store: Store, seen: Glance) -> dict[str, object]:
             for run in seen.runs
         ],
         "looks": [_plain(look) for look in store.looks_of(seen.study.study_uid)],
+        "quarantine": [_plain(item) for item in store.quarantined_of(seen.study.study_uid)],
         "events": [_plain(event) for event in store.events_of(seen.study.study_uid)],
     }
 

@@ -36,12 +36,11 @@ from types import TracebackType
 import sqlalchemy as sa
 
 from salsa_node import migrations
-from salsa_node.errors import ContentConflict
+from salsa_node.store_arrivals import Arrivals, Verdict
 from salsa_node.store_deliveries import Deliveries
 from salsa_node.store_looks import Looks
 from salsa_node.store_rows import (
     DELIVERIES,
-    INSTANCES,
     OBJECTS,
     RUNS,
     SERIES,
@@ -54,6 +53,7 @@ from salsa_node.store_rows import (
     Look,
     NewInstance,
     NewObject,
+    Quarantined,
     ResultObject,
     Run,
     RunState,
@@ -61,7 +61,7 @@ from salsa_node.store_rows import (
     SeriesState,
     Study,
 )
-from salsa_node.store_transaction import StoreSettings, Transaction, columns, connect, hold, transaction, writer
+from salsa_node.store_transaction import StoreSettings, columns, connect, hold, transaction, writer
 
 __all__ = [
     "Arrival",
@@ -72,6 +72,7 @@ __all__ = [
     "Look",
     "NewInstance",
     "NewObject",
+    "Quarantined",
     "ResultObject",
     "Run",
     "RunState",
@@ -80,6 +81,7 @@ __all__ = [
     "Store",
     "StoreSettings",
     "Study",
+    "Verdict",
     "hold",
 ]
 
@@ -87,7 +89,7 @@ KEPT = "images came after the person's masks; the masks stay, salsa-node rerun a
 _UNDER_WAY = (RunState.QUEUED, RunState.RUNNING)
 
 
-class Store(Deliveries, Looks):
+class Store(Arrivals, Deliveries, Looks):
     """An open store; made by `Store.open`. Threads may share it, processes open their own."""
 
     @classmethod
@@ -118,104 +120,6 @@ class Store(Deliveries, Looks):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    # ---- arriving -------------------------------------------------------------------------------
-
-    def add_instance(self, new: NewInstance, now: datetime) -> Arrival:
-        """The row of a stored file; the same instance with the same content is no new row.
-
-        A new instance re-opens a series that was COMPLETE or REJECTED. Raises ContentConflict where
-        the SOP Instance UID is known with other content, or the series under another study.
-        """
-        with transaction(self._writer) as t:
-            there = t.one(Instance, sa.select(INSTANCES).where(INSTANCES.c.sop_instance_uid == new.sop_instance_uid))
-            if there is not None:
-                return self._again(t, there, new, now)
-            self._study_for(t, new, now)
-            self._series_for(t, new, now)
-            instance = Instance(
-                sop_instance_uid=new.sop_instance_uid,
-                series_uid=new.series_uid,
-                study_uid=new.study_uid,
-                sop_class_uid=new.sop_class_uid,
-                transfer_syntax_uid=new.transfer_syntax_uid,
-                path=new.path,
-                sha256=new.sha256,
-                size_bytes=new.size_bytes,
-                received_at=now,
-            )
-            t.execute(sa.insert(INSTANCES).values(**columns(instance)))
-            return Arrival(instance, is_new=True)
-
-    def _again(self, t: Transaction, there: Instance, new: NewInstance, now: datetime) -> Arrival:
-        if (there.sha256, there.study_uid, there.series_uid) != (new.sha256, new.study_uid, new.series_uid):
-            raise ContentConflict(
-                f"instance {new.sop_instance_uid} is already stored with other content: SHA-256 {there.sha256[:12]}… "
-                f"is kept, {new.sha256[:12]}… was refused",
-                brief="stored already under this UID with other content",
-            )
-        series = t.series(there.series_uid)
-        alive = {"last_instance_at": now} if series.state is SeriesState.RECEIVING else {}
-        t.execute(
-            sa.update(SERIES)
-            .where(SERIES.c.series_uid == series.series_uid)
-            .values(duplicates=series.duplicates + 1, **alive)
-        )
-        if not series.duplicates:
-            detail = f"instance {there.sop_instance_uid} came again with the same content; later ones are only counted"
-            t.event(now, series.study_uid, "series", series.series_uid, "series.duplicate", detail)
-        return Arrival(there, is_new=False)
-
-    def _study_for(self, t: Transaction, new: NewInstance, now: datetime) -> None:
-        known = t.execute(
-            sa.update(STUDIES)
-            .where(STUDIES.c.study_uid == new.study_uid)
-            .values(last_at=now, calling_ae=new.calling_ae, instances=STUDIES.c.instances + 1)
-        )
-        if known.rowcount:
-            return
-        study = Study(
-            study_uid=new.study_uid,
-            calling_ae=new.calling_ae,
-            accession_number=new.accession_number,
-            patient_id=new.patient_id,
-            study_date=new.study_date,
-            first_at=now,
-            last_at=now,
-            instances=1,
-            assembled_instances=0,
-        )
-        t.execute(sa.insert(STUDIES).values(**columns(study)))
-        t.event(now, new.study_uid, "study", new.study_uid, "study.new", f"from {new.calling_ae}")
-
-    def _series_for(self, t: Transaction, new: NewInstance, now: datetime) -> None:
-        known = t.one(Series, sa.select(SERIES).where(SERIES.c.series_uid == new.series_uid))
-        if known is None:
-            series = Series(
-                series_uid=new.series_uid,
-                study_uid=new.study_uid,
-                modality=new.modality,
-                series_number=new.series_number,
-                state=SeriesState.RECEIVING,
-                reason="",
-                instances=1,
-                duplicates=0,
-                last_instance_at=now,
-            )
-            t.execute(sa.insert(SERIES).values(**columns(series)))
-            detail = f"{new.modality or 'no modality'}, from {new.calling_ae}"
-            t.event(now, new.study_uid, "series", new.series_uid, "series.receiving", detail)
-            return
-        if known.study_uid != new.study_uid:
-            raise ContentConflict(
-                f"series {new.series_uid} is stored under study {known.study_uid}, this came with {new.study_uid}",
-                brief="this series is stored already under another study",
-            )
-        changes = {"instances": known.instances + 1, "last_instance_at": now}
-        if known.state is SeriesState.RECEIVING:
-            t.execute(sa.update(SERIES).where(SERIES.c.series_uid == new.series_uid).values(**changes))
-        else:
-            t.become_series(known, SeriesState.RECEIVING, now, "a late instance", reason="", **changes)
 
     # ---- assembling -----------------------------------------------------------------------------
 

@@ -10,12 +10,14 @@ from salsa_node.store_rows import (
     EVENTS,
     INSTANCES,
     OBJECTS,
+    QUARANTINE,
     RUNS,
     SERIES,
     STUDIES,
     Delivery,
     Event,
     Instance,
+    Quarantined,
     ResultObject,
     Run,
     RunState,
@@ -65,6 +67,12 @@ class Queries:
             if series_uid is not None:
                 wanted = wanted.where(INSTANCES.c.series_uid == series_uid)
             return t.all(Instance, wanted.order_by(INSTANCES.c.sop_instance_uid))
+
+    def quarantined_of(self, study_uid: str) -> tuple[Quarantined, ...]:
+        """What came for a study and contradicted what was stored, oldest first."""
+        with transaction(self._engine) as t:
+            of_study = sa.select(QUARANTINE).where(QUARANTINE.c.study_uid == study_uid)
+            return t.all(Quarantined, of_study.order_by(QUARANTINE.c.id))
 
     def run(self, run_id: int) -> Run:
         """The run of that number. Raises UnknownStudy."""

@@ -166,6 +166,28 @@ class Arrival:
 
 
 @dataclass(frozen=True, slots=True)
+class Quarantined:
+    """A file set aside because it contradicts what is stored; fields as in `NewInstance`.
+
+    reason: what it contradicts; times: how often the same content came for the same reason.
+    """
+
+    id: int
+    study_uid: str
+    series_uid: str
+    sop_instance_uid: str
+    sop_class_uid: str
+    transfer_syntax_uid: str
+    path: str
+    sha256: str
+    size_bytes: int
+    calling_ae: str
+    reason: str
+    times: int
+    received_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
 class Run:
     """One series through one pipeline once.
 
@@ -353,6 +375,24 @@ INSTANCES = sa.Table(
     sa.Column("path", sa.Text, nullable=False),
     sa.Column("sha256", sa.String(64), nullable=False),
     sa.Column("size_bytes", sa.Integer, nullable=False),
+    sa.Column("received_at", UtcDateTime, nullable=False),
+)
+
+QUARANTINE = sa.Table(
+    "quarantine",
+    METADATA,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("study_uid", sa.String(64), nullable=False, index=True),
+    sa.Column("series_uid", sa.String(64), nullable=False),
+    sa.Column("sop_instance_uid", sa.String(64), nullable=False, index=True),
+    sa.Column("sop_class_uid", sa.String(64), nullable=False),
+    sa.Column("transfer_syntax_uid", sa.String(64), nullable=False),
+    sa.Column("path", sa.Text, nullable=False),
+    sa.Column("sha256", sa.String(64), nullable=False),
+    sa.Column("size_bytes", sa.Integer, nullable=False),
+    sa.Column("calling_ae", sa.String(16), nullable=False),
+    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("times", sa.Integer, nullable=False),
     sa.Column("received_at", UtcDateTime, nullable=False),
 )
 

@@ -3,6 +3,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import logging
+import random
+import shutil
 import socket
 import subprocess
 import threading
@@ -11,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pydicom
 import pytest
@@ -31,18 +34,20 @@ from pynetdicom.association import Association
 from pynetdicom.dsutils import encode
 from told import events
 
-from salsa_node import durable
+from salsa_node import durable, intake, notes
 from salsa_node import listener as listener_module
 from salsa_node.errors import ConfigError, StoreError
-from salsa_node.listener import (
+from salsa_node.instance_header import (
     CANNOT_UNDERSTAND,
     CONTENT_CONFLICT,
     DOES_NOT_MATCH,
     NODE_FAILED,
     OUT_OF_RESOURCES,
+    PATIENT_CONFLICT,
+    SOP_CLASS_NOT_SUPPORTED,
     SUCCESS,
-    Listener,
 )
+from salsa_node.listener import Listener
 from salsa_node.settings import ListenerSettings, Peer, invalid_peer
 from salsa_node.store import NewObject, SeriesState, Store, StoreSettings
 
@@ -64,6 +69,7 @@ def data_dir(tmp_path: Path) -> Path:
 
 @contextmanager
 def listening(store: Store, data_dir: Path, **settings: object) -> Iterator[Listener]:
+    settings.setdefault("min_free_gib", 0.0)
     with Listener(ListenerSettings(port=0, **settings), store, data_dir, clock=lambda: T0) as door:  # type: ignore[arg-type]
         yield door
 
@@ -244,20 +250,51 @@ def test_a_duplicate_is_success_and_no_second_copy(listener: Listener, store: St
 
 
 @pytest.mark.parametrize("change", [{"Rows": 2}, {"SeriesInstanceUID": "9.1"}, {"StudyInstanceUID": "9"}])
-def test_other_content_under_a_known_uid_is_refused_and_overwrites_nothing(
+def test_other_content_under_a_known_uid_is_set_aside_and_overwrites_nothing(
     listener: Listener, store: Store, data_dir: Path, change: dict[str, object]
 ) -> None:
-    assert sent(listener.port, a_slice(), a_slice(**change)) == [SUCCESS, CONTENT_CONFLICT]
-    (file,) = kept(data_dir)
-    assert (data_dir / file).read_bytes().endswith(on_the_wire(a_slice()))
-    assert any(line.startswith("instance.refused 0xC001") for line in told(store))
+    other = a_slice(**change)
+    assert sent(listener.port, a_slice(), other, other) == [SUCCESS, CONTENT_CONFLICT, CONTENT_CONFLICT]
+    (row,) = store.instances_of(STUDY)
+    assert (data_dir / row.path).read_bytes().endswith(on_the_wire(a_slice()))
+    (aside,) = store.quarantined_of(other.StudyInstanceUID)
+    assert (aside.sop_instance_uid, aside.times) == (row.sop_instance_uid, 2)
+    assert (data_dir / aside.path).read_bytes().endswith(on_the_wire(other))
+    assert aside.sha256 == hashlib.sha256(on_the_wire(other)).hexdigest()
+    assert kept(data_dir) == sorted([row.path, aside.path])
+    assert [line.split()[0] for line in told(store)].count("instance.quarantined") == 1
 
 
 def test_a_series_does_not_move_to_another_study(listener: Listener, store: Store, data_dir: Path) -> None:
     assert sent(listener.port, a_slice(1), a_slice(2, StudyInstanceUID="9")) == [SUCCESS, CONTENT_CONFLICT]
-    assert len(kept(data_dir)) == 1
+    assert [path.split("/")[0] for path in kept(data_dir)] == ["quarantine", "studies"]
     assert [study.study_uid for study in store.studies()] == [STUDY]
     assert any("this series is stored already under another study" in line for line in told(store))
+
+
+def test_one_study_under_two_patient_ids_is_kept_apart(listener: Listener, store: Store, data_dir: Path) -> None:
+    images = a_slice(1), a_slice(2, PatientID="ID-OF-JOHN"), a_slice(3, PatientID=None), a_slice(4)
+    assert sent(listener.port, *images) == [SUCCESS, PATIENT_CONFLICT, SUCCESS, SUCCESS]
+    assert [row.sop_instance_uid[-1] for row in store.instances_of(STUDY)] == ["1", "3", "4"]
+    (aside,) = store.quarantined_of(STUDY)
+    assert aside.reason == "this study is stored already under another Patient ID"
+    assert pydicom.dcmread(data_dir / aside.path).PatientID == "ID-OF-JOHN"
+    assert not any("ID-OF" in line for line in told(store))
+
+
+def test_the_first_patient_id_that_comes_is_the_study_s(listener: Listener, store: Store) -> None:
+    images = a_slice(1, PatientID=None), a_slice(2), a_slice(3, PatientID="ID-OF-JOHN")
+    assert sent(listener.port, *images) == [SUCCESS, SUCCESS, PATIENT_CONFLICT]
+    assert store.study(STUDY).patient_id == "ID-OF-JANE"
+
+
+def test_a_sop_class_that_was_not_agreed_upon_is_not_supported(
+    listener: Listener, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with associated(listener.port) as assoc:
+        monkeypatch.setattr(assoc, "_get_valid_context", lambda *_, **__: assoc.accepted_contexts[0])
+        assert assoc.send_c_store(a_slice(SOPClassUID=MRImageStorage)).Status == SOP_CLASS_NOT_SUPPORTED
+    assert store.studies() == ()
 
 
 def test_two_senders_with_one_uid_at_once_leave_file_and_row_of_one(
@@ -271,6 +308,37 @@ def test_two_senders_with_one_uid_at_once_leave_file_and_row_of_one(
     winner = on_the_wire(images[statuses.index(SUCCESS)])
     assert (data_dir / row.path).read_bytes().endswith(winner)
     assert row.sha256 == hashlib.sha256(winner).hexdigest()
+    assert len(store.quarantined_of(STUDY)) == 3
+
+
+def test_many_senders_of_one_study_shuffled_and_doubled_make_one_study(
+    listener: Listener, store: Store, data_dir: Path
+) -> None:
+    def shuffled(seed: int) -> list[Dataset]:
+        images = [a_slice(number, InstanceNumber=number) for number in (*range(1, 31), seed + 1, seed + 2)]
+        random.Random(seed).shuffle(images)
+        return images
+
+    with ThreadPoolExecutor(10) as pool:
+        statuses = list(pool.map(lambda seed: sent(listener.port, *shuffled(seed)), range(10)))
+    assert {status for answers in statuses for status in answers} == {SUCCESS}
+    assert store.study(STUDY).instances == len(store.instances_of(STUDY)) == len(kept(data_dir)) == 30
+    (series,) = store.series_of(STUDY)
+    assert (series.instances, series.duplicates) == (30, 10 * 32 - 30)
+
+
+def test_a_disk_nearly_full_refuses_associations_until_there_is_room(
+    store: Store, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = [0.9]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free[0] * (1 << 30)))
+    with listening(store, data_dir, min_free_gib=1.0) as door:
+        with associated(door.port) as assoc:
+            assert assoc.is_rejected
+            assert (assoc.acceptor.primitive.result, assoc.acceptor.primitive.diagnostic) == (0x02, 0x01)
+        free[0] = 1.1
+        assert sent(door.port, a_slice()) == [SUCCESS]
+    assert any("0.9 GiB are free, listener.min_free_gib is not" in line for line in told(store))
 
 
 def test_a_file_that_a_crash_left_without_a_row_is_replaced(listener: Listener, store: Store, data_dir: Path) -> None:
@@ -371,7 +439,7 @@ def test_a_full_disk_is_told_to_the_sender_and_leaves_nothing(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(durable, "write", full)
+        patch.setattr(durable.Staged, "sync", full)
         assert sent(listener.port, a_slice()) == [OUT_OF_RESOURCES]
     assert store.studies() == ()
     assert told(store) == ["instance.refused 0xA700 cannot write: No space left on device, from CT1"]
@@ -379,8 +447,8 @@ def test_a_full_disk_is_told_to_the_sender_and_leaves_nothing(
 
 
 def test_a_folder_that_became_a_file_is_told_to_the_sender(listener: Listener, data_dir: Path) -> None:
-    (data_dir / "studies").rmdir()
-    (data_dir / "studies").touch()
+    shutil.rmtree(data_dir / "incoming", ignore_errors=True)
+    (data_dir / "incoming").touch()
     assert sent(listener.port, a_slice()) == [OUT_OF_RESOURCES]
 
 
@@ -391,7 +459,7 @@ def test_a_store_that_fails_is_told_to_the_sender_who_may_try_again(
         raise StoreError("the store answered OperationalError: database is locked")
 
     with monkeypatch.context() as patch:
-        patch.setattr(store, "add_instance", locked)
+        patch.setattr(store, "add_instances", locked)
         patch.setattr(store, "add_event", locked)
         assert sent(listener.port, a_slice()) == [OUT_OF_RESOURCES]
     assert sent(listener.port, a_slice()) == [SUCCESS]
@@ -400,7 +468,7 @@ def test_a_store_that_fails_is_told_to_the_sender_who_may_try_again(
 
 def test_a_fault_of_our_own_is_told_to_the_sender(listener: Listener, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(listener_module, "_read_header", lambda *_: 1 / 0)
+        patch.setattr(intake, "header_of_file", lambda *_: 1 / 0)
         assert sent(listener.port, a_slice()) == [NODE_FAILED]
     assert sent(listener.port, a_slice()) == [SUCCESS]
 
@@ -416,7 +484,7 @@ def test_neither_events_nor_logs_hold_patient_identity(
     caplog.set_level(logging.DEBUG)
     sent(listener.port, a_slice(), a_slice(), a_slice(Rows=2))
     send_bytes(listener.port, on_the_wire(a_slice(SeriesInstanceUID=None)))
-    monkeypatch.setattr(durable, "write", lambda *_: 1 / 0)
+    monkeypatch.setattr(durable.Staged, "sync", lambda *_: 1 / 0)
     sent(listener.port, a_slice(5))
     out, err = capfd.readouterr()
     logged = " ".join(str(vars(record)) for record in caplog.records)
@@ -518,7 +586,7 @@ def test_a_rejection_does_not_wait_for_the_store(store: Store, data_dir: Path, m
 def test_who_knocks_in_vain_again_and_again_is_noted_once_an_hour(
     store: Store, data_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.DEBUG, "salsa_node.listener")
+    caplog.set_level(logging.DEBUG, "salsa_node.notes")
     now = [T0]
     with Listener(ListenerSettings(port=0, allowed=()), store, data_dir, clock=lambda: now[0]) as door:
 
@@ -538,10 +606,10 @@ def test_who_knocks_in_vain_again_and_again_is_noted_once_an_hour(
 def test_what_is_noted_in_an_hour_is_bounded_for_each_kind_of_note(
     store: Store, data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(listener_module, "_NOTES_AN_HOUR", 2)
+    monkeypatch.setattr(notes, "_NOTES_AN_HOUR", 2)
     with listening(store, data_dir, allowed=(Peer("CT1"),)) as door:
         assert sent(door.port, *(a_slice(number) for number in range(1, 5))) == [SUCCESS] * 4
-        assert sent(door.port, *(a_slice(number, Rows=9) for number in range(1, 5))) == [CONTENT_CONFLICT] * 4
+        assert sent(door.port, *(a_slice(n, StudyInstanceUID=" ") for n in range(1, 5))) == [CANNOT_UNDERSTAND] * 4
         assert [line.split()[0] for line in told(store)].count("instance.refused") == 2
         for calling in ("A", "B", "C"):
             with associated(door.port, calling=calling) as assoc:

@@ -81,6 +81,16 @@ def test_the_page_of_a_study_is_json_and_readable(store, capsys):
     assert "run.produced" in told
 
 
+def test_the_page_names_what_is_in_quarantine(store, capsys):
+    store.quarantine(an_instance(path="quarantine/1/1.dcm"), "another Patient ID", T0)
+    page = overview.detail(store, overview.glance(store, store.study(STUDY)))
+    assert [item["reason"] for item in page["quarantine"]] == ["another Patient ID"]
+    console.put_detail(page)
+    told = capsys.readouterr().out
+    assert "Quarantine" in told
+    assert "quarantine/1/1.dcm" in told
+
+
 def test_tables_say_what_to_do_next_and_let_no_control_character_through(store, capsys):
     assembled(store)
     run = store.queue_run(STUDY, "demo", "digest", T0)

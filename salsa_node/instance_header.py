@@ -1,0 +1,160 @@
+"""What the door reads of an encoded data set, and the status by which it refuses one."""
+
+from __future__ import annotations
+
+import re
+import struct
+import zlib
+from dataclasses import dataclass
+from functools import lru_cache
+from io import BytesIO
+from pathlib import Path
+from typing import BinaryIO, Final
+
+from pydicom.dataset import Dataset
+from pydicom.filereader import read_dataset
+from pydicom.uid import UID
+from pynetdicom.dsutils import create_file_meta, encode_file_meta
+
+SUCCESS: Final = 0x0000
+SOP_CLASS_NOT_SUPPORTED: Final = 0x0122  # PS3.7 C.5
+OUT_OF_RESOURCES: Final = 0xA700  # PS3.4 table B.2-1; the sender may try again
+DOES_NOT_MATCH: Final = 0xA900  # the data set is not the instance that the request named
+CANNOT_UNDERSTAND: Final = 0xC000
+CONTENT_CONFLICT: Final = 0xC001  # in the "cannot understand" range, which is the node's to use (PS3.4 B.2.3)
+PATIENT_CONFLICT: Final = 0xC002
+NODE_FAILED: Final = 0xC0FF
+
+HEAD_BYTES: Final = 1 << 16  #: of a data set, in which the identifiers nearly always lie
+_LAST_TAG = 0x00200011  # Series Number: nothing behind it is read
+_INFLATED_BYTES = 1 << 20
+_UID = re.compile(r"[0-9]+(\.[0-9]+)*")
+_UNREADABLE = (ValueError, KeyError, IndexError, TypeError, AttributeError, EOFError, OSError)
+_UNREADABLE_MORE = (NotImplementedError, RecursionError, OverflowError, struct.error, zlib.error)
+
+
+class Refused(Exception):
+    """An instance is not taken.
+
+    status: the DIMSE status that says so; reason: at most 64 characters, without identity (PS3.7 C.4.2).
+    """
+
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What the door reads of a data set."""
+
+    study_uid: str
+    series_uid: str
+    sop_instance_uid: str
+    sop_class_uid: str
+    modality: str
+    series_number: int | None
+    accession_number: str
+    patient_id: str
+    study_date: str
+
+
+def file_head(sop_class_uid: str, sop_instance_uid: str, transfer_syntax: UID) -> bytes:
+    """Preamble, prefix and File Meta Information of a file that holds such an instance (PS3.10 7.1)."""
+    of_all, of_class = _meta(sop_class_uid, transfer_syntax)
+    uid = sop_instance_uid.encode("ascii", "replace")
+    uid += b"\0" * (len(uid) % 2)
+    elements = of_all + struct.pack("<HH2sH", 0x0002, 0x0003, b"UI", len(uid)) + uid + of_class
+    return b"\0" * 128 + b"DICM" + struct.pack("<HH2sHI", 0x0002, 0x0000, b"UL", 4, len(elements)) + elements
+
+
+@lru_cache(maxsize=256)
+def _meta(sop_class_uid: str, transfer_syntax: UID) -> tuple[bytes, bytes]:
+    """The elements before and after Media Storage SOP Instance UID, as pynetdicom encodes them."""
+    whole = encode_file_meta(create_file_meta(sop_class_uid=UID(sop_class_uid), sop_instance_uid=UID("1.2"),
+                                              transfer_syntax=transfer_syntax))  # fmt: skip
+    placeholder = struct.pack("<HH2sH", 0x0002, 0x0003, b"UI", 4) + b"1.2\0"
+    before, found, after = whole[12:].partition(placeholder)
+    assert found, "pynetdicom writes the SOP Instance UID that it is given"
+    return before, after
+
+
+def header_of_file(path: Path, offset: int, head: bytes, whole: bool, transfer_syntax: UID) -> Header:
+    """The identifiers of the data set that begins at `offset` of a file. Raises Refused.
+
+    head: its first bytes, at hand; whole: whether there are no more.
+    """
+    try:
+        return read_header(BytesIO(head), transfer_syntax, complete=whole)
+    except Refused:
+        if whole:
+            raise
+    with path.open("rb") as file:
+        file.seek(offset)
+        return read_header(file, transfer_syntax)
+
+
+def read_header(stream: BinaryIO, transfer_syntax: UID, *, complete: bool = True) -> Header:
+    """The identifiers of an encoded data set, read up to Series Number. Raises Refused.
+
+    complete: False where the stream may end before the data set does; its end is then a reason to refuse.
+    """
+    reached = False
+
+    def beyond(tag: int, _vr: str | None, _length: int) -> bool:
+        nonlocal reached
+        reached = tag > _LAST_TAG
+        return reached
+
+    try:
+        if transfer_syntax.is_deflated:
+            stream = BytesIO(
+                zlib.decompressobj(-zlib.MAX_WBITS).decompress(stream.read(_INFLATED_BYTES), _INFLATED_BYTES)
+            )
+        ds = read_dataset(stream, transfer_syntax.is_implicit_VR, transfer_syntax.is_little_endian, stop_when=beyond)
+        if not (reached or complete):
+            raise Refused(CANNOT_UNDERSTAND, "the data set has more to it than was read")
+        number = _text(ds, 0x00200011)
+        return Header(
+            study_uid=_uid(ds, 0x0020000D, "Study Instance UID"),
+            series_uid=_uid(ds, 0x0020000E, "Series Instance UID"),
+            sop_instance_uid=_uid(ds, 0x00080018, "SOP Instance UID"),
+            sop_class_uid=_uid(ds, 0x00080016, "SOP Class UID"),
+            modality=_text(ds, 0x00080060)[:16],
+            series_number=int(number) if re.fullmatch(r"[+-]?[0-9]{1,9}", number) else None,
+            accession_number=_text(ds, 0x00080050)[:64],
+            patient_id=_text(ds, 0x00100020)[:64],
+            study_date=_text(ds, 0x00080020)[:8],
+        )
+    except (*_UNREADABLE, *_UNREADABLE_MORE) as error:
+        raise Refused(CANNOT_UNDERSTAND, f"the data set cannot be read ({type(error).__name__})") from error
+
+
+def _text(ds: Dataset, tag: int) -> str:
+    """An element's text without padding, "" where absent; read raw, so that odd values neither warn nor fail."""
+    if tag not in ds:
+        return ""
+    value = ds.get_item(tag).value
+    if not isinstance(value, bytes):
+        return "" if value is None else str(value).strip()
+    try:
+        text = value.decode()
+    except UnicodeDecodeError:
+        text = value.decode("latin-1")
+    return text.strip(" \0")
+
+
+def _uid(ds: Dataset, tag: int, name: str) -> str:
+    """A UID that may name a file. Raises Refused; the text of a bad one is not repeated."""
+    text = _text(ds, tag)
+    if not text:
+        raise Refused(CANNOT_UNDERSTAND, f"{name} is missing")
+    if not uid_or_nothing(text):
+        raise Refused(CANNOT_UNDERSTAND, f"{name} is not digits and dots, at most 64")
+    return text
+
+
+def uid_or_nothing(text: str | None) -> str:
+    """`text` where it may name a file, else ""."""
+    return text if text and len(text) <= 64 and _UID.fullmatch(text) else ""
