@@ -78,7 +78,6 @@ def receive(store: Store, data_dir: Path) -> Callable[..., None]:
                 calling_ae="CT1",
                 modality=ds.Modality,
                 series_number=ds.get("SeriesNumber"),
-                patient_id=ds.PatientID,
             )
             store.add_instance(new, now)
 
