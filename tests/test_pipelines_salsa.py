@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import nibabel
 import numpy as np
 import pytest
-import torch
+import upstream_salsa
 
 from salsa_node.errors import ConfigError, OrganNotFound, SeriesRejected, WeightsMissing
 from salsa_node.models import DEMO_STAGES, demo_models_dir
@@ -87,62 +84,13 @@ def test_the_labels_are_those_of_the_upstream_chain(case: Phantom, models_dir: P
     ours = pipeline(models_dir, case.liver, preset="salsa-2025").segment(case.ct)
     write_ct(case.ct, tmp_path / "scan.nii.gz")
     write_labels(case.liver, tmp_path / "liver.nii.gz")
-    theirs = upstream_labels(tmp_path, models_dir)
+    made = upstream_salsa.preprocess(tmp_path)
+    upstream_salsa.predict(tmp_path, models_dir / "salsa/Dataset001_TALES", tile_step=1.0, mirroring=False, pools=False)
+    theirs = upstream_salsa.restore(tmp_path, made) > 0
     found = ours.lesions.labels > 0
     assert theirs.shape == found.shape
     assert theirs.sum() > 1000
     assert 2 * (found & theirs).sum() / (found.sum() + theirs.sum()) >= 0.999
-
-
-def upstream_labels(folder: Path, models_dir: Path) -> np.ndarray:
-    """Lesions of `folder`/scan.nii.gz as (slice, row, column) of the CT that was written there."""
-    from monai.data import MetaTensor
-    from monai.transforms import Compose, EnsureChannelFirstd, LoadImaged, Orientationd, Spacing, Spacingd
-    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-    from scipy.ndimage import binary_closing, binary_dilation, generate_binary_structure, label
-
-    keys = ["scan", "liver"]
-    steps = [
-        LoadImaged(keys), EnsureChannelFirstd(keys), Orientationd(keys, axcodes="RAS"),
-        Spacingd(keys, pixdim=(1.0, 1.0, 1.0), mode=("bilinear", "nearest")),
-    ]  # fmt: skip
-    loaded = Compose(steps)({key: folder / f"{key}.nii.gz" for key in keys})
-    scan, liver = (np.asarray(loaded[key][0]) for key in keys)
-    ball = generate_binary_structure(3, 2)
-    wide = binary_dilation(binary_closing(liver > 0, ball, iterations=10), ball, iterations=2)
-    parts, _ = label(wide)
-    largest = parts == np.argmax(np.bincount(parts.ravel())[1:]) + 1
-    box = tuple(slice(np.flatnonzero(s)[0], np.flatnonzero(s)[-1] + 1) for s in (
-        largest.any(axis=(1, 2)), largest.any(axis=(0, 2)), largest.any(axis=(0, 1))
-    ))  # fmt: skip
-    seen = np.where(largest, scan, -1024)[box]
-    padded = np.pad(seen, [(0, -n % 64) for n in seen.shape], constant_values=-1024)
-    for name in ("in", "low", "high"):
-        (folder / name).mkdir()
-    nibabel.save(nibabel.Nifti1Image(padded, np.eye(4)), folder / "in" / "scan_0000.nii.gz")
-    with contextlib.redirect_stdout(io.StringIO()):
-        for stage, out, before in (("lowres", "low", None), ("cascade", "high", str(folder / "low"))):
-            predictor = nnUNetPredictor(
-                tile_step_size=1.0, use_mirroring=False, perform_everything_on_device=False,
-                device=torch.device("cpu"), allow_tqdm=False,
-            )  # fmt: skip
-            name = Path(DEMO_STAGES[stage]).name
-            predictor.initialize_from_trained_model_folder(str(models_dir / "salsa/Dataset001_TALES" / name), (0,))
-            predictor.predict_from_files_sequential(
-                str(folder / "in"), str(folder / out), folder_with_segs_from_prev_stage=before
-            )
-    answer = np.asarray(nibabel.load(folder / "high" / "scan.nii.gz").dataobj)
-    pasted = np.zeros(scan.shape, dtype=np.uint8)
-    pasted[box] = answer[tuple(slice(n) for n in seen.shape)]
-    source = nibabel.load(folder / "scan.nii.gz")
-    canonical = nibabel.as_closest_canonical(source)
-    zooms = tuple(float(mm) for mm in canonical.header.get_zooms())
-    coarse = Spacing(zooms, mode="nearest")(MetaTensor(torch.from_numpy(pasted[None]), affine=loaded["scan"].affine))
-    turned = nibabel.Nifti1Image(np.asarray(coarse[0]).astype(np.uint8), canonical.affine)
-    there = nibabel.orientations.io_orientation(source.affine)
-    ras = nibabel.orientations.axcodes2ornt("RAS")
-    back = turned.as_reoriented(nibabel.orientations.ornt_transform(ras, there))
-    return np.asarray(back.dataobj).transpose(2, 1, 0) > 0
 
 
 def test_nnunets_own_engine_gives_the_same_labels(models_dir: Path) -> None:
