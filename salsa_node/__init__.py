@@ -51,8 +51,9 @@ room imports exactly what stands right of its arrow):
   dicom_sc               <- dicom_result errors pipelines uids
   dicom_pdf              <- codes dicom_result pipelines uids
   dicom_ko               <- codes dicom_result errors findings uids
-  guards                 <- codes dicom_result errors findings limits pipelines uids volume
-  analysis               <- contrast_phase criteria dicom_ko dicom_pdf dicom_result dicom_sc dicom_seg dicom_sr dicom_viewer_sr errors findings guards limits page picture pipelines products series uids volume
+  guards                 <- findings limits pipelines volume
+  placement              <- codes dicom_result dicom_seg errors findings series uids
+  analysis               <- contrast_phase criteria dicom_ko dicom_pdf dicom_result dicom_sc dicom_seg dicom_sr dicom_viewer_sr errors findings guards limits page picture pipelines placement products series uids volume
 
   the plumbing wing
     store_rows             <-

@@ -28,10 +28,11 @@ from salsa_node import (
     guards,
     page,
     picture,
+    placement,
 )
 from salsa_node.criteria import Criteria
 from salsa_node.dicom_result import Identity, Kind, Made, caveat
-from salsa_node.errors import OrganNotFound, SeriesRejected
+from salsa_node.errors import GuardFailed, OrganNotFound, SeriesRejected
 from salsa_node.findings import Findings, measure, table
 from salsa_node.limits import Limits
 from salsa_node.pipelines import Flag, Pipeline, Provenance
@@ -177,13 +178,21 @@ def refuse(
 
 
 def check(contents: Iterable[bytes], paths: Sequence[Path], result: Analysis) -> None:
-    """Raises GuardFailed unless the objects, as written, belong to the images in `paths` and lie where those lie."""
-    objects = [pydicom.dcmread(BytesIO(content)) for content in contents]
-    if result.findings is None:
-        guards.check(objects, [_any_header(paths)], None)
-    else:
-        source = [pydicom.dcmread(path, stop_before_pixels=True) for path in paths]
-        guards.check(objects, source, result.findings)
+    """Raises GuardFailed unless the objects, as written, belong to the images in `paths` and lie where those lie.
+
+    What cannot be read cannot be checked, and is kept here as well. OSError where a file is gone.
+    """
+    try:
+        objects = [pydicom.dcmread(BytesIO(content)) for content in contents]
+        if result.findings is None:
+            source = [_any_header(paths)]
+        else:
+            source = [pydicom.dcmread(path, stop_before_pixels=True) for path in paths]
+    except OSError:
+        raise
+    except (SeriesRejected, *UNREADABLE) as exc:
+        raise GuardFailed(f"an object of the result, or its source, cannot be read ({type(exc).__name__})") from exc
+    placement.check(objects, source, result.findings)
 
 
 def _objects(

@@ -1,26 +1,19 @@
-"""Before anything leaves: whether findings can be what they say, and objects lie on their own images.
+"""Whether findings can be what they say: looked at beside the CT, before the report is written, so that it tells.
 
-`flags` looks at the findings beside the CT, before the report is written, so that the report says what is odd.
-`check` looks at the finished objects beside the headers of their source, as a stranger would: it trusts nothing
-that the builders kept in mind. A flag that blocks, or a failed check, keeps the result here.
+A flag that blocks keeps the result here, as a failed check of the finished objects does (`placement`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
-from pydicom.dataset import Dataset
-from pydicom.uid import SegmentationStorage
 from scipy.ndimage import distance_transform_edt
 
-from salsa_node import codes, uids
-from salsa_node.dicom_result import GRID_TOLERANCE, LABEL_MAP_STORAGE, same_patient_and_study
-from salsa_node.errors import EncodingError, GuardFailed
 from salsa_node.findings import Findings
 from salsa_node.limits import Limits
 from salsa_node.pipelines import Flag
@@ -64,36 +57,6 @@ def flags(ct: CtVolume, findings: Findings, limits: Limits) -> tuple[Flag, ...]:
         )
     found += _of_attenuation(findings, limits, explained=any(flag.name == "mirrored" for flag in found))
     return tuple(sorted(found, key=lambda flag: not flag.blocks))
-
-
-def check(objects: Sequence[Dataset], source: Sequence[Dataset], findings: Findings | None) -> None:
-    """Raises GuardFailed unless every object is of the source's patient and study and lies where its images lie.
-
-    objects: as they were written. source: the headers of every image of the series, read anew, in any order.
-    findings: None where nothing was analysed.
-    Checked of a segmentation: Frame of Reference, orientation, pixel spacing, size, the position of each frame
-    against the image it names, and, voxel for voxel, its lesions against the findings.
-    """
-    for obj in objects:
-        for ds in source:
-            try:
-                same_patient_and_study(obj, ds)
-            except EncodingError as exc:
-                raise GuardFailed(str(exc)) from exc
-    if findings is None:
-        return
-    shown: dict[str, Mask] = {}
-    for obj in objects:
-        if obj.SOPClassUID in (SegmentationStorage, LABEL_MAP_STORAGE):
-            mask = _shown_lesions(obj, {ds.SOPInstanceUID: ds for ds in source}, findings)
-            shown[obj.ContentLabel] = mask | shown.get(obj.ContentLabel, False)
-    for mask in shown.values():  # the lesions may be shared out over several objects of that label
-        differing = np.count_nonzero(mask != (findings.lesion_labels.labels > 0))
-        if differing:
-            raise GuardFailed(f"the segmentation and the findings differ in {differing} voxels")
-
-
-# ---- findings beside the CT -------------------------------------------------------------------
 
 
 def _of_slices(grid: Grid, findings: Findings) -> Iterable[Flag]:
@@ -253,68 +216,3 @@ def _on_the_left(ct: CtVolume, organ: Mask) -> bool:
     slices, of_rows, of_columns = np.nonzero(organ)
     x = grid.affine_lps_mm[0] @ np.array([slices.mean(), of_rows.mean(), of_columns.mean(), 1.0])
     return bool(x > middle_x)
-
-
-# ---- objects beside their source ---------------------------------------------------------------
-
-
-def _shown_lesions(seg: Dataset, source: dict[str, Dataset], findings: Findings) -> Mask:
-    """(slices, rows, columns): what the object shows as lesion. Raises GuardFailed where it lies elsewhere."""
-    first = next(iter(source.values()))
-    frame = first.get("FrameOfReferenceUID") or uids.derive("frame of reference", first.SeriesInstanceUID)
-    if seg.FrameOfReferenceUID != frame:
-        raise GuardFailed(
-            f"the segmentation lies in frame of reference {seg.FrameOfReferenceUID}, its source in {frame}"
-        )
-    if (seg.Rows, seg.Columns) != (first.Rows, first.Columns):
-        raise GuardFailed(
-            f"the segmentation has {seg.Rows} x {seg.Columns} pixels, its source {first.Rows} x {first.Columns}"
-        )
-    shared = seg.SharedFunctionalGroupsSequence[0]
-    orientation = _group(shared, shared, "PlaneOrientationSequence").ImageOrientationPatient
-    _same(orientation, first.ImageOrientationPatient, 1e-4, "orientation")
-    _same(_group(shared, shared, "PixelMeasuresSequence").PixelSpacing, first.PixelSpacing, 1e-4, "pixel spacing")
-    allowed_mm = GRID_TOLERANCE * min(findings.lesion_labels.grid.spacing_mm)
-    slices = _slices(source, findings)
-    lesions = {
-        item.SegmentNumber
-        for item in seg.SegmentSequence
-        if item.SegmentedPropertyTypeCodeSequence[0].CodeValue == codes.LESION.value
-    }
-    frames = seg.pixel_array.reshape(-1, seg.Rows, seg.Columns)
-    shown = np.zeros(findings.lesion_labels.labels.shape, dtype=np.bool_)
-    for pixels, item in zip(frames, seg.PerFrameFunctionalGroupsSequence, strict=True):
-        named = _group(item, shared, "DerivationImageSequence").SourceImageSequence[0].ReferencedSOPInstanceUID
-        if named not in source:
-            raise GuardFailed(f"a frame of the segmentation names image {named}, which is not of its series")
-        position = _group(item, shared, "PlanePositionSequence").ImagePositionPatient
-        _same(position, source[named].ImagePositionPatient, allowed_mm, f"position of the frame on image {named}")
-        if seg.SegmentationType == "LABELMAP":
-            shown[slices[named]] |= np.isin(pixels, sorted(lesions))
-        elif _group(item, shared, "SegmentIdentificationSequence").ReferencedSegmentNumber in lesions:
-            shown[slices[named]] |= pixels != 0
-    return shown
-
-
-def _group(frame: Dataset, shared: Dataset, keyword: str) -> Dataset:
-    """A functional group of a frame: its own, or the one that all frames share (PS3.3 C.7.6.16)."""
-    group: Dataset = (frame if keyword in frame else shared)[keyword].value[0]
-    return group
-
-
-def _slices(source: dict[str, Dataset], findings: Findings) -> dict[str, int]:
-    """SOP Instance UID -> slice index on the findings' grid, from the image's own position."""
-    grid = findings.lesion_labels.grid
-    found = {}
-    for uid, ds in source.items():
-        x, y, z = (float(mm) for mm in ds.ImagePositionPatient)
-        found[uid] = round(grid.to_index((x, y, z))[0])
-    if sorted(found.values()) != list(range(grid.shape[0])):
-        raise GuardFailed(f"{len(found)} source images do not fill the {grid.shape[0]} slices of the findings' grid")
-    return found
-
-
-def _same(found: Iterable[float], expected: Iterable[float], tolerance: float, what: str) -> None:
-    a, b = (np.array([float(x) for x in values]) for values in (found, expected))
-    if a.shape != b.shape or np.abs(a - b).max() > tolerance:
-        raise GuardFailed(f"the {what} differs from the source's: found {a.tolist()}, expected {b.tolist()}")

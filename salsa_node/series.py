@@ -92,7 +92,7 @@ UNREADABLE = (  #: what pydicom raises over damaged headers, as fuzzing found
     ValueError,
     struct.error,
 )
-_UNDECODABLE = (*UNREADABLE, IndexError, RuntimeError)  # and its decoders over damaged pixels
+UNDECODABLE = (*UNREADABLE, IndexError, RuntimeError)  #: and its decoders over damaged pixels
 
 
 @dataclass(frozen=True, slots=True)
@@ -391,7 +391,7 @@ def _read_slice(
         if "PixelData" not in ds:
             raise SeriesRejected(f"{which} has no pixel data")
         stored = ds.pixel_array
-    except _UNDECODABLE as exc:
+    except UNDECODABLE as exc:
         raise SeriesRejected(f"{which} cannot be decoded ({_syntax(instance.path)}, {type(exc).__name__})") from exc
     if stored.shape != shape:
         raise SeriesRejected(f"{which} decodes to {stored.shape} pixels, expected {shape}")

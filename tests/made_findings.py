@@ -107,7 +107,7 @@ def findings(
     rng = np.random.default_rng(7)
     voxels = rng.normal(100, 10, where.shape).astype(np.int16)
     ct = CtVolume(voxels, where, tuple(ds.SOPInstanceUID for ds in source))
-    organ = boxes(where, (slice(2, 18), slice(5, 44), slice(4, 36))) if with_organ else None
+    organ = boxes(where, (slice(2, 17), slice(5, 44), slice(4, 33))) if with_organ else None
     return measure(ct, Masks(organ, boxes(where, *drawn), provenance), criteria or Criteria())
 
 

@@ -10,8 +10,9 @@ import pytest
 from made_series import edit
 from made_series import made as made_on_disk
 
-from salsa_node.analysis import Analysis, Lineage, Terms, refuse
-from salsa_node.errors import SeriesRejected
+from salsa_node.analysis import Analysis, Lineage, Terms, check, refuse
+from salsa_node.errors import GuardFailed, SeriesRejected
+from salsa_node.worker import encoded
 
 BORN = Lineage(made.PRODUCED_AT)
 
@@ -74,3 +75,16 @@ def test_a_header_that_cannot_be_read_is_passed_over_for_one_that_can(tmp_path, 
     assert refused(paths).objects[0].ds.PatientID == "ANNA"
     with pytest.raises(SeriesRejected, match="none of the 1 files"):
         refused(paths[:1])
+
+
+def test_what_cannot_be_read_is_kept_here_as_what_is_wrong_is(tmp_path):
+    paths = of_patient(tmp_path / "a", "A", "1.2.3")
+    result = refused(paths)
+    contents = [encoded(item.ds) for item in result.objects]
+    check(contents, paths, result)
+    with pytest.raises(GuardFailed, match="cannot be read"):
+        check([b"not DICOM", *contents[1:]], paths, result)
+    for path in paths:
+        path.write_bytes(b"nor this")
+    with pytest.raises(GuardFailed, match="cannot be read"):
+        check(contents, paths, result)

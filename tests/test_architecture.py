@@ -24,6 +24,7 @@ SCIENCE = (
     "picture",
     "phantom",
     "guards",
+    "placement",
     "page",
     "analysis",
 )

@@ -12,7 +12,7 @@ import pydicom
 import pytest
 from pydicom.dataset import Dataset
 
-from salsa_node import dicom_seg, guards, uids
+from salsa_node import dicom_seg, placement, uids
 from salsa_node.criteria import Criteria
 from salsa_node.dicom_result import Identity
 from salsa_node.errors import EncodingError, GuardFailed
@@ -357,7 +357,7 @@ def test_a_label_map_holds_every_voxel_lesions_above_the_liver(orientation, incl
     index = np.rint(index).astype(int)
     np.testing.assert_array_equal(expected[tuple(index)], volume.array[tuple(inside.T)])
     assert len(inside) == np.count_nonzero(expected)
-    guards.check([seg], source, findings)
+    placement.check([seg], source, findings)
 
 
 def test_a_label_map_names_and_colours_its_segments_and_is_the_same_every_time():
@@ -386,7 +386,7 @@ def test_a_label_map_with_another_lesion_than_the_findings_is_caught():
     pixels[pixels == 2] = 3  # the small lesion is now liver
     seg.PixelData = pixels.tobytes()
     with pytest.raises(GuardFailed, match=f"differ in {findings.lesions[1].voxels} voxels"):
-        guards.check([seg], source, findings)
+        placement.check([seg], source, findings)
 
 
 def long_case(measurable: slice, small: slice, liver: slice, slices: int = 600):
@@ -440,9 +440,9 @@ def test_a_segment_that_some_viewer_will_not_show_is_flagged_and_stays_whole():
 def test_a_shared_out_result_passes_the_guard_and_dciodvfy(tool, tmp_path):
     findings, source = long_case(slice(5, 206), slice(0, 200), slice(0, 100))
     built = dicom_seg.build(findings, source, IDENTITY, made.PRODUCED_AT, include_organ=True)
-    guards.check([reread(seg) for seg in built], source, findings)
-    with pytest.raises(GuardFailed, match="differ in 200 voxels"):
-        guards.check([built[0], built[2]], source, findings)
+    placement.check([reread(seg) for seg in built], source, findings)
+    with pytest.raises(GuardFailed, match="leaves out lesion 2: 200 voxels"):
+        placement.check([built[0], built[2]], source, findings)
     for seg in built:
         path = tmp_path / f"{seg.InstanceNumber}.dcm"
         path.write_bytes(written(seg))

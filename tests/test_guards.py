@@ -1,18 +1,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from io import BytesIO
 
 import made_findings as made
 import numpy as np
-import pydicom
 import pytest
 
-from salsa_node import dicom_seg, dicom_sr, guards, phantom
+from salsa_node import guards, phantom
 from salsa_node.criteria import Criteria
 from salsa_node.dicom_result import Identity
-from salsa_node.errors import GuardFailed
-from salsa_node.findings import Findings, Flag, measure
+from salsa_node.findings import Flag, measure
 from salsa_node.limits import Limits
 from salsa_node.pipelines import Masks
 from salsa_node.volume import CtVolume, Grid, LabelVolume
@@ -155,113 +152,3 @@ def test_thick_slices_are_flagged():
     assert [f.name for f in thin] == ["laterality_unchecked"]
     assert [f.name for f in thick] == ["thick_slices", "laterality_unchecked"]
     assert "2.5 mm apart" in thick[0].text
-
-
-# ---- objects beside their source ---------------------------------------------------------------
-
-
-@pytest.fixture
-def case() -> tuple[Findings, list[pydicom.Dataset], pydicom.Dataset]:
-    findings, source = made.case("oblique")
-    (seg,) = dicom_seg.build(findings, source, IDENTITY, made.PRODUCED_AT)
-    assert seg is not None
-    return findings, source, as_written(seg)
-
-
-def as_written(ds: pydicom.Dataset) -> pydicom.Dataset:
-    buffer = BytesIO()
-    ds.save_as(buffer, enforce_file_format=True)
-    return pydicom.dcmread(BytesIO(buffer.getvalue()))
-
-
-def test_objects_on_their_own_images_pass(case):
-    findings, source, seg = case
-    report = dicom_sr.build(findings, [seg], source, IDENTITY, made.PRODUCED_AT)
-    alone = dicom_seg.build_lesions(findings, source, IDENTITY, made.PRODUCED_AT)
-    guards.check([seg, report, *map(as_written, alone)], source[::-1], findings)
-
-
-@pytest.mark.parametrize("drawn", [(made.MEASURABLE_BOX,), ((slice(4, 5), slice(9, 10), slice(7, 8)),)])
-def test_one_lesion_and_one_voxel_pass_too(drawn):
-    """One segment, or one frame: its groups are then shared."""
-    grid = made.grid()
-    source = made.headers(grid)
-    findings = made.findings(grid, source, *drawn)
-    (seg,) = dicom_seg.build(findings, source, IDENTITY, made.PRODUCED_AT)
-    assert seg is not None
-    guards.check([as_written(seg)], source, findings)
-
-
-def test_lesions_in_several_objects_are_looked_at_together(case, monkeypatch):
-    findings, source, _ = case
-    monkeypatch.setattr(dicom_seg, "MAX_FRAMES", 5)
-    parts = [as_written(seg) for seg in dicom_seg.build_lesions(findings, source, IDENTITY, made.PRODUCED_AT)]
-    guards.check(parts, source, findings)
-    with pytest.raises(GuardFailed, match="voxels"):
-        guards.check(parts[:1], source, findings)
-
-
-def other_patient(seg, source):
-    seg.PatientID = "somebody else"
-
-
-def one_source_of_another_study(seg, source):
-    source[3].StudyInstanceUID = "1.2.3"
-
-
-def other_frame_of_reference(seg, source):
-    seg.FrameOfReferenceUID = "1.2.3"
-
-
-def turned_plane(seg, source):
-    plane = seg.SharedFunctionalGroupsSequence[0].PlaneOrientationSequence[0]
-    plane.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
-
-
-def other_spacing(seg, source):
-    seg.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0].PixelSpacing = [1.1, 0.9]
-
-
-def frame_on_another_slice(seg, source):
-    frames = seg.PerFrameFunctionalGroupsSequence
-    frames[0].PlanePositionSequence, frames[1].PlanePositionSequence = (
-        frames[1].PlanePositionSequence,
-        frames[0].PlanePositionSequence,
-    )
-
-
-def image_of_another_series(seg, source):
-    image = seg.PerFrameFunctionalGroupsSequence[0].DerivationImageSequence[0].SourceImageSequence[0]
-    image.ReferencedSOPInstanceUID = "1.2.3"
-
-
-def one_pixel_more(seg, source):
-    content = bytearray(seg.PixelData)
-    content[0] |= 1
-    seg.PixelData = bytes(content)
-
-
-def missing_slice(seg, source):
-    del source[0]
-
-
-@pytest.mark.parametrize(
-    ("breakage", "told"),
-    [
-        (other_patient, "differs from its source in PatientID"),
-        (one_source_of_another_study, "differs from its source in StudyInstanceUID"),
-        (other_frame_of_reference, "frame of reference 1.2.3"),
-        (turned_plane, "the orientation differs"),
-        (other_spacing, "the pixel spacing differs"),
-        (frame_on_another_slice, "the position of the frame"),
-        (image_of_another_series, "names image 1.2.3"),
-        (one_pixel_more, "differ in 1 voxels"),
-        (missing_slice, "19 source images do not fill the 20 slices"),
-    ],
-)
-def test_whatever_lies_elsewhere_is_kept_here(case, breakage, told):
-    findings, source, seg = case
-    breakage(seg, source)
-    with pytest.raises(GuardFailed, match=told) as caught:
-        guards.check([seg], source, findings)
-    assert "somebody" not in str(caught.value)

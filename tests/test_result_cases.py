@@ -15,7 +15,7 @@ import pydicom
 import pytest
 from pydicom.dataset import Dataset
 
-from salsa_node import guards
+from salsa_node import placement
 from salsa_node.analysis import Lineage, Terms, _objects
 from salsa_node.dicom_result import Identity, Kind, Made
 from salsa_node.dicom_sr import build_not_analysed
@@ -158,7 +158,7 @@ def test_every_object_of_an_odd_case_is_valid(tool, tmp_path, name):
     kinds = {item.kind for item, _ in sent}
     expected = set(Kind) if findings.lesions else {Kind.SR, Kind.SC, Kind.PDF}
     assert kinds == expected
-    guards.check([pydicom.dcmread(path) for _, path in sent], source, findings)
+    placement.check([pydicom.dcmread(path) for _, path in sent], source, findings)
     for item, path in sent:
         judge(item, path, tool)
         assert str(item.ds.PatientName) == str(source[0].PatientName)
@@ -174,7 +174,7 @@ def test_a_segment_that_lost_its_voxels_is_caught_in_whichever_object_it_is(name
                 item.ds.decompress(generate_instance_uid=False)
             item.ds.PixelData = bytes(len(item.ds.PixelData))
             with pytest.raises(GuardFailed, match="differ in"):
-                guards.check([item.ds], source, findings)
+                placement.check([item.ds], source, findings)
 
 
 @pytest.mark.parametrize("provenance", [None, made.PROVENANCE])
