@@ -217,8 +217,8 @@ def _objects(
         objects += [Made(Kind.VIEWER_SR, "viewer_sr", drawn)] if drawn is not None else []
     if products.summary_page or products.summary_pdf or products.key_images:
         sheet = page.of_findings(ct, findings, dicom_result.local(when, source[0]))
-        largest = sorted(findings.lesions, key=lambda lesion: -lesion.long_axis.length_mm)[: products.key_images]
-        keys = [(np.asarray(picture.key_image(ct, findings, one)), source[one.slice_index]) for one in largest]
+        slices = picture.key_slices(findings, products.key_images)
+        keys = [(np.asarray(picture.key_image(ct, findings, k)), source[k]) for k in slices]
         objects += _pages(sheet, keys, source[0], terms, born, findings.run_digest, findings.provenance)
     if products.key_object_selection:
         selection = dicom_ko.build(findings, segs, source, identity, when)

@@ -1,6 +1,6 @@
 """The summary page and the key images -> Secondary Captures, for viewers that show neither SEG nor SR.
 
-All of a result form one series: the pages first, then one picture per lesion. No identity is burned in.
+All of a result form one series: the pages first, then one picture per slice. No identity is burned in.
 """
 
 from __future__ import annotations

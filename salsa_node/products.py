@@ -14,7 +14,8 @@ class Products:
     per_lesion_seg: a SEG with one segment per lesion, to which the record then refers.
     viewer_sr: a report with the diameters as lines that viewers draw.
     summary_page: the findings as a page, as Secondary Capture; summary_pdf: the same as Encapsulated PDF.
-    key_images: pictures of the slices of so many lesions, the largest first, after the page.
+    key_images: pictures of so many slices at most, that of the largest lesion first, each with all its lesions, after
+        the page.
     key_object_selection: a Key Object Selection that points at the source slices.
     first_series_number: the series of a result are numbered from it on.
     """

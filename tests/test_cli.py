@@ -156,7 +156,7 @@ def test_run_on_a_dicom_folder_and_a_nifti_gives_the_same_findings(cli, study, t
     assert len(result["lesions"]) >= 2
     assert {p.name for p in (tmp_path / "a").iterdir()} == {
         "seg.dcm", "sr.dcm", "lesion_seg_1.dcm", "viewer_sr.dcm", "pdf.dcm", "ko.dcm", "labels.nii.gz",
-        *(f"sc_{n}.dcm" for n in range(1, len(result["lesions"]) + 2)),
+        *(f"sc_{n}.dcm" for n in range(1, len({lesion["slice_index"] for lesion in result["lesions"]}) + 2)),
         "findings.csv", "findings.json", "overlay.png",
     }  # fmt: skip
     truth, made = read_labels(study.truth_labels), read_labels(tmp_path / "a" / "labels.nii.gz")

@@ -39,7 +39,7 @@ def everything(findings: Findings, source: list[Dataset]) -> dict[str, Dataset]:
     segs = dicom_seg.build_lesions(findings, source, IDENTITY, when)
     sheet = page.of_findings(ct_of(findings), findings, when)
     signed = (source[0], IDENTITY, when, findings.run_digest, findings.provenance)
-    key = np.asarray(picture.key_image(ct_of(findings), findings, findings.lesions[0]))
+    key = np.asarray(picture.key_image(ct_of(findings), findings, findings.lesions[0].slice_index))
     shown = source[findings.lesions[0].slice_index]
     captures = dicom_sc.build([*((p, None) for p in sheet.pictures()), (key, shown)], *signed)
     return {

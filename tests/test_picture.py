@@ -128,6 +128,65 @@ def test_the_caliper_ends_on_the_lesions_edge(tmp_path):
         assert min(abs(x - cx) + abs(y - cy) for cx, cy in corners) < 2.0
 
 
+@pytest.mark.parametrize("axis", ["long_axis", "short_axis"])
+def test_a_key_image_draws_both_diameters(axis):
+    ct, organ, lesions = scene()
+    findings = found(ct, organ, lesions)
+    view = picture._View.of(ct.grid, (slice(0, 48), slice(0, 40)), picture._KEY_PX)
+    drawn_line = getattr(findings.lesions[0], axis)
+    pixels = np.asarray(picture.key_image(ct, findings, findings.lesions[0].slice_index)).astype(int)
+    start, end = (np.array(view.at(ct.grid, p)) for p in (drawn_line.start_lps_mm, drawn_line.end_lps_mm))
+    for share in (0.2, 0.4, 0.6, 0.8):
+        x, y = (start + share * (end - start) + picture._GAP_PX).round().astype(int)
+        assert (pixels[y - 2 : y + 3, x - 2 : x + 3] == picture.CALIPER_RGB).all(axis=2).any()
+
+
+def test_a_slice_with_many_lesions_is_one_key_image():
+    ct, organ, _ = scene()
+    many = made.boxes(ct.grid, *((slice(k, k + 1), slice(r, r + 2), slice(5, 8)) for k in (3, 9) for r in (5, 9, 13)))
+    findings = found(ct, organ, many)
+    assert len(findings.lesions) == 6
+    assert sorted(picture.key_slices(findings, 10)) == [3, 9]
+    ct, organ, lesions = scene()
+    assert picture.key_slices(found(ct, organ, lesions), 1) == [5]
+
+
+def test_no_text_is_written_on_another_nor_on_a_lesion():
+    boxes = [np.array([x, y, x + 12.0, y + 12.0]) for x in range(300, 500, 40) for y in range(300, 580, 35)]
+    assert len(boxes) == 40
+    size = (80.0, 20.0)
+    places = picture._apart(boxes, [size] * len(boxes), (720, 720), 15)
+    for n, place in enumerate(places):
+        assert (place[:2] >= 15).all()
+        assert (place[2:] <= (705, 690)).all()
+        assert place[2:] - place[:2] == pytest.approx(size)
+        for other in [*places[:n], *boxes]:
+            assert picture._overlaps(place[None], other)[0] == 0
+
+
+def test_a_text_stands_right_of_its_lesion_where_there_is_room():
+    near, at_the_edge = np.array([100.0, 100, 140, 130]), np.array([650.0, 300, 700, 330])
+    (beside,) = picture._apart([near], [(80.0, 20.0)], (720, 720), 15)
+    assert beside.tolist() == [145, 105, 225, 125]
+    (left,) = picture._apart([at_the_edge], [(80.0, 20.0)], (720, 720), 15)
+    assert left[2] < 650
+
+
+def test_a_crowd_of_lesions_has_numbers_without_lengths(monkeypatch):
+    ct, organ, _ = scene()
+    texts: list[str] = []
+    monkeypatch.setattr(picture, "_labels", lambda draw, found, view: texts.extend(text.words for text in found))
+    crowd = made.boxes(
+        ct.grid, *((slice(3, 4), slice(r, r + 1), slice(c, c + 1)) for r in range(5, 41, 3) for c in (6, 9))
+    )
+    picture.mosaic(ct, found(ct, organ, crowd))
+    assert "L24 1.4 mm" in texts
+    texts.clear()
+    view = picture._View.of(ct.grid, (slice(0, 48), slice(0, 40)), picture._TILE_PX, picture._TEXT_PX[3])
+    picture._tile(ct, found(ct, organ, crowd), None, view, 3)
+    assert texts == [f"L{n}" for n in range(1, 25)]
+
+
 def test_slices_come_by_size_then_what_was_missed():
     ct, organ, lesions = scene()
     assert picture._slices(found(ct, organ, lesions), None, 20) == [5, 14]
