@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from math import floor
 from typing import Final
 
 import highdicom as hd
@@ -35,7 +34,7 @@ from salsa_node.dicom_result import (
     weights,
 )
 from salsa_node.errors import EncodingError
-from salsa_node.findings import Disease, Findings, Lesion
+from salsa_node.findings import Disease, Findings, Lesion, lengths_mm
 from salsa_node.pipelines import Flag, Provenance
 
 Labels = npt.NDArray[np.uint8]
@@ -134,7 +133,7 @@ def build(
 def build_lesions(
     findings: Findings, source: Sequence[Dataset], identity: Identity, produced_at: datetime
 ) -> tuple[Dataset, ...]:
-    """Valid Segmentations with one segment per lesion, named "L1 - measurable - 23 mm" and tracked by UID.
+    """Valid Segmentations with one segment per lesion, named "L1 - measurable - 23.0 mm" and tracked by UID.
 
     One object where its frames number at most 400, else as many as keep to that.
     Arguments and errors as of `build`.
@@ -146,7 +145,7 @@ def build_lesions(
     for number, lesions in enumerate(_parts(findings), start=1):
         segment_of = np.zeros(len(findings.lesions) + 1, dtype=np.uint8)
         segment_of[[lesion.number for lesion in lesions]] = range(1, len(lesions) + 1)
-        kinds = [_alone(lesion) for lesion in lesions]
+        kinds = [_alone(lesion, findings) for lesion in lesions]
         uid = uids.derive(findings.run_digest, "LESION_SEG", str(number))
         part = _Part(_ONE_BY_ONE, number, kinds, segment_of[labels], uid)
         objects.append(_signed(part, findings, source, identity, produced_at))
@@ -220,13 +219,10 @@ def tracking_identifier(lesion: Lesion) -> str:
     return f"Lesion {lesion.number}"
 
 
-def _alone(lesion: Lesion) -> _Kind:
+def _alone(lesion: Lesion, findings: Findings) -> _Kind:
     of_class = _LESIONS[lesion.disease]
-    mm = lesion.long_axis.length_mm
-    # Cut, not rounded: 9.96 mm must not read "10 mm" beside "non-measurable".
-    length = f"{floor(mm)} mm" if mm >= 10 else f"{floor(10 * mm) / 10:.1f} mm"
     # ASCII: OHIF 3.12 reads text below the top level as Latin-1, whatever the character set says.
-    label = f"L{lesion.number} - {lesion.disease.value} - {length}"
+    label = f"L{lesion.number} - {lesion.disease.value} - {lengths_mm(lesion, findings)[0]:.1f} mm"
     return replace(of_class, label=label, tracking=(tracking_identifier(lesion), lesion.tracking_uid))
 
 

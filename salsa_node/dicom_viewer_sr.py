@@ -20,7 +20,7 @@ from pydicom.sr.coding import Code
 from salsa_node import codes
 from salsa_node.dicom_result import Identity, Kind, check_source, named
 from salsa_node.dicom_sr import DocumentOf, content_tree, document, sentences
-from salsa_node.findings import Axis, Findings, Lesion
+from salsa_node.findings import Axis, Findings, Lesion, lengths_mm
 from salsa_node.volume import Grid
 
 BIDIRECTIONAL: Final = "Cornerstone3DTools@^0.1.0:Bidirectional"
@@ -46,15 +46,16 @@ def build(
     check_source(source, findings.lesion_labels.grid)
     if not findings.lesions:
         return None
-    groups = [_group(lesion, findings.lesion_labels.grid, source[lesion.slice_index]) for lesion in findings.lesions]
+    groups = [_group(lesion, findings, source[lesion.slice_index]) for lesion in findings.lesions]
     content = content_tree(identity, groups, sentences(findings)[:1], findings.provenance, None)
     evidence = [named(source[k]) for k in sorted({lesion.slice_index for lesion in findings.lesions})]
     made = DocumentOf(Kind.VIEWER_SR, (findings.run_digest, "VIEWER_SR"), "diameters", predecessor)
     return document(made, content, evidence, source[0], identity, produced_at, findings.provenance)
 
 
-def _group(lesion: Lesion, grid: Grid, image: Dataset) -> sr.MeasurementsAndQualitativeEvaluations:
+def _group(lesion: Lesion, findings: Findings, image: Dataset) -> sr.MeasurementsAndQualitativeEvaluations:
     """TID 1501: one lesion and its two axes."""
+    long_mm, short_mm = lengths_mm(lesion, findings, _DECIMALS)
     return sr.MeasurementsAndQualitativeEvaluations(
         tracking_identifier=sr.TrackingIdentifier(uid=lesion.tracking_uid, identifier=BIDIRECTIONAL),
         finding_type=codes.LESION,
@@ -62,11 +63,14 @@ def _group(lesion: Lesion, grid: Grid, image: Dataset) -> sr.MeasurementsAndQual
         measurements=[
             sr.Measurement(
                 name,
-                round(axis.length_mm, _DECIMALS),
+                length_mm,
                 codes.MILLIMETER,
-                referenced_coordinates=[_line(axis, grid, image)],
+                referenced_coordinates=[_line(axis, findings.lesion_labels.grid, image)],
             )
-            for name, axis in ((_LONG_AXIS, lesion.long_axis), (_SHORT_AXIS, lesion.short_axis))
+            for name, axis, length_mm in (
+                (_LONG_AXIS, lesion.long_axis, long_mm),
+                (_SHORT_AXIS, lesion.short_axis, short_mm),
+            )
         ],
     )
 

@@ -15,6 +15,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from enum import Enum
+from math import floor
 
 import cc3d
 import numpy as np
@@ -162,6 +163,21 @@ def measure(ct: CtVolume, masks: Masks, criteria: Criteria) -> Findings:
     )
 
 
+def lengths_mm(lesion: Lesion, findings: Findings, decimals: int = 1) -> tuple[float, float]:
+    """Long and short axis as every result writes them: rounded, but never up to a length that were measurable.
+
+    The one rule for pages, pictures, tables, names of segments and the lines that viewers draw; the record alone holds
+    the numbers as they were measured. 9.96 mm beside "non-measurable" reads 9.9, never 10.0.
+    """
+    long_mm, short_mm = (round(axis.length_mm, decimals) for axis in (lesion.long_axis, lesion.short_axis))
+    criteria = findings.criteria
+    least_mm = criteria.min_long_axis_mm(findings.lesion_labels.grid.spacing_mm[0])
+    if criteria.rule is Rule.DIAMETER and lesion.disease is Disease.NON_MEASURABLE and long_mm >= least_mm:
+        step = 10.0**decimals
+        long_mm = floor(lesion.long_axis.length_mm * step) / step
+    return long_mm, min(short_mm, long_mm)
+
+
 def table(findings: Findings) -> list[dict[str, str | int | float | bool]]:
     """The findings as rows for CSV or JSON, one a lesion, every row with the same keys in the same order.
 
@@ -172,8 +188,8 @@ def table(findings: Findings) -> list[dict[str, str | int | float | bool]]:
             "lesion": lesion.number,
             "disease": lesion.disease.value,
             "volume_ml": round(lesion.volume_mm3 / 1000, 4),
-            "long_axis_mm": round(lesion.long_axis.length_mm, 2),
-            "short_axis_mm": round(lesion.short_axis.length_mm, 2),
+            "long_axis_mm": lengths_mm(lesion, findings, 2)[0],
+            "short_axis_mm": lengths_mm(lesion, findings, 2)[1],
             "mean_hu": round(lesion.mean_hu, 3),
             "sd_hu": round(lesion.sd_hu, 3),
             "min_hu": round(lesion.min_hu, 3),

@@ -28,7 +28,7 @@ from salsa_node import picture
 from salsa_node.codes import MEASURABLE_RGB, NON_MEASURABLE_RGB
 from salsa_node.dicom_result import caveat, plain, titled, weights
 from salsa_node.dicom_sr import refusal, rule_text, sentences
-from salsa_node.findings import Disease, Findings, table
+from salsa_node.findings import Disease, Findings, lengths_mm, table
 from salsa_node.pipelines import Provenance
 from salsa_node.volume import CtVolume
 
@@ -118,7 +118,7 @@ def _lesions(findings: Findings) -> Table:
                 f"L{row['lesion']}",
                 str(row["disease"]),
                 f"{lesion.volume_mm3 / 1000:.2f}",
-                f"{lesion.long_axis.length_mm:.1f} x {lesion.short_axis.length_mm:.1f}",
+                "{:.1f} x {:.1f}".format(*lengths_mm(lesion, findings)),
                 f"{lesion.mean_hu:.0f} ({lesion.sd_hu:.0f})",
                 str(lesion.slice_index + 1),
             )

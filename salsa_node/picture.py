@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from salsa_node.codes import MEASURABLE_RGB, NON_MEASURABLE_RGB
 from salsa_node.dicom_result import caveat, plain
-from salsa_node.findings import Disease, Findings, Lesion
+from salsa_node.findings import Disease, Findings, Lesion, lengths_mm
 from salsa_node.volume import CtVolume, Grid, LabelVolume, PointMm
 
 Rgb = tuple[int, int, int]
@@ -230,7 +230,7 @@ def _tile(ct: CtVolume, findings: Findings, truth: LabelVolume | None, view: _Vi
         shown = view.mask(here)
         tile[_outline(shown)] = _colour(lesion)
         if shown.any():
-            length = f" {lesion.long_axis.length_mm:.1f} mm" if lesion.slice_index == k and lengths else ""
+            length = f" {lengths_mm(lesion, findings)[0]:.1f} mm" if lesion.slice_index == k and lengths else ""
             texts.append(_Text(f"L{lesion.number}{length}", _colour(lesion), _box(shown)))
     image = Image.fromarray(tile)
     draw = ImageDraw.Draw(image)

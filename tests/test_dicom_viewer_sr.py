@@ -15,9 +15,10 @@ import pytest
 from pydicom.dataset import Dataset
 
 from salsa_node import codes, dicom_ko, dicom_pdf, dicom_sc, dicom_seg, dicom_viewer_sr, page, picture
+from salsa_node.criteria import Criteria, Rule
 from salsa_node.dicom_result import CAVEAT, Identity, Kind
-from salsa_node.findings import Findings
-from salsa_node.pipelines import DEMO_NOTICE
+from salsa_node.findings import Findings, lengths_mm, measure, table
+from salsa_node.pipelines import DEMO_NOTICE, Masks
 from salsa_node.volume import CtVolume
 
 IDENTITY = Identity()
@@ -166,8 +167,8 @@ def test_each_lesion_has_a_segment_of_its_own():
     (seg,) = dicom_seg.build_lesions(findings, source, IDENTITY, made.PRODUCED_AT)
     first, second = findings.lesions
     assert [item.SegmentLabel for item in seg.SegmentSequence] == [
-        "L1 - measurable - 18 mm",  # 14 rows of 0.9 mm by 12 columns of 1.1 mm: 18.2 mm
-        "L2 - non-measurable - 4.2 mm",  # 3 by 3 pixels: 4.26 mm
+        "L1 - measurable - 18.2 mm",  # 14 rows of 0.9 mm by 12 columns of 1.1 mm: 18.2 mm
+        "L2 - non-measurable - 4.3 mm",  # 3 by 3 pixels: 4.26 mm
     ]
     assert [(item.TrackingID, item.TrackingUID) for item in seg.SegmentSequence] == [
         ("Lesion 1", first.tracking_uid),
@@ -190,6 +191,28 @@ def test_a_length_just_below_ten_is_not_named_ten():
     assert findings.lesions[0].long_axis.length_mm == pytest.approx(9.96)
     (seg,) = dicom_seg.build_lesions(findings, source, IDENTITY, made.PRODUCED_AT)
     assert seg.SegmentSequence[0].SegmentLabel == "L1 - non-measurable - 9.9 mm"
+    assert "9.9 x 0.0" in text_of(page.of_findings(ct_of(findings), findings, made.PRODUCED_AT).pdf)
+
+
+@pytest.mark.parametrize(
+    ("pixel_mm", "spacing_mm", "criteria", "said"),
+    [
+        (1.3814, 2.5, Criteria(), (13.8, 13.81)),
+        (0.996, 2.5, Criteria(), (9.9, 9.96)),
+        (0.9996, 2.5, Criteria(), (9.9, 9.99)),
+        (1.0, 2.5, Criteria(), (10.0, 10.0)),
+        (1.3996, 7.0, Criteria(), (13.9, 13.99)),  # 2 x 7 mm are measurable
+        (0.9996, 2.5, Criteria(rule=Rule.VOLUME), (10.0, 10.0)),  # the length decides nothing
+    ],
+)
+def test_one_rule_for_every_length_that_is_written(pixel_mm, spacing_mm, criteria, said):
+    grid = made.grid(spacing_mm=(spacing_mm, pixel_mm, 0.001))
+    lesions = made.boxes(grid, (slice(5, 7), slice(10, 20), slice(8, 9)))
+    ct = CtVolume(np.full(grid.shape, 60, dtype=np.int16), grid)
+    findings = measure(ct, Masks(None, lesions, made.PROVENANCE), criteria)
+    (lesion,) = findings.lesions
+    assert (lengths_mm(lesion, findings)[0], lengths_mm(lesion, findings, 2)[0]) == said
+    assert table(findings)[0]["long_axis_mm"] == said[1]
 
 
 def test_many_frames_become_several_objects_each_a_series_of_its_own(monkeypatch):

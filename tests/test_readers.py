@@ -204,7 +204,7 @@ def test_dcmjs_reads_the_label_map_voxel_for_voxel(orientation, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     read = json.loads(done.stdout)
-    assert read["labels"] == ["L1 - measurable - 18 mm", "L2 - non-measurable - 4.2 mm"]
+    assert read["labels"] == ["L1 - measurable - 18.2 mm", "L2 - non-measurable - 4.3 mm"]
     slices = {ds.SOPInstanceUID: k for k, ds in enumerate(source)}
     found = np.zeros(findings.lesion_labels.grid.shape, dtype=int)
     for frame in read["frames"]:

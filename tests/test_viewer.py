@@ -167,7 +167,7 @@ def test_the_panel_names_the_segments(screen):
 
 
 def test_each_lesion_has_a_segment_that_says_how_long_it_is(screen):
-    shown, _ = screen
+    shown, study = screen
     shown.open_series(9003)
     shown.page.locator('[data-cy="yes-hydrate-btn"]').click(timeout=PATIENCE_MS)
     shown.until("s.segmentationService.getSegmentations().length === 2")
@@ -175,8 +175,10 @@ def test_each_lesion_has_a_segment_that_says_how_long_it_is(screen):
         "s.segmentationService.getSegmentations().map(x => Object.values(x.segments).map(y => y.label))[1]"
     )
     assert labels == [
-        "L1 - measurable - 33 mm", "L2 - measurable - 18 mm", "L3 - measurable - 15 mm", "L4 - non-measurable - 9.6 mm",
-    ]  # fmt: skip
+        f"L{lesion.number} - {lesion.disease.value} - {lesion.long_axis.length_mm:.1f} mm"
+        for lesion in study.findings.lesions
+    ]
+    assert [label.partition(" - ")[0] for label in labels] == ["L1", "L2", "L3", "L4"]
 
 
 def test_the_diameters_are_drawn_where_they_were_measured(screen):
