@@ -266,7 +266,7 @@ def run(
             console.put(f"{result.path}: {result.told}{f'; see {result.folder}' if result.written else ''}")
             if result.lesions:
                 console.put_lesions(result.lesions)
-    if not all(result.analysed for result in results):
+    if not all(result.fit for result in results):
         raise SystemExit(EXIT_NO)
 
 

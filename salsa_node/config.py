@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from salsa_node.criteria import Criteria
 from salsa_node.errors import ConfigError
@@ -200,6 +201,13 @@ def _check_together(config: Config) -> None:
         raise ConfigError(wrong)
     if config.node.store_url and not config.node.store_url.startswith("sqlite:///"):
         raise ConfigError('node.store_url: expected sqlite:///FILE, or "" for a file in node.data_dir')
+    try:
+        ZoneInfo(config.results.time_zone or "UTC")
+    except (ValueError, OSError, ZoneInfoNotFoundError) as exc:
+        raise ConfigError(
+            f'results.time_zone: expected a name such as "Europe/Berlin", or "" for the machine\'s own, found '
+            f"{config.results.time_zone!r}"
+        ) from exc
     names = [destination.name for destination in config.destination]
     for name in names:
         if names.count(name) > 1 or name == SENDER:

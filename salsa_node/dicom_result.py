@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta, timezone, tzinfo
 from enum import Enum
 from typing import Final
 
@@ -96,6 +96,7 @@ _OPTIONAL = (
     "ClinicalTrialTimePointID",
     "ClinicalTrialTimePointDescription",
 )
+_DATED = ("Study", "Series", "Acquisition")  # a result is never older than these
 _TEXT = ("AS", "CS", "DA", "LO", "LT", "PN", "SH", "ST", "TM", "UC", "UI", "UT")  # carried over byte by byte
 # What the segmentation's own headers are made from.
 _UIDS = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID")
@@ -112,6 +113,10 @@ _IMAGE = (
     "LossyImageCompressionRatio",
     "LossyImageCompressionMethod",
 )
+
+
+#: `produced_at` of what no run stands behind: it is dated as its images, so that the same images give the same bytes
+AS_ITS_IMAGES: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 class Kind(Enum):
@@ -285,8 +290,8 @@ def named(ds: Dataset) -> Dataset:
 def sign(obj: Dataset, source: Dataset, identity: Identity, produced_at: datetime) -> None:
     """Put the source's patient and study, the equipment and the time of production into `obj`.
 
-    produced_at: aware. Written as the source's own Timezone Offset From UTC says, else in the
-    time zone that `produced_at` is given in.
+    produced_at: aware. Written as the source's own Timezone Offset From UTC says, else in the time zone that it is
+    given in, and never as before the study (`local`).
     Raises ValueError for a naive `produced_at`, EncodingError where `obj` ends up with another patient or study.
     """
     correct_ambiguous_vr(obj, True)  # else done in writing, where it would also decode what is carried over as bytes
@@ -359,16 +364,33 @@ def whose_digest(source: Dataset) -> str:
 
 
 def local(produced_at: datetime, source: Dataset) -> datetime:
-    """`produced_at` in the time zone that the source's dates are in, where the source says which."""
+    """`produced_at` as the source's dates are: in their time zone, where the source names it, and not before them.
+
+    A result that would be older than its image by the clocks is dated as the image.
+    """
     if produced_at.tzinfo is None:
         raise ValueError("produced_at must be an aware datetime")
+    when = produced_at
     offset = str(source.get("TimezoneOffsetFromUTC") or "")
-    if not re.fullmatch(r"[+-][0-9]{2}[0-5][0-9]", offset):
-        return produced_at
-    away = timedelta(hours=int(offset[:3]), minutes=int(offset[0] + offset[3:]))
-    if not _EARLIEST <= away <= _LATEST:
-        return produced_at
-    return produced_at.astimezone(timezone(away))
+    if re.fullmatch(r"[+-][0-9]{2}[0-5][0-9]", offset):
+        away = timedelta(hours=int(offset[:3]), minutes=int(offset[0] + offset[3:]))
+        if _EARLIEST <= away <= _LATEST:
+            when = produced_at.astimezone(timezone(away))
+    taken = [_read_date(source, of, when.tzinfo) for of in _DATED]
+    return max([when, *(dated for dated in taken if dated is not None)])
+
+
+def _read_date(source: Dataset, of: str, zone: tzinfo | None) -> datetime | None:
+    """The source's date and time of its study, series and the like; None where there is none."""
+    day, time = (str(source.get(f"{of}{part}") or "").strip() for part in ("Date", "Time"))
+    if not re.fullmatch(r"\d{8}", day, re.ASCII):
+        return None
+    written = re.match(r"([01]\d|2[0-3])([0-5]\d)?([0-5]\d)?", time, re.ASCII)  # PS3.5 6.2, TM
+    hour, minute, second = (int(part or 0) for part in written.groups()) if written else (0, 0, 0)
+    try:
+        return datetime(int(day[:4]), int(day[4:6]), int(day[6:]), hour, minute, second, tzinfo=zone)
+    except ValueError:
+        return None
 
 
 def same_patient_and_study(obj: Dataset, source: Dataset) -> None:

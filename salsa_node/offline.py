@@ -1,4 +1,7 @@
-"""The same analysis on files: a DICOM folder or a NIfTI in, a folder of results out, no network and no store."""
+"""The same analysis on files: a DICOM folder or a NIfTI in, a folder of results out, no network and no store.
+
+Nothing remembers an earlier run here, so results are dated as their images: the same files give the same bytes.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,11 @@ from pathlib import Path
 import numpy as np
 
 from salsa_node import candidate, dicom_ct, nifti, picture, pipelines, selection
-from salsa_node.analysis import Analysis, Lineage, Outcome, Terms, analyse, refuse, summary
+from salsa_node.analysis import Analysis, Lineage, Outcome, Terms, analyse, check, refuse, summary
 from salsa_node.config import Config
 from salsa_node.criteria import Criteria, Rule
-from salsa_node.dicom_result import Kind
-from salsa_node.errors import ConfigError, SalsaNodeError, SeriesRejected
+from salsa_node.dicom_result import AS_ITS_IMAGES, Kind
+from salsa_node.errors import ConfigError, GuardFailed, SalsaNodeError, SeriesRejected
 from salsa_node.findings import Findings, table
 from salsa_node.log import unforeseen
 from salsa_node.pipelines import Pipeline, PipelineSettings
@@ -62,6 +65,7 @@ class Result:
 
     analysed: false where a verdict or an error stood in the way; `told` says which.
     folder: where the results lie, if any were `written`.
+    blocked: why the guards would keep this result from leaving; "" where they would not.
     """
 
     path: Path
@@ -70,6 +74,12 @@ class Result:
     told: str
     lesions: Sequence[Mapping[str, object]] = ()
     written: bool = False
+    blocked: str = ""
+
+    @property
+    def fit(self) -> bool:
+        """Whether there is a result that may be handed on."""
+        return self.analysed and not self.blocked
 
     def as_json(self) -> dict[str, object]:
         """The same for machines."""
@@ -78,6 +88,7 @@ class Result:
             "folder": str(self.folder) if self.written else None,
             "analysed": self.analysed,
             "told": self.told,
+            "blocked": self.blocked,
             "lesions": list(self.lesions),
         }
 
@@ -170,7 +181,7 @@ def _as_series(path: Path, folder: Path) -> tuple[Path, ...]:
 
 def _one(path: Path, case: Case, pipeline: Pipeline, criteria: Criteria, config: Config) -> Result:
     terms = Terms(criteria, config.guards, config.results)
-    born = Lineage(datetime.now(UTC))
+    born = Lineage(AS_ITS_IMAGES)
     if case.refusal:
         analysis = refuse(case.paths, case.refusal, terms, lambda _: born)
     else:
@@ -183,10 +194,20 @@ def _one(path: Path, case: Case, pipeline: Pipeline, criteria: Criteria, config:
         _write(analysis, case.folder)
     except OSError as exc:
         raise ConfigError(f"--output: {case.folder} cannot be written ({exc.strerror})") from exc
+    blocked = analysis.blocked or _guard(analysis, case)
+    told = f"BLOCKED, do not hand this on: {blocked} ({_told(analysis)})" if blocked else _told(analysis)
     lesions = table(analysis.findings) if analysis.findings else []
-    return Result(
-        path, case.folder, analysis.outcome is not Outcome.NOT_ANALYSED, _told(analysis), lesions, written=True
-    )
+    analysed = analysis.outcome is not Outcome.NOT_ANALYSED
+    return Result(path, case.folder, analysed, told, lesions, written=True, blocked=blocked)
+
+
+def _guard(analysis: Analysis, case: Case) -> str:
+    """What the guards say against the objects as they lie in the folder; "" where they may leave."""
+    try:
+        check([(case.folder / f"{made.name}.dcm").read_bytes() for made in analysis.objects], case.paths, analysis)
+    except GuardFailed as failed:
+        return str(failed)
+    return ""
 
 
 def _told(analysis: Analysis) -> str:

@@ -91,7 +91,7 @@ def of_refusal(reason: str, provenance: Provenance | None, produced_at: datetime
 
 
 def _head(provenance: Provenance | None, produced_at: datetime) -> list[Flowable]:
-    made = f"Made {produced_at:%Y-%m-%d %H:%M %Z}. Whose images these are stands in the header of this object."
+    made = f"Dated {produced_at:%Y-%m-%d %H:%M %Z}. Whose images these are stands in the header of this object."
     notice = provenance.notice if provenance is not None else ""
     return [
         Paragraph(escape(titled("summary", provenance)), _TITLE),

@@ -18,6 +18,8 @@ class Products:
         the page.
     key_object_selection: a Key Object Selection that points at the source slices.
     first_series_number: the series of a result are numbered from it on.
+    time_zone: what the dates of results are written in where the images name none, as "Europe/Berlin"; "" for that of
+        the machine.
     """
 
     include_liver: bool = False
@@ -28,3 +30,4 @@ class Products:
     key_images: int = field(default=10, metadata={"min": 0, "max": 100})
     key_object_selection: bool = True
     first_series_number: int = field(default=9001, metadata={"min": 1, "max": 2**31 - 100_001})
+    time_zone: str = ""

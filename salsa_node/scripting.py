@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 from salsa_node import batch, cases, config, dicom_seg, nifti, pipelines, preflight, series
 from salsa_node.batch import Wanted
 from salsa_node.cases import Scan
 from salsa_node.criteria import Criteria
-from salsa_node.dicom_result import Identity
+from salsa_node.dicom_result import AS_ITS_IMAGES, Identity
 from salsa_node.errors import EncodingError
 from salsa_node.findings import Findings, measure
 from salsa_node.pipelines import Pipeline, PipelineSettings
@@ -75,7 +74,7 @@ def write_seg(findings: Findings, scan: Scan, path: Path | str) -> tuple[Path, .
         )
     first = Path(path)
     written = []
-    made = dicom_seg.build(findings, series.headers(scan.series), Identity(), datetime.now(UTC))
+    made = dicom_seg.build(findings, series.headers(scan.series), Identity(), AS_ITS_IMAGES)
     for number, ds in enumerate(made, start=1):
         file = first if number == 1 else first.with_name(f"{first.stem}-{number}{first.suffix}")
         ds.save_as(file, enforce_file_format=True)

@@ -19,6 +19,7 @@ from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from pathlib import Path
 from types import FrameType
+from zoneinfo import ZoneInfo
 
 import pydicom
 
@@ -89,11 +90,12 @@ class Worker:
             raise
 
     def _carry(self, run: Run) -> Run:
-        result = self._analysis(run)
+        paths = self._paths(run)  # once: what comes in while this is carried is another run's
+        result = self._analysis(run, paths)
         self._still_ours(run)
         objects = self._earlier(run, result) or self._write(run, result)
         findings = summary(result)
-        blocked = result.blocked or self._guard(run, result, objects)
+        blocked = result.blocked or self._guard(paths, result, objects)
         if blocked:
             log.warning("run blocked", extra={"event": "run.blocked", "run": run.id, "reason": blocked})
             return self._store.block_run(
@@ -112,13 +114,13 @@ class Worker:
         log.info("run produced", extra={"event": "run.produced", "run": run.id, "outcome": result.outcome.value})
         return done
 
-    def _analysis(self, run: Run) -> Analysis:
+    def _analysis(self, run: Run, paths: Sequence[Path]) -> Analysis:
         label_map = any(destination.seg == "labelmap" for destination in self._config.destination)
         terms = Terms(self._config.criteria, self._config.guards, self._config.results, label_map)
         if run.refusal is not None:
-            return refuse(self._paths(run), run.refusal, terms, lambda digest: self._lineage(run, digest))
+            return refuse(paths, run.refusal, terms, lambda digest: self._lineage(run, digest))
         return analyse(
-            self._paths(run),
+            paths,
             self._pipeline(run),
             terms,
             lambda digest: self._lineage(run, digest),
@@ -134,7 +136,9 @@ class Worker:
         runs = self._store.runs_of(run.study_uid)
         first = next((past for past in runs if past.digest == run_digest), run)
         earlier = [past for past in runs if past.id < first.id and past.state in _SENT]
-        return Lineage(first.queued_at, self._reports_of(earlier[-1]) if earlier else {})
+        named = self._config.results.time_zone
+        queued_at = first.queued_at.astimezone(ZoneInfo(named) if named else None)  # None: the machine's own
+        return Lineage(queued_at, self._reports_of(earlier[-1]) if earlier else {})
 
     def _reports_of(self, run: Run) -> dict[Kind, pydicom.Dataset]:
         """The reports of an earlier run that still lie on disk as they were made."""
@@ -146,10 +150,10 @@ class Worker:
                     there[kind] = pydicom.dcmread(path)
         return there
 
-    def _guard(self, run: Run, result: Analysis, objects: Sequence[NewObject]) -> str:
+    def _guard(self, paths: Sequence[Path], result: Analysis, objects: Sequence[NewObject]) -> str:
         """What the guards say against the objects as they lie on disk; "" where they may leave."""
         try:
-            check([(self._config.node.data_dir / item.path).read_bytes() for item in objects], self._paths(run), result)
+            check([(self._config.node.data_dir / item.path).read_bytes() for item in objects], paths, result)
         except GuardFailed as failed:
             return str(failed)
         return ""

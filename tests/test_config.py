@@ -75,6 +75,7 @@ def test_the_readme_names_every_key():
         ("[listener]\nallowed = [{ address = '10.0.0.300' }]", ["listener.allowed", "10.0.0.300"]),
         ("[listener]\nhost = ''", ["listener.host", "''"]),
         ("[results]\nfirst_series_number = 0", ["results.first_series_number", "at least 1"]),
+        ('[results]\ntime_zone = "Berlin"', ["results.time_zone", "Europe/Berlin", "found 'Berlin'"]),
         ("[results]\nkey_images = 101", ["results.key_images", "at most 100"]),
         ('[guards]\nmirrored = "shrug"', ["guards.mirrored", "block, flag"]),
         ("[guards]\nmax_share_of_body = 1.5", ["guards.max_share_of_body", "at most 1"]),

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from io import BytesIO
+from zoneinfo import ZoneInfo
 
 import made_findings as made
 import pydicom
@@ -14,7 +16,16 @@ from pydicom.tag import Tag
 from pydicom.uid import SecondaryCaptureImageStorage
 
 from salsa_node import dicom_sr, uids
-from salsa_node.dicom_result import Identity, check_source, line, local, plain, same_patient_and_study, sign
+from salsa_node.dicom_result import (
+    AS_ITS_IMAGES,
+    Identity,
+    check_source,
+    line,
+    local,
+    plain,
+    same_patient_and_study,
+    sign,
+)
 from salsa_node.errors import EncodingError
 from salsa_node.pipelines import DEMO_NOTICE
 from salsa_node.series import WHOSE
@@ -130,6 +141,30 @@ def test_the_study_is_carried_and_the_series_is_ours():
     assert (result.SeriesNumber, result.Manufacturer, result.StationName) == (9002, "salsa_node", "SALSA_NODE")
     assert (result.ContentDate, result.ContentTime) == ("20261120", "223015.250000")
     assert (result.SeriesDate, result.InstanceCreationTime) == ("20261120", "223015.250000")
+
+
+@pytest.mark.parametrize("zone", [UTC, ZoneInfo("Asia/Tokyo")])
+def test_no_result_is_older_than_its_study(zone):
+    """Taken in Tokyo at 08:30 and answered five minutes later; the images name no time zone."""
+    source = made.headers(made.grid())[0]
+    source.StudyDate, source.StudyTime = "20261120", "083000"
+    result = reread(report(source, datetime(2026, 11, 19, 23, 35, tzinfo=UTC).astimezone(zone)))
+    assert (result.SeriesDate, result.SeriesTime) == ("20261120", "083000.000000" if zone is UTC else "083500.000000")
+    source.AcquisitionDate, source.AcquisitionTime = "20261121", "0904"
+    assert local(AS_ITS_IMAGES.astimezone(zone), source) == datetime(2026, 11, 21, 9, 4, tzinfo=zone)
+
+
+@pytest.mark.parametrize(("day", "time"), [("20261301", "08"), ("2026.11.20", "08"), ("20261120", "8")])
+def test_a_date_that_is_none_dates_nothing(day, time):
+    source = made.headers(made.grid())[0]
+    for of in ("Study", "Series", "Acquisition"):
+        for part in ("Date", "Time"):
+            source.pop(f"{of}{part}", None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        source.StudyDate, source.StudyTime = day, time
+    expected = datetime(2026, 11, 20, tzinfo=UTC) if day == "20261120" else AS_ITS_IMAGES
+    assert local(AS_ITS_IMAGES, source) == expected
 
 
 def test_dates_follow_the_offset_that_the_source_names():

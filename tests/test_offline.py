@@ -72,6 +72,39 @@ def test_a_label_map_with_every_candidate_erased_says_that_there_is_none(study, 
     assert b"The person's mask marks no lesion" in (tmp_path / "b" / "sr.dcm").read_bytes()
 
 
+def test_a_result_that_the_guards_would_keep_says_so_and_is_not_fit(study, tmp_path, monkeypatch):
+    folder = study.axial[0].parent
+    labels = read_labels(study.truth_labels)
+    mirrored = tmp_path / "mirrored.nii.gz"
+    write_labels(LabelVolume(labels.labels[:, :, ::-1].copy(), labels.grid), mirrored)
+    (result,) = offline.run([folder], wanted(tmp_path / "a", mirrored), Config())
+    assert (result.analysed, result.fit, result.written) == (True, False, True)
+    assert "probably mirrored" in result.as_json()["blocked"]
+    assert result.told.startswith("BLOCKED, do not hand this on: ")
+    (good,) = offline.run([folder], wanted(tmp_path / "b", study.truth_labels), Config())
+    assert (good.fit, good.blocked) == (True, "")
+
+    def of_another_patient(self: pydicom.Dataset, *arguments: object, **more: object) -> None:
+        self.PatientID = "another"
+        pydicom.dcmwrite(arguments[0], self, enforce_file_format=True)
+
+    monkeypatch.setattr(pydicom.Dataset, "save_as", of_another_patient)
+    (bad,) = offline.run([folder], wanted(tmp_path / "c", study.truth_labels), Config())
+    assert not bad.fit
+    assert "PatientID" in bad.blocked
+
+
+def test_the_same_files_give_the_same_bytes_dated_as_the_images_are(study, tmp_path):
+    for name in "ab":
+        offline.run([study.axial[0].parent], wanted(tmp_path / name, study.truth_labels), Config())
+    objects = sorted((tmp_path / "a").glob("*.dcm"))
+    assert len(objects) > 5
+    for path in objects:
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+    source, result = (pydicom.dcmread(path, stop_before_pixels=True) for path in (study.axial[0], objects[0]))
+    assert result.SeriesDate == source.AcquisitionDate
+
+
 def test_every_study_below_a_folder_is_answered_in_a_folder_of_its_own(study, tmp_path):
     folder = tmp_path / "in"
     copied(study.axial, folder / "good", "a")

@@ -16,6 +16,7 @@ import pytest
 
 from salsa_node import overview, phantom
 from salsa_node import worker as worker_module
+from salsa_node.analysis import Analysis, analyse
 from salsa_node.config import Config, parse
 from salsa_node.errors import LeaseLost
 from salsa_node.nifti import read_labels, write_labels
@@ -23,7 +24,7 @@ from salsa_node.pipelines import Masks, Provenance
 from salsa_node.series import inspect
 from salsa_node.settings import NodeSettings
 from salsa_node.store import DeliveryState, NewInstance, Run, RunState, Store, StoreSettings
-from salsa_node.volume import LabelVolume
+from salsa_node.volume import Grid, LabelVolume
 from salsa_node.worker import Worker
 
 T0 = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
@@ -451,6 +452,46 @@ def test_an_object_that_was_changed_on_disk_into_another_patients_is_kept_here(s
     assert done.state is RunState.BLOCKED
     assert "PatientID" in done.error
     assert "another" not in done.error
+
+
+def test_an_image_that_comes_while_its_series_is_carried_blocks_nothing(store, config, study, tmp_path, monkeypatch):
+    """The run ends on the images it began with; the late one is a reason for another run."""
+    labels = read_labels(study.truth_labels)
+    without_last = tmp_path / "shorter.nii.gz"
+    grid = Grid((labels.grid.shape[0] - 1, *labels.grid.shape[1:]), labels.grid.affine_lps_mm)
+    write_labels(LabelVolume(labels.labels[:-1].copy(), grid), without_last)
+    arrive(store, config.node.data_dir, study.axial[:-1])
+    store.queue_run(
+        study.study_uid,
+        "given_masks",
+        "digest",
+        T0,
+        series_uid=study.series_uid,
+        masks_path=str(without_last),
+        masks_sha256="sha",
+    )
+
+    def late(*arguments: object, **more: object) -> Analysis:
+        result = analyse(*arguments, **more)
+        arrive(store, config.node.data_dir, study.axial[-1:])
+        return result
+
+    monkeypatch.setattr(worker_module, "analyse", late)
+    done = Worker(store, config, "worker", clock=lambda: T0).step(T0)
+    assert len(store.instances_of(study.study_uid, study.series_uid)) == len(study.axial)
+    assert done.state is RunState.PRODUCED, done.error
+
+
+def test_results_are_dated_in_the_time_zone_of_the_site(store, config, study):
+    assert T0.utcoffset() == timedelta(0)
+    dates = []
+    for zone in ("Pacific/Kiritimati", "Pacific/Pago_Pago"):
+        site = replace(config, results=replace(config.results, time_zone=zone))
+        run = rerun(store, study, study.truth_labels, T0) if dates else queue(store, study, study.truth_labels)
+        Worker(store, site, "worker", clock=lambda: T0).step(T0)
+        ds = pydicom.dcmread(config.node.data_dir / store.objects_of(run.id)[0].path)
+        dates.append(datetime.strptime(f"{ds.SeriesDate} {ds.SeriesTime}", "%Y%m%d %H%M%S.%f").replace(tzinfo=UTC))
+    assert dates == [T0 + timedelta(hours=14), T0 - timedelta(hours=11)]
 
 
 def test_a_blocked_result_leaves_the_earlier_one_current(store, worker, study, tmp_path):
