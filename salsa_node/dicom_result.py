@@ -16,6 +16,7 @@ from enum import Enum
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 from pydicom.charset import convert_encodings, default_encoding
 from pydicom.datadict import dictionary_VR
 from pydicom.dataelem import DataElement, RawDataElement
@@ -225,7 +226,6 @@ def check_source(source: Sequence[Dataset], grid: Grid) -> None:
         raise EncodingError(
             f"the findings lie in frame of reference {grid.frame_of_reference_uid}, the source in {named}"
         )
-    allowed_mm = GRID_TOLERANCE * min(grid.spacing_mm)
     rows, columns = grid.shape[1:]
     for k, ds in enumerate(source):
         for keyword in (*WHOSE, "SeriesInstanceUID", "FrameOfReferenceUID"):
@@ -235,27 +235,38 @@ def check_source(source: Sequence[Dataset], grid: Grid) -> None:
             raise EncodingError(
                 f"source image {k} has {ds.get('Rows')} x {ds.get('Columns')} pixels, not {rows} x {columns}"
             )
-        apart_mm = _corners_apart_mm(ds, grid, k)
-        if apart_mm > allowed_mm:
-            raise EncodingError(
-                f"source image {k} lies {apart_mm:.3f} mm from slice {k} of the findings' grid, "
-                f"allowed are {allowed_mm:.3f} mm"
-            )
+    allowed_mm = GRID_TOLERANCE * min(grid.spacing_mm)
+    apart_mm = _corners_apart_mm(source, grid)
+    for k in np.flatnonzero(apart_mm > allowed_mm)[:1]:
+        raise EncodingError(
+            f"source image {k} lies {apart_mm[k]:.3f} mm from slice {k} of the findings' grid, "
+            f"allowed are {allowed_mm:.3f} mm"
+        )
 
 
-def _corners_apart_mm(ds: Dataset, grid: Grid, k: int) -> float:
-    for keyword in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"):
-        if ds.get(keyword) is None:
-            raise EncodingError(f"source image {k} has no {keyword}")
-    position = np.array(ds.ImagePositionPatient, dtype=float)
-    orientation = np.array(ds.ImageOrientationPatient, dtype=float)
-    between_rows, between_columns = (float(mm) for mm in ds.PixelSpacing)
-    worst = 0.0
+def _corners_apart_mm(source: Sequence[Dataset], grid: Grid) -> npt.NDArray[np.float64]:
+    """How far each image lies from its slice, at the worst of its corners."""
+    position, orientation, spacing = (
+        np.array([_numbers(ds, keyword, k) for k, ds in enumerate(source)])
+        for keyword in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")
+    )
+    between_rows, between_columns = spacing[:, :1], spacing[:, 1:]
+    slices = np.arange(len(source))
+    worst = np.zeros(len(source))
     for row in (0, grid.shape[1] - 1):
         for column in (0, grid.shape[2] - 1):
-            here = position + column * between_columns * orientation[:3] + row * between_rows * orientation[3:]
-            worst = max(worst, float(np.linalg.norm(here - np.array(grid.to_lps_mm((k, row, column))))))
+            here = position + column * between_columns * orientation[:, :3] + row * between_rows * orientation[:, 3:]
+            index = np.stack([slices, np.full_like(slices, row), np.full_like(slices, column), np.ones_like(slices)])
+            apart = here - (grid.affine_lps_mm @ index)[:3].T
+            worst = np.maximum(worst, np.linalg.norm(apart, axis=1))
     return worst
+
+
+def _numbers(ds: Dataset, keyword: str, k: int) -> list[float]:
+    values = ds.get(keyword)
+    if values is None:
+        raise EncodingError(f"source image {k} has no {keyword}")
+    return [float(value) for value in values]
 
 
 def reference(ds: Dataset) -> Dataset:
@@ -277,14 +288,28 @@ def named(ds: Dataset) -> Dataset:
 
     Raises EncodingError where one of its UIDs is missing.
     """
-    stand_in = Dataset()
-    for keyword in _UIDS:
-        if not ds.get(keyword):
-            raise EncodingError(f"the source header has no {keyword}")
-        setattr(stand_in, keyword, ds.get(keyword))
+    stand_in = _uids_of(ds)
     for keyword in _REQUIRED:
         setattr(stand_in, keyword, None)
     return stand_in
+
+
+def evidence(source: Sequence[Dataset]) -> list[Dataset]:
+    """These images as evidence for another object: the first as `named` gives it, the rest as bare UIDs.
+
+    Raises EncodingError where one of the UIDs is missing.
+    """
+    return [*map(named, source[:1]), *map(_uids_of, source[1:])]
+
+
+def _uids_of(ds: Dataset) -> Dataset:
+    bare = Dataset()
+    for keyword in _UIDS:
+        uid = ds.get(keyword)
+        if not uid:
+            raise EncodingError(f"the source header has no {keyword}")
+        setattr(bare, keyword, uid)
+    return bare
 
 
 def sign(obj: Dataset, source: Dataset, identity: Identity, produced_at: datetime) -> None:
@@ -405,8 +430,10 @@ def differ(one: Dataset, other: Dataset, keyword: str) -> bool:
 
     An absent value and an empty one are the same.
     """
-    held = [ds.get_item(Tag(keyword)) if keyword in ds else None for ds in (one, other)]
+    tag = Tag(keyword)
+    held = [ds.get_item(tag) if tag in ds else None for ds in (one, other)]
     if all(item is None or isinstance(item, RawDataElement) for item in held):
         a, b = ((item.value or b"").rstrip(b" \0") if item is not None else b"" for item in held)
         return bool(a != b)
-    return bool((one.get(keyword) or "") != (other.get(keyword) or ""))
+    of_one, of_other = (ds[tag].value if tag in ds else None for ds in (one, other))
+    return bool((of_one or "") != (of_other or ""))

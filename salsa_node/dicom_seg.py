@@ -18,7 +18,6 @@ from pydicom.dataset import Dataset
 from pydicom.sr.coding import Code
 from pydicom.uid import UID, ExplicitVRLittleEndian, RLELossless
 from pydicom.valuerep import DSfloat
-from scipy.ndimage import find_objects
 
 from salsa_node import codes, uids
 from salsa_node.dicom_result import (
@@ -38,6 +37,7 @@ from salsa_node.findings import Disease, Findings, Lesion, lengths_mm
 from salsa_node.pipelines import Flag, Provenance
 
 Labels = npt.NDArray[np.uint8]
+Indices = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 
 
@@ -72,6 +72,7 @@ class _Part:
     """One object of a segmentation, and a series of its own: viewers open one segmentation a series (OHIF issue 6243).
 
     kinds: segment 1, 2, ... of it.
+    slices: in which it shows anything; highdicom's cost grows with the others, too.
     pixels: (slices, rows, columns): segment number, or one more axis of 0 and 1 where segments overlap.
     number: 1, 2, ... among the parts of its kind.
     """
@@ -79,8 +80,68 @@ class _Part:
     series: _Series
     number: int
     kinds: Sequence[_Kind]
+    slices: Indices
     pixels: Labels
     uid: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Shown:
+    """What the findings hold in those slices that show anything.
+
+    slices: ascending indices. lesions: (slices, rows, columns), the lesions' numbers there.
+    organ: (slices, rows, columns), where the liver is shown.
+    voxels: (slices, lesion numbers from 0 on): how many voxels of each.
+    """
+
+    slices: Indices
+    lesions: npt.NDArray[np.unsignedinteger]
+    organ: Mask | None
+    voxels: Indices
+
+    @classmethod
+    def of(cls, findings: Findings, *, with_organ: bool = False) -> _Shown:
+        """Raises EncodingError where lesions and label map do not agree."""
+        labels, liver = findings.lesion_labels.labels, findings.organ if with_organ else None
+        used = _highest(labels) > 0
+        if liver is not None:
+            used |= _highest(liver.labels) > 0
+        slices = np.flatnonzero(used)
+        lesions = labels[slices]
+        numbers = max(int(lesions.max(initial=0)), len(findings.lesions)) + 1
+        voxels = np.zeros((len(slices), numbers), dtype=np.int64)
+        for k, plane in enumerate(lesions):
+            voxels[k] = np.bincount(plane[plane > 0], minlength=numbers)
+        _check_lesions(findings, voxels.sum(axis=0))
+        return cls(slices, lesions, None if liver is None else liver.labels[slices] == 1, voxels)
+
+    def frames(self, findings: Findings) -> dict[_Kind, int]:
+        """The segments by class at hand, and in how many slices each shows something."""
+        frames = {}
+        for disease, kind in _LESIONS.items():
+            numbers = [lesion.number for lesion in findings.lesions if lesion.disease is disease]
+            frames[kind] = int(np.count_nonzero(self.voxels[:, numbers].any(axis=1)))
+        if self.organ is not None:
+            frames[_ORGAN] = int(np.count_nonzero(self.organ.any(axis=(1, 2))))
+        return {kind: number for kind, number in frames.items() if number}
+
+    def part(
+        self, series: _Series, number: int, segment_of: Mapping[int, int], kinds: Sequence[_Kind], uid: str
+    ) -> _Part:
+        """The part that shows these lesions (number -> segment) and, where it is among the kinds, the liver."""
+        segments = np.zeros(self.voxels.shape[1], dtype=np.uint8)
+        segments[list(segment_of)] = list(segment_of.values())
+        organ = self.organ if _ORGAN in kinds else None
+        here = self.voxels[:, list(segment_of)].any(axis=1)
+        if organ is not None:
+            here |= organ.any(axis=(1, 2))
+        pixels: Labels = np.zeros((np.count_nonzero(here), *self.lesions.shape[1:]), dtype=np.uint8)
+        for plane, lesions in zip(pixels, (self.lesions[k] for k in np.flatnonzero(here)), strict=True):
+            inside = lesions > 0  # few voxels are
+            plane[inside] = segments[lesions[inside]]
+        if organ is not None:
+            pixels = _with_organ(pixels, organ[here], list(kinds), in_one_layer=series is _LABEL_MAP)
+        return _Part(series, number, kinds, self.slices[here], pixels, uid)
 
 
 _BY_CLASS: Final = _Series(Kind.SEG, "SEG", "LIVER_LESIONS")
@@ -121,11 +182,12 @@ def build(
     Raises EncodingError where source and findings do not lie on the same grid, slice by slice.
     """
     check_source(source, findings.lesion_labels.grid)
-    _check_lesions(findings, source)
+    _check_images(findings, source)
+    shown = _Shown.of(findings, with_organ=include_organ)
     made = []
-    for number, kinds in enumerate(_shared_out(_frames(findings, include_organ=include_organ)), start=1):
+    for number, kinds in enumerate(_shared_out(shown.frames(findings)), start=1):
         uid = _uid_of([kind.label for kind in kinds], findings)
-        part = _Part(_BY_CLASS, number, kinds, _pixels(kinds, findings), uid)
+        part = shown.part(_BY_CLASS, number, _by_class(kinds, findings), kinds, uid)
         made.append(_signed(part, findings, source, identity, produced_at))
     return tuple(made)
 
@@ -139,15 +201,13 @@ def build_lesions(
     Arguments and errors as of `build`.
     """
     check_source(source, findings.lesion_labels.grid)
-    _check_lesions(findings, source)
-    labels = findings.lesion_labels.labels
+    _check_images(findings, source)
+    shown = _Shown.of(findings)
     objects = []
-    for number, lesions in enumerate(_parts(findings), start=1):
-        segment_of = np.zeros(len(findings.lesions) + 1, dtype=np.uint8)
-        segment_of[[lesion.number for lesion in lesions]] = range(1, len(lesions) + 1)
-        kinds = [_alone(lesion, findings) for lesion in lesions]
+    for number, lesions in enumerate(_parts(findings, shown), start=1):
+        segment_of = {lesion.number: n for n, lesion in enumerate(lesions, start=1)}
         uid = uids.derive(findings.run_digest, "LESION_SEG", str(number))
-        part = _Part(_ONE_BY_ONE, number, kinds, segment_of[labels], uid)
+        part = shown.part(_ONE_BY_ONE, number, segment_of, [_alone(lesion, findings) for lesion in lesions], uid)
         objects.append(_signed(part, findings, source, identity, produced_at))
     return tuple(objects)
 
@@ -166,26 +226,26 @@ def build_label_map(
     Arguments and errors as of `build`.
     """
     check_source(source, findings.lesion_labels.grid)
-    _check_lesions(findings, source)
-    kinds = list(_frames(findings, include_organ=include_organ))
+    _check_images(findings, source)
+    shown = _Shown.of(findings, with_organ=include_organ)
+    kinds = list(shown.frames(findings))
     if not kinds:
         return None
-    pixels = np.zeros(findings.lesion_labels.labels.shape, dtype=np.uint8)
-    for number in range(len(kinds), 0, -1):  # the liver, which is the last, goes below
-        pixels[_mask(kinds[number - 1], findings)] = number
     uid = uids.derive(findings.run_digest, "LABELMAP", *(kind.label for kind in kinds))
-    return _signed(_Part(_LABEL_MAP, 1, kinds, pixels, uid), findings, source, identity, produced_at)
+    part = shown.part(_LABEL_MAP, 1, _by_class(kinds, findings), kinds, uid)
+    return _signed(part, findings, source, identity, produced_at)
 
 
 def flags(findings: Findings, *, include_organ: bool = False) -> tuple[Flag, ...]:
     """What a reader should know of the segmentations: a segment of so many frames that a viewer may not show it."""
+    frames = _Shown.of(findings, with_organ=include_organ).frames(findings)
     return tuple(
         Flag(
             "many_frames",
-            f"The segmentation {kind.label!r} has {frames} frames: some viewers show none of more than {MAX_FRAMES}.",
+            f"The segmentation {kind.label!r} has {number} frames: some viewers show none of more than {MAX_FRAMES}.",
         )
-        for kind, frames in _frames(findings, include_organ=include_organ).items()
-        if frames > MAX_FRAMES
+        for kind, number in frames.items()
+        if number > MAX_FRAMES
     )
 
 
@@ -226,13 +286,12 @@ def _alone(lesion: Lesion, findings: Findings) -> _Kind:
     return replace(of_class, label=label, tracking=(tracking_identifier(lesion), lesion.tracking_uid))
 
 
-def _parts(findings: Findings) -> list[list[Lesion]]:
+def _parts(findings: Findings, shown: _Shown) -> list[list[Lesion]]:
     """The lesions in order, in parts of at most MAX_FRAMES frames and 255 segments."""
-    boxes = find_objects(findings.lesion_labels.labels.astype(np.int32, copy=False))
     parts: list[list[Lesion]] = []
     frames = 0
     for lesion in findings.lesions:
-        more = boxes[lesion.number - 1][0].stop - boxes[lesion.number - 1][0].start
+        more = int(np.count_nonzero(shown.voxels[:, lesion.number]))
         if not parts or frames + more > MAX_FRAMES or len(parts[-1]) == 255:
             parts.append([])
             frames = 0
@@ -276,12 +335,12 @@ def label_of(disease: Disease) -> str:
 
 
 def _segmentation(part: _Part, findings: Findings, source: Sequence[Dataset], identity: Identity) -> Dataset:
-    provenance, series, pixels = findings.provenance, part.series, part.pixels
+    provenance, series = findings.provenance, part.series
     words = "Lesions marked by a person" if provenance.by_person else "AI candidate lesions"
-    shown = np.flatnonzero(pixels.any(axis=tuple(range(1, pixels.ndim))))  # highdicom's cost grows with the others too
+    shown = [source[int(k)] for k in part.slices]
     return hd.seg.Segmentation(
-        source_images=_references([source[int(k)] for k in shown], findings.lesion_labels.grid.spacing_mm[0]),
-        pixel_array=pixels[shown],
+        source_images=_references(shown, findings.lesion_labels.grid.spacing_mm[0]),
+        pixel_array=part.pixels,
         segmentation_type=series.encoding,
         segment_descriptions=[_describe(n, kind, provenance, identity) for n, kind in enumerate(part.kinds, start=1)],
         series_instance_uid=uids.derive(part.uid, "series"),
@@ -301,13 +360,6 @@ def _segmentation(part: _Part, findings: Findings, source: Sequence[Dataset], id
     )
 
 
-def _frames(findings: Findings, *, include_organ: bool) -> dict[_Kind, int]:
-    """The segments at hand, and in how many slices each shows something."""
-    kinds = [*_LESIONS.values(), *([_ORGAN] if include_organ and findings.organ is not None else [])]
-    frames = {kind: int(np.count_nonzero(_mask(kind, findings).any(axis=(1, 2)))) for kind in kinds}
-    return {kind: number for kind, number in frames.items() if number}
-
-
 def _shared_out(frames: Mapping[_Kind, int]) -> list[list[_Kind]]:
     """Which segments go together into one object."""
     lesions = [kind for kind in frames if kind is not _ORGAN]
@@ -321,35 +373,38 @@ def _shared_out(frames: Mapping[_Kind, int]) -> list[list[_Kind]]:
     return [part for part in parts if part]
 
 
-def _pixels(kinds: Sequence[_Kind], findings: Findings) -> Labels:
-    """(slices, rows, columns): segment number, or with the liver among others one more axis of 0 and 1."""
-    masks = [_mask(kind, findings) for kind in kinds]
-    if _ORGAN in kinds[1:]:
-        return np.stack(masks, axis=-1).astype(np.uint8)
-    pixels = np.zeros(masks[0].shape, dtype=np.uint8)
-    for number, mask in enumerate(masks, start=1):
-        pixels[mask] = number
-    return pixels
+def _by_class(kinds: Sequence[_Kind], findings: Findings) -> dict[int, int]:
+    """The segment of each lesion whose class is among the kinds, by its number."""
+    segments = {kind: number for number, kind in enumerate(kinds, start=1)}
+    of_lesions = ((lesion.number, _LESIONS[lesion.disease]) for lesion in findings.lesions)
+    return {number: segments[kind] for number, kind in of_lesions if kind in segments}
 
 
-def _mask(kind: _Kind, findings: Findings) -> Mask:
-    """(slices, rows, columns): what that segment shows."""
-    if kind is _ORGAN and findings.organ is not None:
-        organ: Mask = findings.organ.labels == 1
-        return organ
-    of_class = np.zeros(len(findings.lesions) + 1, dtype=np.bool_)
+def _with_organ(lesions: Labels, organ: Mask, kinds: list[_Kind], *, in_one_layer: bool) -> Labels:
+    """The segments of lesions and the liver: in one layer, lesions above, or one more axis of 0 and 1."""
+    number = kinds.index(_ORGAN) + 1
+    if in_one_layer or len(kinds) == 1:
+        return np.where((lesions == 0) & organ, np.uint8(number), lesions)
+    return np.stack([*(lesions == n for n in range(1, number)), organ], axis=-1).astype(np.uint8)
+
+
+def _highest(labels: npt.NDArray[np.unsignedinteger]) -> npt.NDArray[np.unsignedinteger]:
+    """Of each slice."""
+    highest: npt.NDArray[np.unsignedinteger] = labels.reshape(len(labels), -1).max(axis=1)
+    return highest
+
+
+def _check_images(findings: Findings, source: Sequence[Dataset]) -> None:
     for lesion in findings.lesions:
-        of_class[lesion.number] = _LESIONS[lesion.disease] is kind
-    mask: Mask = of_class[findings.lesion_labels.labels]
-    return mask
+        if lesion.slice_sop_uid not in ("", source[lesion.slice_index].SOPInstanceUID):
+            raise EncodingError(f"lesion {lesion.number} names another image than source image {lesion.slice_index}")
 
 
-def _check_lesions(findings: Findings, source: Sequence[Dataset]) -> None:
+def _check_lesions(findings: Findings, counts: Indices) -> None:
+    """counts: voxels of each number in the label map."""
     numbers = [lesion.number for lesion in findings.lesions]
     if numbers != list(range(1, len(numbers) + 1)):
         raise EncodingError(f"lesions must be numbered 1 to {len(numbers)} in order, found {numbers}")
-    labels = findings.lesion_labels.labels
-    counts = np.bincount(labels[labels > 0], minlength=len(numbers) + 1)
     if len(counts) > len(numbers) + 1:
         raise EncodingError(f"the label map holds the value {len(counts) - 1}, but there are {len(numbers)} lesions")
     for lesion in findings.lesions:
@@ -357,8 +412,6 @@ def _check_lesions(findings: Findings, source: Sequence[Dataset]) -> None:
             raise EncodingError(
                 f"lesion {lesion.number} has {lesion.voxels} voxels, the label map shows {counts[lesion.number]}"
             )
-        if lesion.slice_sop_uid not in ("", source[lesion.slice_index].SOPInstanceUID):
-            raise EncodingError(f"lesion {lesion.number} names another image than source image {lesion.slice_index}")
 
 
 def _describe(number: int, kind: _Kind, provenance: Provenance, identity: Identity) -> hd.seg.SegmentDescription:

@@ -24,6 +24,7 @@ from salsa_node.dicom_result import (
     Kind,
     caveat,
     check_source,
+    evidence,
     line,
     named,
     plain,
@@ -72,9 +73,8 @@ def build(
     groups = [_lesion_group(lesion, findings, segs, source) for lesion in findings.lesions]
     overall = _organ_group(findings, segs, source)
     content = content_tree(identity, groups, sentences(findings), findings.provenance, findings.criteria, overall)
-    evidence = [*(named(ds) for ds in source), *segs]
     made = DocumentOf(Kind.SR, (findings.run_digest, "SR"), "report", predecessor)
-    return document(made, content, evidence, source[0], identity, produced_at, findings.provenance)
+    return document(made, content, [*evidence(source), *segs], source[0], identity, produced_at, findings.provenance)
 
 
 def build_not_analysed(
@@ -212,17 +212,22 @@ def _lesion_group(
             for derivation, value in ((codes.MEAN, lesion.mean_hu), (codes.STANDARD_DEVIATION, lesion.sd_hu))
         ),
     ]
-    return sr.VolumetricROIMeasurementsAndQualitativeEvaluations(
+    group = sr.VolumetricROIMeasurementsAndQualitativeEvaluations(
         tracking_identifier=sr.TrackingIdentifier(uid=lesion.tracking_uid, identifier=tracking_identifier(lesion)),
         referenced_segment=_segment(seg, segment_number, image),
         finding_type=codes.LESION,
         finding_sites=[sr.FindingSite(site) for site in (codes.LIVER, *(codes.COUINAUD[n] for n in lesion.segments))],
-        measurements=measured,
         qualitative_evaluations=[
             sr.QualitativeEvaluation(codes.MEASURABILITY, _MEASURABILITY[lesion.disease]),
             sr.QualitativeEvaluation(codes.RESPONSE_EVALUATION_METHOD, _METHOD[findings.criteria.rule]),
         ],
     )
+    # Put where the template has them, by hand: highdicom would search each for coordinates that none of them has.
+    items = group[0].ContentSequence
+    place = next(n for n, item in enumerate(items) if item.name == codes.MEASURABILITY)
+    for n, measurement in enumerate(measured):
+        items.insert(place + n, measurement[0])
+    return group
 
 
 def _organ_group(findings: Findings, segs: Sequence[Dataset], source: Sequence[Dataset]) -> Group | None:
@@ -401,7 +406,7 @@ class DocumentOf:
 def document(
     made: DocumentOf,
     content: Dataset,
-    evidence: Sequence[Dataset],
+    referred: Sequence[Dataset],
     source: Dataset,
     identity: Identity,
     produced_at: datetime,
@@ -409,14 +414,21 @@ def document(
 ) -> Dataset:
     """The content tree as a signed document: Comprehensive 3D SR for the record, Comprehensive SR for viewers.
 
-    Raises EncodingError where it cannot be put together.
+    referred: the images and segmentations that it refers to, and what else is its evidence.
+    Raises EncodingError where it cannot be put together, or refers to what is not among its evidence.
     """
     sop_class = sr.Comprehensive3DSR if made.kind is Kind.SR else sr.ComprehensiveSR
     notice = provenance.notice if provenance is not None else ""
-    private = any(element.value == codes.PRIVATE_SCHEME for element in content.iterall())
+    elements = list(content.iterall())
+    private = any(element.value == codes.PRIVATE_SCHEME for element in elements)
+    named_inside = {str(element.value) for element in elements if element.keyword == "ReferencedSOPInstanceUID"}
+    if not named_inside <= {ds.SOPInstanceUID for ds in referred}:
+        raise EncodingError("the report refers to an object that is not among its evidence")
+    tree = content.ContentSequence
+    content.ContentSequence = tree[:1]  # the rest joins below: highdicom copies and searches all that it is given
     try:
-        report: Dataset = sop_class(
-            evidence=evidence,
+        frame = sop_class(
+            evidence=referred,
             content=content,
             series_instance_uid=uids.derive(*made.uid_parts, "series"),
             series_number=identity.series_number(made.kind),
@@ -432,6 +444,9 @@ def document(
         )
     except (ValueError, TypeError, AttributeError) as exc:
         raise EncodingError(f"the report could not be put together ({type(exc).__name__})") from exc
+    report = Dataset(frame)
+    report.file_meta = frame.file_meta
+    report.ContentSequence = tree
     sign(report, source, identity, produced_at)
     return report
 

@@ -148,7 +148,7 @@ def test_the_report_says_the_same_in_sentences():
     said = sentences(report(findings, source))
     assert said.index(CAVEAT) < said.index("The algorithm found 2 candidate lesions: 1 measurable, 1 non-measurable.")
     assert "DEMO MODEL - NOT FOR CLINICAL USE" in said
-    assert f"Liver volume as segmented: {16 * 39 * 32 * 2.5 * 0.9 * 1.1 / 1000:.1f} cm3." in said
+    assert f"Liver volume as segmented: {15 * 39 * 29 * 2.5 * 0.9 * 1.1 / 1000:.1f} cm3." in said
     assert "lesions/checkpoint_final.pth sha256:0123456789ab" in said
     assert {"demo", "0.1.0"} <= set(said)
 
@@ -204,7 +204,7 @@ def numbers(group: Dataset) -> list[tuple[str, str, float, str]]:
 
 
 THIRD_BOX = (slice(11, 13), slice(6, 20), slice(22, 32))
-LIVER_CM3 = 16 * 39 * 32 * 2.5 * 0.9 * 1.1 / 1000
+LIVER_CM3 = 15 * 39 * 29 * 2.5 * 0.9 * 1.1 / 1000
 
 
 def three_lesions(**kwargs) -> tuple[Findings, list[Dataset]]:
@@ -329,6 +329,14 @@ def test_the_report_is_of_the_same_study_and_not_verified_by_anyone():
     assert reread(sr).PatientName == "Müller^Grün"
     evidence = [s.SeriesInstanceUID for s in sr.CurrentRequestedProcedureEvidenceSequence[0].ReferencedSeriesSequence]
     assert set(evidence) == {seg.SeriesInstanceUID, source[0].SeriesInstanceUID}
+
+
+def test_what_is_referred_to_must_be_evidence(monkeypatch):
+    findings, source = three_lesions()
+    images = dicom_sr.evidence(source)
+    monkeypatch.setattr(dicom_sr, "evidence", lambda _: images[:1])
+    with pytest.raises(EncodingError, match="not among its evidence"):
+        report(findings, source)
 
 
 def test_reports_that_cannot_be_true_are_refused():
