@@ -186,11 +186,15 @@ def resend(
     if to and to != SENDER:
         settings.destination_named(to)
     with store.Store.open(store.StoreSettings(settings.store_url)) as record:
-        due = record.resend(record.study(study).study_uid, to or None, _now())
+        wanted = record.study(study).study_uid
+        due = record.resend(wanted, to or None, _now())
+        latest = record.runs_of(wanted)[-1]
     if as_json:
         console.put_json([{"delivery": item.id, "destination": item.destination} for item in due])
     elif due:
-        console.put(f"{len(due)} deliveries are due again; a running node sends them")
+        console.put(f"{len(due)} deliveries of run {due[0].run_id} are due again; a running node sends them")
+        if latest.id != due[0].run_id:
+            console.put(f"its result is the current one: run {latest.id} after it is {latest.state.value}")
     else:
         console.put("this result went nowhere yet: name a destination with --to, or in delivery.to before the next run")
     if not due:

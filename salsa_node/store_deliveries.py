@@ -77,11 +77,17 @@ class Deliveries(Queries):
         Those LEFT_OUT too: what a destination wants is asked when their turn comes.
 
         A destination that the result never went to gets deliveries of its own. Raises UnknownStudy where the
-        study has no current result.
+        study has no current result, or where a guard keeps its latest one here: then no older one takes its place.
         """
         with transaction(self._writer) as t:
-            current = sa.select(RUNS).where(RUNS.c.study_uid == study_uid, RUNS.c.state == RunState.PRODUCED)
-            run = t.one(Run, current)
+            of_study = sa.select(RUNS).where(RUNS.c.study_uid == study_uid)
+            latest = t.one(Run, of_study.order_by(RUNS.c.id.desc()).limit(1))
+            if latest is not None and latest.state is RunState.BLOCKED:
+                raise UnknownStudy(
+                    f"the latest result of this study is kept here, and nothing was sent again: {latest.error} "
+                    "Mend the cause and rerun the study, or rerun it with --masks"
+                )
+            run = t.one(Run, of_study.where(RUNS.c.state == RunState.PRODUCED))
             if run is None:
                 raise UnknownStudy("this study has no result to send; wait for its run, or start one with rerun")
             of_run = sa.select(DELIVERIES).where(DELIVERIES.c.run_id == run.id).order_by(DELIVERIES.c.id)

@@ -222,6 +222,26 @@ def test_run_on_a_series_with_a_gap_writes_the_report_that_says_so(cli, study, t
     assert not (tmp_path / "out" / "seg.dcm").exists()
 
 
+def test_a_resend_says_whose_result_it_sends(cli, tmp_path):
+    from datetime import UTC, datetime
+
+    from test_store import STUDY, arrived, produced, queued
+
+    from salsa_node.store import Store, StoreSettings
+
+    (tmp_path / "data").mkdir()
+    now = datetime.now(UTC)
+    with Store.open(StoreSettings(f"sqlite:///{tmp_path / 'data' / 'salsa_node.sqlite'}"), create=True) as store:
+        arrived(store, now=now)
+        queued(store, now=now)
+        produced(store, now=now)
+        assert cli("resend", STUDY).stdout == "2 deliveries of run 1 are due again; a running node sends them\n"
+        queued(store, "d2", now=now)
+        told = cli("resend", STUDY)
+        assert told.returncode == 0
+        assert told.stdout.endswith("its result is the current one: run 2 after it is QUEUED\n")
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -553,6 +553,23 @@ def test_resend_without_a_result_says_so(store: Store) -> None:
         store.resend(STUDY, None, T0)
 
 
+@pytest.mark.parametrize("earlier", [False, True])
+def test_resend_sends_no_older_result_where_a_guard_keeps_the_latest(store: Store, earlier: bool) -> None:
+    arrived(store)
+    queued(store)
+    if earlier:
+        produced(store)
+        for delivery in store.claim_deliveries("d", 60, T0):
+            store.delivered(delivery.id, "d", 0, None, T0)
+        queued(store, "d2")
+    run = store.claim_run("w", 60, T0)
+    assert run is not None
+    store.block_run(run.id, "w", OBJECTS, "lesions", {}, "run2", "The masks are mirrored.", T0)
+    with pytest.raises(UnknownStudy, match=r"kept here.*The masks are mirrored\. Mend the cause and rerun"):
+        store.resend(STUDY, None, T0)
+    assert store.claim_deliveries("d", 60, T0) == ()
+
+
 # ---- asking -------------------------------------------------------------------------------------
 
 
