@@ -184,6 +184,8 @@ def _load(path: Path) -> Nifti1Pair:
 
 
 def _damaged(found: Exception) -> SeriesRejected:
+    if isinstance(found, FileNotFoundError):
+        return SeriesRejected("there is no such file; expected a NIfTI file (.nii or .nii.gz)")
     return SeriesRejected(f"the file cannot be read as NIfTI ({type(found).__name__}): truncated or damaged")
 
 

@@ -262,3 +262,8 @@ def test_a_sheared_scan_is_refused(tmp_path):
     nib.save(image, tmp_path / "scan.nii")
     with pytest.raises(SeriesRejected, match=r"4\.6 degrees off the perpendicular"):
         read_ct(tmp_path / "scan.nii")
+
+
+def test_a_file_that_is_not_there_is_not_called_damaged(tmp_path):
+    with pytest.raises(SeriesRejected, match="there is no such file"):
+        read_ct(tmp_path / "scan.nii.gz")
