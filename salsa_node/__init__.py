@@ -22,9 +22,11 @@ room imports exactly what stands right of its arrow):
     volume                 <- uids
     regrid                 <- volume
     nifti                  <- errors volume
-    series                 <- errors uids volume
+    slice_geometry         <- errors volume
+    native_image           <-
+    series                 <- errors native_image slice_geometry uids volume
     contrast_phase         <-
-    candidate              <- contrast_phase series
+    candidate              <- contrast_phase series slice_geometry
     series_score           <- candidate contrast_phase selection_rules
     selection              <- candidate errors selection_rules series series_score
     models                 <- errors
@@ -52,7 +54,7 @@ room imports exactly what stands right of its arrow):
   dicom_pdf              <- codes dicom_result pipelines uids
   dicom_ko               <- codes dicom_result errors findings uids
   guards                 <- findings limits pipelines volume
-  placement              <- codes dicom_result dicom_seg errors findings series uids
+  placement              <- codes dicom_result dicom_seg errors findings series slice_geometry uids
   analysis               <- contrast_phase criteria dicom_ko dicom_pdf dicom_result dicom_sc dicom_seg dicom_sr dicom_viewer_sr errors findings guards limits page picture pipelines placement products series uids volume
 
   the plumbing wing

@@ -22,7 +22,8 @@ from pydicom.uid import CTImageStorage, MediaStorageDirectoryStorage
 
 from salsa_node.contrast_phase import UNKNOWN_PHASE, ContrastPhase
 from salsa_node.contrast_phase import read as read_phase
-from salsa_node.series import MIN_SLICES, SAME_POSITION_MM, UNREADABLE, convert
+from salsa_node.series import UNREADABLE, convert
+from salsa_node.slice_geometry import MIN_SLICES, SAME_POSITION_MM
 
 
 class Kernel(Enum):

@@ -28,7 +28,8 @@ from salsa_node.dicom_result import GRID_TOLERANCE, LABEL_MAP_STORAGE, same_pati
 from salsa_node.dicom_seg import label_of, tracking_identifier
 from salsa_node.errors import EncodingError, GuardFailed
 from salsa_node.findings import Axis, Disease, Findings, Lesion
-from salsa_node.series import DIRECTION_TOLERANCE, PIXEL_SPACING_TOLERANCE_MM, UNDECODABLE
+from salsa_node.series import UNDECODABLE
+from salsa_node.slice_geometry import DIRECTION_TOLERANCE, PIXEL_SPACING_TOLERANCE_MM
 
 Mask = npt.NDArray[np.bool_]
 Indices = npt.NDArray[np.int64]

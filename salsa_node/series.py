@@ -1,14 +1,14 @@
 """A CT series on disk: put the slices in order, check the geometry, read the voxels.
 
-Slices are sorted by their position along the normal of Image Orientation (Patient), never by
-Instance Number, and spaced by their positions, never by Slice Thickness (PS3.3 C.7.6.2.1.1).
-What is not one regular grid is rejected with the numbers found, never repaired.
+What is not one regular grid is rejected with the numbers found, never repaired. Uncompressed series are
+read by `native_image`, all others by pydicom; both give the same voxels, and every verdict is pydicom's.
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -27,21 +27,15 @@ from pydicom.uid import (
     ImplicitVRLittleEndian,
 )
 
+from salsa_node import native_image, slice_geometry
 from salsa_node.errors import SeriesRejected
+from salsa_node.native_image import PADDING_HU, NativePixels
+from salsa_node.slice_geometry import Stack
 from salsa_node.uids import digest
 from salsa_node.volume import CtVolume, Grid
 
 # pydicom would quote odd values, patient names among them, in warnings on standard error.
 pydicom_config.settings.reading_validation_mode = pydicom_config.IGNORE
-
-MIN_SLICES = 3  #: two slices have a distance but no evidence that it is regular
-PADDING_HU = -1024  #: what Pixel Padding Value becomes: air, as scanners write outside the circle they reconstruct
-SAME_POSITION_MM = 0.01  #: slices nearer than this are one position twice; the thinnest CT steps are above 0.1 mm
-SPACING_TOLERANCE_MM = 0.1  #: positions written with one decimal are off by 0.05 mm at either end of a step
-SPACING_TOLERANCE = 0.02  #: or this share of the spacing; no volume changes by more
-TILT_TOLERANCE_PIXELS = 0.1  #: sideways drift of any slice; a tenth of a pixel changes no voxel's place
-DIRECTION_TOLERANCE = 1e-3  #: cosines written with four decimals
-PIXEL_SPACING_TOLERANCE_MM = 1e-4  #: 0.05 mm over 512 pixels
 
 #: What says whose an image is, and how a verdict calls several of it. An absent value and an empty one are the same.
 WHOSE = {
@@ -78,6 +72,7 @@ _TAGS = [
 _ONE_SERIES = {**WHOSE, "SeriesInstanceUID": "series"}
 _ONE_VOLUME = {"FrameOfReferenceUID": "frames of reference", "Rows": "row counts", "Columns": "column counts"}
 _NATIVE = (ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian)
+_READERS = 2  # threads; copying from the page cache keeps two busy, and hardly more
 _PADDING = {"PixelPaddingValue": "Pixel Padding Value", "PixelPaddingRangeLimit": "Pixel Padding Range Limit"}
 _COUNTS = ("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "BitsAllocated")
 UNREADABLE = (  #: what pydicom raises over damaged headers, as fuzzing found
@@ -97,10 +92,11 @@ UNDECODABLE = (*UNREADABLE, IndexError, RuntimeError)  #: and its decoders over 
 
 @dataclass(frozen=True, slots=True)
 class Instance:
-    """One image of a series: its UID and where its file lies."""
+    """One image of a series: its UID, where its file lies, and where in it the pixels are, if they are uncompressed."""
 
     sop_instance_uid: str
     path: Path
+    native: NativePixels | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -130,58 +126,86 @@ def inspect(paths: Iterable[Path]) -> Series:
     Raises SeriesRejected with what was found and expected.
     """
     files = tuple(paths)
-    images = [_read_header(path, f"file {n} of {len(files)}") for n, path in enumerate(files, start=1)]
-    _check_one_series(images)
-    _check_kind(images)
-    if len(images) < MIN_SLICES:
-        raise SeriesRejected(f"{len(images)} slice(s); a volume needs at least {MIN_SLICES}")
-    _check_present(images)
-    _check_same(images, _ONE_VOLUME)
-    row, column = _directions(images)
-    spacing_mm = _pixel_spacing(images)
-    normal = np.cross(row, column)
-    positions = _numbers(images, "ImagePositionPatient")
-    order = np.argsort(positions @ normal, kind="stable")
-    positions = positions[order]
-    step_mm = _check_regular(positions, normal, min(spacing_mm))
-
-    affine = np.eye(4)
-    affine[:3, 0] = normal * step_mm
-    affine[:3, 1] = column * spacing_mm[0]
-    affine[:3, 2] = row * spacing_mm[1]
-    affine[:3, 3] = positions[0]
-    first = images[0]
-    return Series(
-        study_uid=str(first.StudyInstanceUID),
-        series_uid=str(first.SeriesInstanceUID),
-        instances=tuple(Instance(str(images[n].SOPInstanceUID), files[n]) for n in order),
-        grid=Grid((len(images), int(first.Rows), int(first.Columns)), affine, first.get("FrameOfReferenceUID") or None),
-    )
+    return _native_series(files) or _series(files)
 
 
 def read_volume(series: Series) -> CtVolume:
     """The voxels of a series in Hounsfield units: stored value x slope + intercept, slice by slice.
 
-    int16 where every value is a whole number that fits, float32 otherwise. Pixels that hold the
-    Pixel Padding Value (or lie in the padding range) become PADDING_HU. MONOCHROME1 only tells a
-    screen to invert and changes nothing here. Raises SeriesRejected where an image cannot be decoded.
+    int16 where every value is a whole number, float32 otherwise. Pixels that hold the Pixel Padding Value
+    (or lie in the padding range) become PADDING_HU. MONOCHROME1 only tells a screen to invert and changes
+    nothing here. Raises SeriesRejected where an image cannot be decoded, or holds what is no CT number.
     """
-    total = len(series.instances)
-    slices = [
-        _read_slice(instance, f"image {n} of {total}", series.grid.shape[1:])
-        for n, instance in enumerate(series.instances, start=1)
-    ]
-    whole = all(hu.dtype == np.int16 for hu in slices)
-    return CtVolume(
-        voxels_hu=np.stack(slices, dtype=np.int16) if whole else np.stack(slices, dtype=np.float32),
-        grid=series.grid,
-        slice_sop_uids=tuple(instance.sop_instance_uid for instance in series.instances),
-    )
+    whole = np.empty(series.grid.shape, dtype=np.int16)
+    voxels: npt.NDArray[np.int16] | npt.NDArray[np.float32] = whole
+    for n in _left_by_native(series, whole):
+        hu = _read_slice(series.instances[n], f"image {n + 1} of {len(series.instances)}", series.grid.shape[1:])
+        if hu.dtype == np.float32 and voxels is whole:
+            voxels = whole.astype(np.float32)
+        voxels[n] = hu
+    return CtVolume(voxels, series.grid, tuple(instance.sop_instance_uid for instance in series.instances))
+
+
+def _left_by_native(series: Series, voxels: npt.NDArray[np.int16]) -> list[int]:
+    """Fill in what is plainly uncompressed; which slices remain."""
+
+    def share(first: int) -> list[int]:
+        mine = range(first, len(series.instances), _READERS)
+        return [n for n in mine if not _filled(series.instances[n], voxels[n])]
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        return sorted(n for left in pool.map(share, range(_READERS)) for n in left)
+
+
+def _filled(instance: Instance, plane_hu: npt.NDArray[np.int16]) -> bool:
+    try:
+        return instance.native is not None and instance.native.read_into(instance.path, plane_hu)
+    except OSError:
+        return False
 
 
 def headers(series: Series) -> list[pydicom.Dataset]:
     """The whole headers of a series without pixel data, in slice order."""
     return [pydicom.dcmread(instance.path, stop_before_pixels=True) for instance in series.instances]
+
+
+def _native_series(files: Sequence[Path]) -> Series | None:
+    """The series where every file is plainly in order; None where pydicom has to look, whose verdict is final."""
+    images = [image for path in files if (image := native_image.read_header(path)) is not None]
+    one = len(images) == len(files) and len({(image.alike, image.shape) for image in images}) == 1
+    if not one or len({image.sop_instance_uid for image in images}) < len(images):
+        return None
+    try:
+        first = _read_header(files[0], "")
+        stack = slice_geometry.stack(
+            *(np.array([getattr(i, k) for i in images]) for k in ("position_lps_mm", "cosines", "spacing_mm"))
+        )
+    except SeriesRejected:
+        return None
+    instances = [Instance(images[n].sop_instance_uid, files[n], images[n].pixels) for n in stack.order]
+    return _made(first, instances, stack)
+
+
+def _series(files: Sequence[Path]) -> Series:
+    images = [_read_header(path, f"file {n} of {len(files)}") for n, path in enumerate(files, start=1)]
+    _check_one_series(images)
+    _check_kind(images)
+    slice_geometry.check_count(len(images))
+    _check_present(images)
+    _check_same(images, _ONE_VOLUME)
+    planes = [_numbers(images, k) for k in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")]
+    stack = slice_geometry.stack(*planes)
+    return _made(images[0], [Instance(str(images[n].SOPInstanceUID), files[n]) for n in stack.order], stack)
+
+
+def _made(first: pydicom.Dataset, instances: Sequence[Instance], stack: Stack) -> Series:
+    shape = (len(instances), int(first.Rows), int(first.Columns))
+    return Series(
+        study_uid=str(first.StudyInstanceUID),
+        series_uid=str(first.SeriesInstanceUID),
+        instances=tuple(instances),
+        grid=Grid(shape, stack.affine_lps_mm, first.get("FrameOfReferenceUID") or None),
+    )
 
 
 def convert(ds: pydicom.Dataset) -> None:
@@ -305,83 +329,6 @@ def _numbers(images: Sequence[pydicom.Dataset], keyword: str) -> npt.NDArray[np.
     return numbers
 
 
-def _directions(images: Sequence[pydicom.Dataset]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Unit vectors along a row and down a column, of all images alike."""
-    cosines = _numbers(images, "ImageOrientationPatient")
-    apart = np.abs(cosines - cosines[0]).max()
-    if not apart <= DIRECTION_TOLERANCE:
-        raise SeriesRejected(
-            f"images of different orientations in one series (direction cosines differ by {apart:.4f})"
-        )
-    row, column = cosines[0, :3], cosines[0, 3:]
-    lengths = np.linalg.norm(row), np.linalg.norm(column)
-    if not (np.abs(np.array(lengths) - 1) <= DIRECTION_TOLERANCE).all() or not abs(row @ column) <= DIRECTION_TOLERANCE:
-        raise SeriesRejected("Image Orientation (Patient) is not two perpendicular unit vectors")
-    row = row / lengths[0]
-    column = column - (column @ row) * row
-    return row, column / np.linalg.norm(column)
-
-
-def _pixel_spacing(images: Sequence[pydicom.Dataset]) -> tuple[float, float]:
-    """Distance between rows and between columns in mm, of all images alike."""
-    spacings = _numbers(images, "PixelSpacing")
-    apart = np.ptp(spacings, axis=0).max()
-    if not apart <= PIXEL_SPACING_TOLERANCE_MM:
-        raise SeriesRejected(f"images of different pixel spacings in one series (they differ by {apart:.4f} mm)")
-    between_rows, between_columns = (float(x) for x in spacings[0])
-    if between_rows <= 0 or between_columns <= 0:
-        raise SeriesRejected(
-            f"Pixel Spacing of {between_rows:g} and {between_columns:g} mm; expected two positive numbers"
-        )
-    return between_rows, between_columns
-
-
-def _check_regular(positions: npt.NDArray[np.float64], normal: npt.NDArray[np.float64], pixel_mm: float) -> float:
-    """The distance between slices, once they prove to stand behind each other at one distance."""
-    along = positions @ normal
-    steps = np.diff(along)
-    doubled = int((steps < SAME_POSITION_MM).sum())
-    if doubled == len(steps):
-        raise SeriesRejected(f"all {len(positions)} slices lie at one position; expected one slice at each position")
-    faults = []
-    if doubled:
-        faults.append(
-            f"{doubled} of {len(positions)} slices lie where another one lies; expected one slice at each position"
-        )
-    sideways = (positions - positions[0]) - np.outer(along - along[0], normal)
-    drift_mm = float(np.linalg.norm(sideways, axis=1).max())
-    if drift_mm > TILT_TOLERANCE_PIXELS * pixel_mm:
-        degrees = np.degrees(np.arctan2(np.linalg.norm(sideways[-1]), along[-1] - along[0]))
-        faults.append(
-            f"slices are sheared by {degrees:.1f} degrees (gantry tilt), {drift_mm:.1f} mm at most; expected none"
-        )
-    step_mm = float((along[-1] - along[0]) / len(steps))
-    off_mm = np.abs(along - (along[0] + step_mm * np.arange(len(along)))).max()
-    if off_mm > max(SPACING_TOLERANCE_MM, SPACING_TOLERANCE * step_mm) and not doubled:
-        faults.append(_describe_steps(steps))
-    if faults:
-        raise SeriesRejected("; ".join(faults))
-    return step_mm
-
-
-def _describe_steps(steps: npt.NDArray[np.float64]) -> str:
-    """What is wrong with these distances between slices: slices missing, or no regular spacing at all."""
-    usual = float(np.median(steps))
-    odd = np.flatnonzero(np.abs(steps - usual) > max(SPACING_TOLERANCE_MM, SPACING_TOLERANCE * usual))
-    times = steps[odd] / usual
-    if len(odd) and (times > 1.5).all() and (np.abs(times - np.rint(times)) < SPACING_TOLERANCE * times + 0.02).all():
-        missing = int((np.rint(times) - 1).sum())
-        widest = odd[np.argmax(times)]
-        return (
-            f"{missing} of {len(steps) + 1 + missing} slices missing: gap of {steps[widest]:.1f} mm "
-            f"after slice {widest + 1}, spacing is {usual:.1f} mm"
-        )
-    return (
-        f"irregular slice spacing: steps from {steps.min():.2f} to {steps.max():.2f} mm, median {usual:.2f} mm; "
-        "expected one spacing"
-    )
-
-
 def _read_slice(
     instance: Instance, which: str, shape: tuple[int, ...]
 ) -> npt.NDArray[np.int16] | npt.NDArray[np.float32]:
@@ -406,8 +353,14 @@ def _read_slice(
         numbers = [value for value in padding if value is not None]
         hu[(stored >= min(numbers)) & (stored <= max(numbers))] = PADDING_HU
     limits = np.iinfo(np.int16)
-    whole = np.array_equal(hu, np.rint(hu)) and hu.min() >= limits.min and hu.max() <= limits.max
-    return hu.astype(np.int16) if whole else hu.astype(np.float32)
+    beyond = int(((hu < limits.min) | (hu > limits.max)).sum())
+    if beyond:
+        kind = "signed" if ds.PixelRepresentation else "unsigned"
+        raise SeriesRejected(
+            f"{which} holds {beyond} pixels beyond 16 bits, from {hu.min():.0f} to {hu.max():.0f} HU, which is no CT; "
+            f"its pixels are declared {kind} (Pixel Representation {ds.PixelRepresentation}): declared wrongly?"
+        )
+    return hu.astype(np.int16) if np.array_equal(hu, np.rint(hu)) else hu.astype(np.float32)
 
 
 def _signed_like(ds: pydicom.Dataset, value: object, malformed: str) -> int | None:

@@ -1,0 +1,140 @@
+"""How the slices of one series lie in the patient: one regular grid, or a verdict that says what was found.
+
+Slices are put in order by their position along the normal of Image Orientation (Patient), and spaced by their
+positions (PS3.3 C.7.6.2.1.1): not by Instance Number, Slice Location, Slice Thickness, Spacing Between Slices or
+the sign of Gantry/Detector Tilt, which scanners fill in as they please.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from salsa_node.errors import SeriesRejected
+from salsa_node.volume import Affine
+
+Numbers = npt.NDArray[np.float64]
+
+MIN_SLICES = 3  #: two slices have a distance but no evidence that it is regular
+SAME_POSITION_MM = 0.01  #: slices nearer than this are one position twice; the thinnest CT steps are above 0.1 mm
+SPACING_TOLERANCE_MM = 0.1  #: positions written with one decimal are off by 0.05 mm at either end of a step
+SPACING_TOLERANCE = 0.02  #: or this share of the spacing; no volume changes by more
+TILT_TOLERANCE_PIXELS = 0.1  #: sideways drift of any slice; a tenth of a pixel changes no voxel's place
+DIRECTION_TOLERANCE = 1e-3  #: cosines written with four decimals
+PIXEL_SPACING_TOLERANCE_MM = 1e-4  #: 0.05 mm over 512 pixels
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Stack:
+    """How slices make one grid.
+
+    order: of each slice along the grid's slice axis, its place among the images given.
+    affine_lps_mm: (4, 4), as in `volume.Grid`; its slice axis is the normal (row direction x column direction), so
+        that an axial series of a supine patient runs from the feet to the head.
+    """
+
+    order: tuple[int, ...]
+    affine_lps_mm: Affine
+
+
+def check_count(slices: int) -> None:
+    """Raises SeriesRejected where so many slices cannot prove to be a volume."""
+    if slices < MIN_SLICES:
+        raise SeriesRejected(f"{slices} slice(s); a volume needs at least {MIN_SLICES}")
+
+
+def stack(positions_lps_mm: Numbers, cosines: Numbers, spacings_mm: Numbers) -> Stack:
+    """The grid that slices make; all arguments as (images, values) of the attributes of those names.
+
+    Raises SeriesRejected with what was found and expected.
+    """
+    check_count(len(positions_lps_mm))
+    row, column = _directions(cosines)
+    spacing_mm = _pixel_spacing(spacings_mm)
+    normal = np.cross(row, column)
+    order = np.argsort(positions_lps_mm @ normal, kind="stable")
+    positions = positions_lps_mm[order]
+    step_mm = _check_regular(positions, normal, min(spacing_mm))
+    affine = np.eye(4)
+    affine[:3, 0] = normal * step_mm
+    affine[:3, 1] = column * spacing_mm[0]
+    affine[:3, 2] = row * spacing_mm[1]
+    affine[:3, 3] = positions[0]
+    return Stack(tuple(int(n) for n in order), affine)
+
+
+def _directions(cosines: Numbers) -> tuple[Numbers, Numbers]:
+    """Unit vectors along a row and down a column, of all images alike."""
+    apart = np.abs(cosines - cosines[0]).max()
+    if not apart <= DIRECTION_TOLERANCE:
+        raise SeriesRejected(
+            f"images of different orientations in one series (direction cosines differ by {apart:.4f})"
+        )
+    row, column = cosines[0, :3], cosines[0, 3:]
+    lengths = np.linalg.norm(row), np.linalg.norm(column)
+    if not (np.abs(np.array(lengths) - 1) <= DIRECTION_TOLERANCE).all() or not abs(row @ column) <= DIRECTION_TOLERANCE:
+        raise SeriesRejected("Image Orientation (Patient) is not two perpendicular unit vectors")
+    row = row / lengths[0]
+    column = column - (column @ row) * row
+    return row, column / np.linalg.norm(column)
+
+
+def _pixel_spacing(spacings: Numbers) -> tuple[float, float]:
+    """Distance between rows and between columns in mm, of all images alike."""
+    apart = np.ptp(spacings, axis=0).max()
+    if not apart <= PIXEL_SPACING_TOLERANCE_MM:
+        raise SeriesRejected(f"images of different pixel spacings in one series (they differ by {apart:.4f} mm)")
+    between_rows, between_columns = (float(x) for x in spacings[0])
+    if between_rows <= 0 or between_columns <= 0:
+        raise SeriesRejected(
+            f"Pixel Spacing of {between_rows:g} and {between_columns:g} mm; expected two positive numbers"
+        )
+    return between_rows, between_columns
+
+
+def _check_regular(positions: Numbers, normal: Numbers, pixel_mm: float) -> float:
+    """The distance between slices, once they prove to stand behind each other at one distance."""
+    along = positions @ normal
+    steps = np.diff(along)
+    doubled = int((steps < SAME_POSITION_MM).sum())
+    if doubled == len(steps):
+        raise SeriesRejected(f"all {len(positions)} slices lie at one position; expected one slice at each position")
+    faults = []
+    if doubled:
+        faults.append(
+            f"{doubled} of {len(positions)} slices lie where another one lies; expected one slice at each position"
+        )
+    sideways = (positions - positions[0]) - np.outer(along - along[0], normal)
+    drift_mm = float(np.linalg.norm(sideways, axis=1).max())
+    if drift_mm > TILT_TOLERANCE_PIXELS * pixel_mm:
+        degrees = np.degrees(np.arctan2(np.linalg.norm(sideways[-1]), along[-1] - along[0]))
+        faults.append(
+            f"slices are sheared by {degrees:.1f} degrees (gantry tilt), {drift_mm:.1f} mm at most; expected none"
+        )
+    step_mm = float((along[-1] - along[0]) / len(steps))
+    off_mm = np.abs(along - (along[0] + step_mm * np.arange(len(along)))).max()
+    if off_mm > max(SPACING_TOLERANCE_MM, SPACING_TOLERANCE * step_mm) and not doubled:
+        faults.append(_describe_steps(steps))
+    if faults:
+        raise SeriesRejected("; ".join(faults))
+    return step_mm
+
+
+def _describe_steps(steps: Numbers) -> str:
+    """What is wrong with these distances between slices: slices missing, or no regular spacing at all."""
+    usual = float(np.median(steps))
+    odd = np.flatnonzero(np.abs(steps - usual) > max(SPACING_TOLERANCE_MM, SPACING_TOLERANCE * usual))
+    times = steps[odd] / usual
+    if len(odd) and (times > 1.5).all() and (np.abs(times - np.rint(times)) < SPACING_TOLERANCE * times + 0.02).all():
+        missing = int((np.rint(times) - 1).sum())
+        widest = odd[np.argmax(times)]
+        return (
+            f"{missing} of {len(steps) + 1 + missing} slices missing: gap of {steps[widest]:.1f} mm "
+            f"after slice {widest + 1}, spacing is {usual:.1f} mm"
+        )
+    return (
+        f"irregular slice spacing: steps from {steps.min():.2f} to {steps.max():.2f} mm, median {usual:.2f} mm; "
+        "expected one spacing"
+    )
