@@ -12,7 +12,7 @@ from typing import Final
 
 import numpy as np
 import numpy.typing as npt
-from scipy.ndimage import distance_transform_edt
+from scipy.ndimage import distance_transform_edt, find_objects
 
 from salsa_node.findings import Findings
 from salsa_node.limits import Limits
@@ -20,6 +20,8 @@ from salsa_node.pipelines import Flag
 from salsa_node.volume import CtVolume, Grid
 
 Mask = npt.NDArray[np.bool_]
+Labels = npt.NDArray[np.unsignedinteger]
+Box = tuple[slice, ...]
 Indices = npt.NDArray[np.int64]
 Hu = npt.NDArray[np.int16] | npt.NDArray[np.float32]
 
@@ -28,6 +30,7 @@ LIVER_HU: Final = (0.0, 250.0)  # where the middle of a liver's attenuation can 
 SOFT_TISSUE_HU: Final = -50.0  # fat lies below, air far below; so does the mean of no lesion but a rare fatty one
 WITHIN_HU: Final = 50.0  # of that middle: parenchyma and its noise
 BETTER_BY: Final = 0.15  # so much better must a mirrored mask fit (phantoms: 0.2)
+ENOUGH_VOXELS: Final = 300  # of a liver on the sparse grid, to tell by their attenuation how it lies
 FITS: Final = 0.3  # so well must it fit then (livers of phantoms and of real CT: 0.57 and more)
 FITS_NOWHERE: Final = 0.1  # what fits no better than that, as it is, was not drawn along a liver
 _SHELL_MM: Final = (3.0, 10.0)  # around the liver: what looks like liver there speaks against the mask
@@ -44,9 +47,10 @@ def flags(ct: CtVolume, findings: Findings, limits: Limits) -> tuple[Flag, ...]:
     grid = findings.lesion_labels.grid
     found = list(_of_slices(grid, findings))
     organ = findings.organ.labels == 1 if findings.organ is not None else None
-    if organ is not None and organ.any():
+    if organ is not None:
         found += _of_liver(ct, organ, findings, limits)
-        found += _of_lesions(organ, findings, limits)
+    if organ is not None and np.count_nonzero(organ[_sparse(grid)]) >= ENOUGH_VOXELS:
+        found += _of_place(ct, organ, limits)
     elif findings.lesions:
         found.append(
             Flag(
@@ -55,6 +59,8 @@ def flags(ct: CtVolume, findings: Findings, limits: Limits) -> tuple[Flag, ...]:
                 "images. Whether the lesions lie in the liver is not known either.",
             )
         )
+    if organ is not None and organ.any():
+        found += _of_lesions(organ, findings, limits)
     found += _of_attenuation(findings, limits, explained=any(flag.name == "mirrored" for flag in found))
     return tuple(sorted(found, key=lambda flag: not flag.blocks))
 
@@ -85,13 +91,16 @@ def _of_liver(ct: CtVolume, organ: Mask, findings: Findings, limits: Limits) -> 
             f"Implausible liver volume: {volume_ml:.0f} cm3, expected {limits.min_liver_ml:.0f} to "
             f"{limits.max_liver_ml:.0f} cm3.",
         )
-    share = _share_of_body(ct, organ)
+    share = _share_of_body(ct, organ) if organ.any() else 0.0
     if share > limits.max_share_of_body:
         yield Flag(
             "not_an_abdomen",
             f"What was taken for the liver fills {100 * share:.0f} % of the body's cross-section, at most "
             f"{100 * limits.max_share_of_body:.0f} % are plausible: this may not be an abdomen.",
         )
+
+
+def _of_place(ct: CtVolume, organ: Mask, limits: Limits) -> Iterable[Flag]:
     fit, mirrored = _fit(ct, organ)
     if mirrored:
         yield Flag(
@@ -114,11 +123,10 @@ def _of_liver(ct: CtVolume, organ: Mask, findings: Findings, limits: Limits) -> 
 
 
 def _of_lesions(organ: Mask, findings: Findings, limits: Limits) -> Iterable[Flag]:
-    labels = findings.lesion_labels.labels
-    near = _Near.of(organ, findings.lesion_labels.grid)
+    labels, grid = findings.lesion_labels.labels, findings.lesion_labels.grid
+    boxes = find_objects(labels)
     for lesion in findings.lesions:
-        voxels = np.argwhere(labels == lesion.number)
-        share = float(np.mean(organ[tuple(voxels.T)] | (near.mm(voxels) <= limits.near_liver_mm)))
+        share = _share_near(labels, lesion.number, boxes[lesion.number - 1], organ, grid, limits.near_liver_mm)
         if share < limits.min_share_in_liver:
             yield Flag(
                 "lesion_outside_liver",
@@ -140,11 +148,16 @@ def _of_attenuation(findings: Findings, limits: Limits, *, explained: bool) -> I
     yield Flag("not_soft_tissue", text, blocks=most and limits.mirrored == "block")
 
 
+def _sparse(grid: Grid) -> Box:
+    """Every n-th voxel: enough for lengths of millimetres."""
+    return tuple(slice(None, None, max(1, int(_COARSE_MM / mm))) for mm in grid.spacing_mm)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Near:
-    """How far from the liver, on every n-th voxel: enough for lengths of millimetres.
+    """How far from a liver that is there, on the sparse grid.
 
-    apart_mm: (slices, rows, columns) of the coarse grid. stride: voxels of the CT a step.
+    apart_mm: (slices, rows, columns) of the sparse grid. stride: voxels of the CT a step.
     """
 
     apart_mm: npt.NDArray[np.float64]
@@ -152,22 +165,27 @@ class _Near:
 
     @classmethod
     def of(cls, organ: Mask, grid: Grid) -> _Near:
-        stride = np.array([max(1, int(_COARSE_MM / mm)) for mm in grid.spacing_mm])
-        coarse = organ[tuple(slice(None, None, step) for step in stride)]
-        if not coarse.any():
-            return cls(np.full(coarse.shape, np.inf), stride)
-        apart_mm: npt.NDArray[np.float64] = distance_transform_edt(~coarse, sampling=stride * grid.spacing_mm)
+        places = _sparse(grid)
+        stride = np.array([place.step for place in places])
+        apart_mm: npt.NDArray[np.float64] = distance_transform_edt(~organ[places], sampling=stride * grid.spacing_mm)
         return cls(apart_mm, stride)
-
-    def mm(self, voxels: Indices) -> npt.NDArray[np.float64]:
-        """The distance of each (n, 3) index of the CT's grid from the liver."""
-        at: npt.NDArray[np.float64] = self.apart_mm[tuple((voxels // self.stride).T)]
-        return at
 
     def between(self, more_than_mm: float, at_most_mm: float) -> Indices:
         """(n, 3) indices of the CT's grid that lie so far from the liver; from -1 on, those inside it."""
         found: Indices = np.argwhere((self.apart_mm > more_than_mm) & (self.apart_mm <= at_most_mm)) * self.stride
         return found
+
+
+def _share_near(labels: Labels, number: int, box: Box, organ: Mask, grid: Grid, near_mm: float) -> float:
+    """The share of that lesion's voxels in the organ or at most `near_mm` from it; `box` is where the lesion lies."""
+    reach = [int(near_mm / mm) + 1 for mm in grid.spacing_mm]
+    around = tuple(slice(max(0, part.start - by), part.stop + by) for part, by in zip(box, reach, strict=True))
+    lesion, nearby = labels[around] == number, organ[around]
+    inside = nearby[lesion]
+    if inside.all() or not nearby.any():
+        return float(inside.mean())
+    apart_mm = distance_transform_edt(~nearby, sampling=grid.spacing_mm)
+    return float(np.mean(apart_mm[lesion] <= near_mm))
 
 
 def _share_of_body(ct: CtVolume, organ: Mask) -> float:
@@ -201,18 +219,23 @@ def _looks_like_liver(liver_hu: Hu, voxels_hu: Hu) -> float:
     """The share of `voxels_hu` near the middle of `liver_hu`, which must be one that livers have; 0 for no voxels."""
     if not len(voxels_hu):
         return 0.0
-    middle = np.clip(np.median(liver_hu), *LIVER_HU)
+    known = liver_hu[np.isfinite(liver_hu)]
+    if not len(known):
+        return 0.0
+    middle = np.clip(np.median(known), *LIVER_HU)
     return float(np.mean(np.abs(voxels_hu - middle) <= WITHIN_HU))
 
 
 def _on_the_left(ct: CtVolume, organ: Mask) -> bool:
     """Whether most of the liver lies left of the body's middle (LPS: x grows to the left)."""
-    k = int(np.argmax(organ.sum(axis=(1, 2))))
-    grid = ct.grid
-    rows, columns = np.nonzero(ct.voxels_hu[k] > BODY_HU)
-    middle_x = np.mean([grid.to_lps_mm((k, rows[n], columns[n]))[0] for n in (columns.argmin(), columns.argmax())])
-    if abs(grid.affine_lps_mm[0, 2]) < abs(grid.affine_lps_mm[0, 1]):
-        middle_x = np.mean([grid.to_lps_mm((k, rows[n], columns[n]))[0] for n in (rows.argmin(), rows.argmax())])
-    slices, of_rows, of_columns = np.nonzero(organ)
-    x = grid.affine_lps_mm[0] @ np.array([slices.mean(), of_rows.mean(), of_columns.mean(), 1.0])
-    return bool(x > middle_x)
+    directions = np.abs(ct.grid.affine_lps_mm[:3, :3] / ct.grid.spacing_mm)
+    across = int(np.argmax(directions[0]))
+    along = max((axis for axis in range(3) if axis != across), key=lambda axis: directions[2, axis])
+    level = int(np.argmax(np.count_nonzero(organ, axis=tuple(axis for axis in range(3) if axis != along))))
+    body = np.take(ct.voxels_hu, level, axis=along) > BODY_HU  # the cross-section of the body with most liver
+    there = np.flatnonzero(body.any(axis=1 if across < 3 - across - along else 0))
+    if not len(there):
+        return False
+    liver = np.count_nonzero(organ, axis=tuple(axis for axis in range(3) if axis != across))
+    beyond = np.average(np.arange(len(liver)), weights=liver) - (there[0] + there[-1]) / 2
+    return bool(beyond * ct.grid.affine_lps_mm[0, across] > 0)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import permutations
 
 import made_findings as made
 import numpy as np
@@ -152,3 +153,140 @@ def test_thick_slices_are_flagged():
     assert [f.name for f in thin] == ["laterality_unchecked"]
     assert [f.name for f in thick] == ["thick_slices", "laterality_unchecked"]
     assert "2.5 mm apart" in thick[0].text
+
+
+# ---- made volumes: the answer known by how they were drawn ------------------------------------------
+
+PLAIN = Grid((24, 40, 60), np.array([[0, 0, 4.0, -120], [0, 4.0, 0, -80], [5.0, 0, 0, 0], [0, 0, 0, 1]]))
+HERE = (slice(6, 18), slice(12, 28), slice(6, 26))  # in the right half; its mirror image lies clear of it
+
+
+def drawn(*parts: tuple[tuple[slice, ...], float], everywhere: float = -100.0) -> np.ndarray:
+    hu = np.full(PLAIN.shape, everywhere, dtype=np.float32)
+    for where, value in parts:
+        hu[where] = value
+    return hu
+
+
+def of_made(hu: np.ndarray, organ: tuple[slice, ...] | np.ndarray, lesions: np.ndarray | None = None, **limits: object):
+    mask = np.zeros(PLAIN.shape)
+    mask[organ] = 1
+    return flagged(CtVolume(hu, PLAIN), mask, np.zeros(PLAIN.shape) if lesions is None else lesions, **limits)
+
+
+def mirror_of(where: tuple[slice, ...]) -> tuple[slice, ...]:
+    return (*where[:2], slice(PLAIN.shape[2] - where[2].stop, PLAIN.shape[2] - where[2].start))
+
+
+@pytest.mark.parametrize("value", [-1000.0, np.nan])
+def test_a_body_of_air_is_no_liver_and_breaks_nothing(value):
+    flags = of_made(drawn(everywhere=value), HERE)
+    assert set(flags) == {"not_an_abdomen", "not_like_a_liver"}
+
+
+def test_where_most_of_the_liver_lies_in_air_its_side_is_not_judged():
+    hu = drawn((HERE, 100.0))
+    hu[10] = -1000.0
+    organ = np.zeros(PLAIN.shape, dtype=bool)
+    organ[HERE] = True
+    organ[10, 10:30, 4:28] = True
+    assert set(of_made(hu, organ)) == {"not_an_abdomen"}
+
+
+def test_a_liver_mask_without_a_voxel_is_flagged():
+    flags = of_made(drawn((HERE, 100.0)), np.zeros(PLAIN.shape, dtype=bool))
+    assert set(flags) == {"liver_volume"}
+    assert "0 cm3" in flags["liver_volume"].text
+    lesions = np.zeros(PLAIN.shape)
+    lesions[HERE] = 1
+    assert "laterality_unchecked" in of_made(drawn((HERE, 100.0)), np.zeros(PLAIN.shape, dtype=bool), lesions)
+
+
+@pytest.mark.parametrize("edge", ["first", "last"])
+def test_the_slice_that_cuts_the_liver_is_named(edge):
+    where = (slice(0, 14) if edge == "first" else slice(12, 24), *HERE[1:])
+    flags = of_made(drawn((where, 100.0)), where)
+    assert f"reaches the {edge} " in flags["liver_cut_off"].text
+
+
+def test_a_single_voxel_that_stands_out_in_a_mirrored_liver_changes_nothing():
+    for odd in (HERE, mirror_of(HERE)):
+        hu = drawn((mirror_of(HERE), 100.0))
+        hu[odd][0, 0, 0] = np.nan
+        assert "mirrored" in of_made(hu, HERE)
+
+
+def test_some_voxels_of_liver_are_not_enough_to_call_them_mirrored():
+    few = (slice(8, 14), slice(14, 20), slice(8, 14))
+    assert guards.ENOUGH_VOXELS > 6**3
+    lesions = np.zeros(PLAIN.shape)
+    lesions[9, 15, 9] = 1
+    flags = of_made(drawn((mirror_of(few), 100.0)), few, lesions)
+    assert "mirrored" not in flags
+    assert "laterality_unchecked" in flags
+    assert "mirrored" in of_made(drawn((mirror_of(HERE), 100.0)), HERE)
+
+
+def test_air_under_the_mask_is_not_its_own_kind_of_liver():
+    """A homogeneous cavity stands out from what is around it as a liver does; its attenuation is none of a liver."""
+    assert "mirrored" in of_made(drawn((HERE, -1000.0), (mirror_of(HERE), 100.0)), HERE)
+
+
+@pytest.mark.parametrize(("share", "mirrored"), [(0.77, True), (0.73, False)])
+def test_how_much_better_a_mirrored_mask_must_fit(share, mirrored):
+    hu = drawn((HERE, 160.0), (mirror_of(HERE), 160.0))
+    for where, like_liver in ((HERE, 0.6), (mirror_of(HERE), share)):
+        there = hu[where]
+        there[np.random.default_rng(1).permutation(there.size).reshape(there.shape) < like_liver * there.size] = 100
+    assert ("mirrored" in of_made(hu, HERE)) == mirrored
+
+
+@pytest.mark.parametrize("far", [3, 2])
+def test_half_of_a_lesion_must_lie_near_the_liver(far):
+    """Five voxels in a row: two are near the liver and three far, or the other way round."""
+    lesions = np.zeros(PLAIN.shape)
+    start = 26 + 2 - (5 - far)  # 4 mm a column: two columns lie within 10 mm
+    lesions[10, 15, start : start + 5] = 1
+    flags = of_made(drawn((HERE, 100.0), ((10, 15, slice(26, 40)), 100.0)), HERE, lesions)
+    assert ("lesion_outside_liver" in flags) == (far == 3)
+    if far == 3:
+        assert "40 % of it" in flags["lesion_outside_liver"].text
+
+
+def test_a_liver_that_lies_between_the_voxels_of_a_coarser_grid_is_seen():
+    fine = Grid((40, 40, 40), np.array([[0, 0, 0.5, 0], [0, 0.5, 0, 0], [1.0, 0, 0, 0], [0, 0, 0, 1.0]]))
+    organ, lesions = np.zeros(fine.shape), np.zeros(fine.shape)
+    organ[19:22, 19, 17:20] = 1
+    lesions[20:22, 19, 23:26] = 1  # 2 mm to the left
+    ct = CtVolume(np.full(fine.shape, 50, dtype=np.int16), fine)
+    assert "lesion_outside_liver" not in flagged(ct, organ, lesions)
+    assert "lesion_outside_liver" in flagged(ct, organ, lesions, near_liver_mm=1.0)
+
+
+@pytest.mark.parametrize("orientation", ["SPL", "SLP", "LPS", "RIA", "ASR"])
+def test_the_side_of_the_liver_is_known_however_the_slices_lie(orientation):
+    shape, spacing = [0, 0, 0], [0.0, 0.0, 0.0]
+    for axis, letter in enumerate(orientation):
+        shape[axis], spacing[axis] = (32, 6.0) if letter in "SI" else (96, 3.0)
+    patient = phantom.make(phantom.Recipe(3, shape=tuple(shape), spacing_mm=tuple(spacing), orientation=orientation))
+    nothing = np.zeros(patient.ct.grid.shape)
+    assert "liver_on_the_left" not in flagged(patient.ct, patient.liver.labels, nothing)
+    axis = left_right_axis(patient.ct.grid)
+    ct = CtVolume(np.flip(patient.ct.voxels_hu, axis).copy(), patient.ct.grid)
+    assert "liver_on_the_left" in flagged(ct, np.flip(patient.liver.labels, axis), nothing)
+
+
+@pytest.mark.parametrize("axes", list(permutations(range(3))))
+def test_the_side_is_judged_across_the_whole_body_at_the_level_of_the_liver(axes):
+    """The body lies off the middle of the images, and is narrow where the liver lies in it."""
+    liver = (slice(6, 18), slice(12, 22), slice(24, 34))
+    hu = drawn(((slice(0, 24), slice(2, 12), slice(20, 60)), 0.0), (liver, 100.0), everywhere=-1000.0)
+    organ = np.zeros(PLAIN.shape)
+    organ[liver] = 1
+    affine = PLAIN.affine_lps_mm[:, [*axes, 3]]
+    grid = Grid(tuple(PLAIN.shape[axis] for axis in axes), affine)
+    for turned, left in ((1, False), (-1, True)):  # of patients who lie the other way round, right is left
+        placed = Grid(grid.shape, np.diag([turned, turned, 1, 1]) @ grid.affine_lps_mm)
+        ct = CtVolume(np.ascontiguousarray(hu.transpose(axes)), placed)
+        flags = flagged(ct, organ.transpose(axes), np.zeros(placed.shape))
+        assert ("liver_on_the_left" in flags) == left
