@@ -75,10 +75,12 @@ class Lineage:
     """Where a result stands among those of its study.
 
     produced_at: aware; the time that the objects carry; the same answer gives the same bytes.
+    revision: 1 for the first result of its study, 2 for the one that takes its place, and so on.
     predecessors: the reports of the result that this one takes the place of, by kind.
     """
 
     produced_at: datetime
+    revision: int = 1
     predecessors: Mapping[Kind, pydicom.Dataset] = field(default_factory=dict)
 
 
@@ -135,6 +137,7 @@ def analyse(
         findings.run_digest,
         repr(phase),
         dicom_result.whose_digest(source[0]),
+        dicom_result.series_read(source),
         *map(repr, (terms.identity, terms.products, terms.limits)),
         *(["label map"] if terms.label_map else []),
     )
@@ -167,13 +170,16 @@ def refuse(
     made_of = digest("not analysed", reason, repr(identity), dicom_result.whose_digest(source), *_instances(paths))
     run_digest = digest(made_of, provenance.digest if provenance else "", repr(terms.products))
     born = lineage(run_digest)
+    identity = replace(identity, revision=born.revision)
     report = dicom_sr.build_not_analysed(
         reason, source, identity, born.produced_at, run_digest, provenance, born.predecessors.get(Kind.SR)
     )
     objects = [Made(Kind.SR, "sr", report)]
     if terms.products.summary_page or terms.products.summary_pdf:
-        sheet = page.of_refusal(reason, provenance, dicom_result.local(born.produced_at, source))
-        objects += _pages(sheet, (), source, terms, born, run_digest, provenance)
+        about = (dicom_result.replaces(identity), "" if provenance else dicom_sr.nobody_looked(identity))
+        sheet = page.of_refusal(reason, provenance, dicom_result.local(born.produced_at, source), about)
+        signed = (source, identity, born.produced_at, run_digest, provenance)
+        objects += _pages(sheet, (), terms.products, signed)
     return Analysis(Outcome.NOT_ANALYSED, tuple(objects), None, None, reason, run_digest)
 
 
@@ -198,7 +204,8 @@ def check(contents: Iterable[bytes], paths: Sequence[Path], result: Analysis) ->
 def _objects(
     ct: CtVolume, findings: Findings, source: Sequence[pydicom.Dataset], terms: Terms, born: Lineage
 ) -> tuple[Made, ...]:
-    identity, products, when = terms.identity, terms.products, born.produced_at
+    products, when = terms.products, born.produced_at
+    identity = replace(terms.identity, revision=born.revision)
     by_class = dicom_seg.build(findings, source, identity, when, include_organ=products.include_liver)
     alone = dicom_seg.build_lesions(findings, source, identity, when) if products.per_lesion_seg else ()
     label_map = (
@@ -216,10 +223,13 @@ def _objects(
         drawn = dicom_viewer_sr.build(findings, source, identity, when, born.predecessors.get(Kind.VIEWER_SR))
         objects += [Made(Kind.VIEWER_SR, "viewer_sr", drawn)] if drawn is not None else []
     if products.summary_page or products.summary_pdf or products.key_images:
-        sheet = page.of_findings(ct, findings, dicom_result.local(when, source[0]))
+        of_series = dicom_result.series_read(source)
+        about = (of_series, dicom_result.replaces(identity))
+        sheet = page.of_findings(ct, findings, dicom_result.local(when, source[0]), about)
         slices = picture.key_slices(findings, products.key_images)
-        keys = [(np.asarray(picture.key_image(ct, findings, k)), source[k]) for k in slices]
-        objects += _pages(sheet, keys, source[0], terms, born, findings.run_digest, findings.provenance)
+        keys = [(np.asarray(picture.key_image(ct, findings, k, of_series)), source[k]) for k in slices]
+        signed = (source[0], identity, when, findings.run_digest, findings.provenance)
+        objects += _pages(sheet, keys, products, signed)
     if products.key_object_selection:
         selection = dicom_ko.build(findings, segs, source, identity, when)
         objects += [Made(Kind.KO, "ko", selection)] if selection is not None else []
@@ -230,20 +240,16 @@ def _objects(
 def _pages(
     sheet: page.Page,
     keys: Sequence[tuple[dicom_sc.Pixels, pydicom.Dataset]],
-    source: pydicom.Dataset,
-    terms: Terms,
-    born: Lineage,
-    run_digest: str,
-    provenance: Provenance | None,
+    products: Products,
+    signed: tuple[pydicom.Dataset, Identity, datetime, str, Provenance | None],
 ) -> list[Made]:
     """The summary page and the key images as Secondary Captures, and the page as PDF, as the site wants them."""
     pictures: list[tuple[dicom_sc.Pixels, pydicom.Dataset | None]] = []
-    if terms.products.summary_page:
+    if products.summary_page:
         pictures += [(pixels, None) for pixels in sheet.pictures()]
     pictures += keys
-    signed = (source, terms.identity, born.produced_at, run_digest, provenance)
     made = [Made(Kind.SC, f"sc_{n}", capture) for n, capture in enumerate(dicom_sc.build(pictures, *signed), start=1)]
-    if terms.products.summary_pdf:
+    if products.summary_pdf:
         made.append(Made(Kind.PDF, "pdf", dicom_pdf.build(sheet.pdf, *signed)))
     return made
 

@@ -9,7 +9,7 @@ from highdicom.ko import KeyObjectSelection, KeyObjectSelectionDocument
 from pydicom.dataset import Dataset
 
 from salsa_node import codes, uids
-from salsa_node.dicom_result import Identity, Kind, caveat, line, plain, reference, sign, titled
+from salsa_node.dicom_result import Identity, Kind, caveat, described, plain, reference, replaces, sign
 from salsa_node.errors import EncodingError
 from salsa_node.findings import Findings
 
@@ -30,7 +30,7 @@ def build(
     slices = [reference(source[k]) for k in sorted({lesion.slice_index for lesion in findings.lesions})]
     evidence = [*slices, *segs]
     provenance = findings.provenance
-    words = " ".join(part for part in (caveat(provenance), provenance.notice) if part)
+    words = " ".join(part for part in (caveat(provenance), provenance.notice, replaces(identity)) if part)
     try:
         selection: Dataset = KeyObjectSelectionDocument(
             evidence=evidence,
@@ -46,6 +46,6 @@ def build(
     for item in selection.ContentSequence:
         if item.ValueType == "IMAGE":
             del item.ConceptNameCodeSequence  # highdicom names it "Source"; TID 2010 leaves it without a name
-    selection.SeriesDescription = line(titled("key objects", provenance), provenance.notice)
+    selection.SeriesDescription = described("key objects", provenance, identity)
     sign(selection, source[0], identity, produced_at)
     return selection

@@ -9,7 +9,7 @@ from pydicom.sr.coding import Code
 from pydicom.uid import EncapsulatedPDFStorage, ExplicitVRLittleEndian
 
 from salsa_node import codes, uids
-from salsa_node.dicom_result import Identity, Kind, line, named, sign, titled
+from salsa_node.dicom_result import Identity, Kind, described, named, sign
 from salsa_node.pipelines import Provenance
 
 
@@ -26,7 +26,7 @@ def build(
     source: the header of any image of the series. produced_at: aware; becomes the object's dates.
     run_digest: the UIDs derive from it.
     """
-    title = line(titled("summary", provenance), provenance.notice if provenance is not None else "")
+    title = described("summary", provenance, identity)
     ds = Dataset()
     ds.SOPClassUID = EncapsulatedPDFStorage
     ds.SOPInstanceUID = uids.derive(run_digest, "PDF")

@@ -150,6 +150,7 @@ class Identity:
     """The equipment that signs the results, and where their series stand in the study.
 
     All text is ASCII, at most 64 characters (station_name 16). institution_name may be empty.
+    revision: 1 for the first result of its study, 2 for the one that takes its place, and so on.
     """
 
     manufacturer: str = "salsa_node"
@@ -159,6 +160,7 @@ class Identity:
     institution_name: str = ""
     first_series_number: int = 9001
     software_version: str = __version__
+    revision: int = 1
 
     def __post_init__(self) -> None:
         for name, limit in (
@@ -209,6 +211,37 @@ def titled(what: str, provenance: Provenance | None) -> str:
     """How a series of this provenance is called in a list: "AI liver lesions SEG", or whose they are instead."""
     by_person = provenance is not None and provenance.by_person
     return f"Liver lesions {what} by a person" if by_person else f"AI liver lesions {what}"
+
+
+def described(what: str, provenance: Provenance | None, identity: Identity) -> str:
+    """The Series Description: title, revision from the second on, notice; a list of series tells results apart."""
+    notice = provenance.notice if provenance is not None else ""
+    title = titled(what, provenance)
+    if identity.revision == 1:
+        return line(title, notice)
+    # The longest notice leaves no room for both words.
+    title = title.replace(" lesions", "", 1) if notice else title
+    return line(f"{title}, rev {identity.revision}", notice)
+
+
+def series_read(source: Sequence[Dataset]) -> str:
+    """Which series the findings were made from, in words: its number and description, and how many images.
+
+    source: the headers of its images.
+    """
+    number = source[0].get("SeriesNumber")
+    called = plain(str(source[0].get("SeriesDescription") or "")).strip()
+    name = " ".join(
+        ["series", "without a number" if number is None else str(number)] + ([f'"{called}"'] if called else [])
+    )
+    return f"Images read: {name}, {len(source)} {'image' if len(source) == 1 else 'images'}."
+
+
+def replaces(identity: Identity) -> str:
+    """That this result takes the place of another one, in words; "" for the first of its study."""
+    if identity.revision == 1:
+        return ""
+    return f"Result {identity.revision} of this study: it takes the place of result {identity.revision - 1}."
 
 
 def weights(provenance: Provenance) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from highdicom.sc import SCImage
 from pydicom.dataset import Dataset
 
 from salsa_node import uids
-from salsa_node.dicom_result import Identity, Kind, line, named, sign, titled
+from salsa_node.dicom_result import Identity, Kind, described, line, named, sign
 from salsa_node.errors import EncodingError
 from salsa_node.pipelines import Provenance
 
@@ -52,7 +52,6 @@ def _capture(
     run_digest: str,
     provenance: Provenance | None,
 ) -> Dataset:
-    notice = provenance.notice if provenance is not None else ""
     try:
         capture: Dataset = SCImage(
             pixel_array=pixels,
@@ -75,7 +74,7 @@ def _capture(
     capture.ImageType = ["DERIVED", "SECONDARY"]
     capture.BurnedInAnnotation = "NO"
     capture.BodyPartExamined = "ABDOMEN"  # the source's word may be one of a paired part, which asks for a side
-    capture.SeriesDescription = line(titled("summary", provenance), notice)
+    capture.SeriesDescription = described("summary", provenance, identity)
     capture.DerivationDescription = line(
         "summary page" if shown is None else "slice with lesion outlines and diameters"
     )

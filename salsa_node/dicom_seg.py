@@ -25,11 +25,11 @@ from salsa_node.dicom_result import (
     Kind,
     caveat,
     check_source,
+    described,
     line,
     plain,
     reference,
     sign,
-    titled,
     weights,
 )
 from salsa_node.errors import EncodingError
@@ -356,7 +356,7 @@ def _segmentation(part: _Part, findings: Findings, source: Sequence[Dataset], id
         content_creator_name=f"{identity.manufacturer}^",
         transfer_syntax_uid=series.transfer_syntax_uid,
         omit_empty_frames=True,
-        series_description=line(titled(series.title, provenance), provenance.notice),
+        series_description=described(series.title, provenance, identity),
     )
 
 

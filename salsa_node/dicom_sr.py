@@ -24,13 +24,14 @@ from salsa_node.dicom_result import (
     Kind,
     caveat,
     check_source,
+    described,
     evidence,
     line,
     named,
     plain,
     same_patient_and_study,
+    series_read,
     sign,
-    titled,
     weights,
 )
 from salsa_node.dicom_seg import made_from, organ_segment, segment_of, tracking_identifier
@@ -72,7 +73,8 @@ def build(
         same_patient_and_study(seg, source[0])
     groups = [_lesion_group(lesion, findings, segs, source) for lesion in findings.lesions]
     overall = _organ_group(findings, segs, source)
-    content = content_tree(identity, groups, sentences(findings), findings.provenance, findings.criteria, overall)
+    said = [*sentences(findings), series_read(source)]
+    content = content_tree(identity, groups, said, findings.provenance, findings.criteria, overall)
     made = DocumentOf(Kind.SR, (findings.run_digest, "SR"), "report", predecessor)
     return document(made, content, [*evidence(source), *segs], source[0], identity, produced_at, findings.provenance)
 
@@ -93,7 +95,8 @@ def build_not_analysed(
     run_digest: the UIDs derive from it.
     provenance: of the pipeline that gave up, where one had been chosen.
     """
-    content = content_tree(identity, [], [refusal(reason)], provenance, None)
+    said = [refusal(reason), *([nobody_looked(identity)] if provenance is None else [])]
+    content = content_tree(identity, [], said, provenance, None)
     made = DocumentOf(Kind.SR, (run_digest, "SR", "not analysed"), "report", predecessor)
     return document(made, content, [named(source)], source, identity, produced_at, provenance)
 
@@ -101,6 +104,11 @@ def build_not_analysed(
 def refusal(reason: str) -> str:
     """The sentence that says no analysis was possible, and why."""
     return f"{NOT_ANALYSED} Reason: {reason}"
+
+
+def nobody_looked(identity: Identity) -> str:
+    """The sentence that no algorithm had its say, and what wrote that down."""
+    return f"No algorithm looked at the images. Written by {identity.manufacturer} {identity.software_version}."
 
 
 def sentences(findings: Findings) -> list[str]:
@@ -418,7 +426,6 @@ def document(
     Raises EncodingError where it cannot be put together, or refers to what is not among its evidence.
     """
     sop_class = sr.Comprehensive3DSR if made.kind is Kind.SR else sr.ComprehensiveSR
-    notice = provenance.notice if provenance is not None else ""
     elements = list(content.iterall())
     private = any(element.value == codes.PRIVATE_SCHEME for element in elements)
     named_inside = {str(element.value) for element in elements if element.keyword == "ReferencedSOPInstanceUID"}
@@ -438,7 +445,7 @@ def document(
             is_complete=True,
             is_final=False,
             is_verified=False,
-            series_description=line(titled(made.title, provenance), notice),
+            series_description=described(made.title, provenance, identity),
             coding_schemes=[_private_scheme()] if private else None,
             previous_versions=[made.predecessor] if made.predecessor is not None else None,
         )

@@ -64,39 +64,41 @@ class Page:
             document.close()
 
 
-def of_findings(ct: CtVolume, findings: Findings, produced_at: datetime) -> Page:
+def of_findings(ct: CtVolume, findings: Findings, produced_at: datetime, about: Sequence[str] = ()) -> Page:
     """The page of an analysis: outcome, table, pictures, flags, rule, provenance.
 
     produced_at: aware; written on the page as it stands.
+    about: sentences on the result itself, below its title: of which images it is, what it takes the place of.
     """
     provenance = findings.provenance
     said = sentences(findings)
-    story: list[Flowable] = _head(provenance, produced_at)
+    story: list[Flowable] = _head(provenance, produced_at, about)
     story += [Paragraph(escape(plain(said[0])), _CAUTION), Spacer(1, 2 * mm)]
     if findings.lesions:
         story += [_lesions(findings), Spacer(1, 3 * mm)]
     story += [Paragraph(escape(plain(sentence)), _TEXT) for sentence in said[1:]]
     story += [Spacer(1, 3 * mm), _fitted(picture.mosaic(ct, findings)), Spacer(1, 3 * mm)]
     story += [Paragraph(escape(plain(rule_text(findings.criteria))), _SMALL), *_made_by(provenance)]
-    return _printed(story)
+    return _printed(story, provenance, produced_at)
 
 
-def of_refusal(reason: str, provenance: Provenance | None, produced_at: datetime) -> Page:
-    """The page that says no analysis was possible, and why."""
-    story: list[Flowable] = _head(provenance, produced_at)
+def of_refusal(reason: str, provenance: Provenance | None, produced_at: datetime, about: Sequence[str] = ()) -> Page:
+    """The page that says no analysis was possible, and why. Arguments as of `of_findings`."""
+    story: list[Flowable] = _head(provenance, produced_at, about)
     story.append(Paragraph(escape(plain(refusal(reason))), _CAUTION))
     if provenance is not None:
         story += [Spacer(1, 3 * mm), *_made_by(provenance)]
-    return _printed(story)
+    return _printed(story, provenance, produced_at)
 
 
-def _head(provenance: Provenance | None, produced_at: datetime) -> list[Flowable]:
+def _head(provenance: Provenance | None, produced_at: datetime, about: Sequence[str]) -> list[Flowable]:
     made = f"Dated {produced_at:%Y-%m-%d %H:%M %Z}. Whose images these are stands in the header of this object."
     notice = provenance.notice if provenance is not None else ""
     return [
         Paragraph(escape(titled("summary", provenance)), _TITLE),
         *([Paragraph(escape(plain(notice)), _NOTICE)] if notice else []),
         Paragraph(escape(caveat(provenance)), _CAUTION),
+        *(Paragraph(escape(plain(words)), _TEXT) for words in about if words),
         Paragraph(escape(plain(made)), _SMALL),
         Spacer(1, 4 * mm),
     ]
@@ -145,9 +147,11 @@ def _made_by(provenance: Provenance) -> list[Flowable]:
     return [Paragraph(escape(plain(words)), _SMALL) for words in lines]
 
 
-def _printed(story: list[Flowable]) -> Page:
+def _printed(story: list[Flowable], provenance: Provenance | None, produced_at: datetime) -> Page:
     content = io.BytesIO()
     margin = (210 - _WIDTH_MM) / 2 * mm
+    offset = f"{produced_at:%z}"
+    made = f"D:{produced_at:%Y%m%d%H%M%S}{offset[:3]}'{offset[3:5]}'"  # PDF 32000-1, 7.9.4
     SimpleDocTemplate(
         content,
         pagesize=A4,
@@ -155,8 +159,12 @@ def _printed(story: list[Flowable]) -> Page:
         rightMargin=margin,
         topMargin=margin,
         bottomMargin=margin,
-        title="AI candidate findings",
+        title=titled("summary", provenance),
+        subject=" ".join(
+            [caveat(provenance), *([plain(provenance.notice)] if provenance and provenance.notice else [])]
+        ),
         author="salsa_node",
+        creator="salsa_node",
         invariant=1,
-    ).build(story)
+    ).build(story, onFirstPage=lambda canvas, _: canvas.setDateFormatter(lambda *_: made))
     return Page(content.getvalue())

@@ -83,16 +83,17 @@ def key_slices(findings: Findings, most: int) -> list[int]:
     return _of_lesions(findings)[:most]
 
 
-def key_image(ct: CtVolume, findings: Findings, slice_index: int) -> Image.Image:
+def key_image(ct: CtVolume, findings: Findings, slice_index: int, about: str = "") -> Image.Image:
     """The whole slice, the contours of every lesion in it and the calipers of those measured there drawn in.
 
-    Words of caution stand below.
+    Words of caution stand below, and `about`: of which series it is.
     """
     rows, columns = ct.grid.shape[1:]
     view = _View.of(ct.grid, (slice(0, rows), slice(0, columns)), _KEY_PX)
     tile = _tile(ct, findings, None, view, slice_index)
     said = " ".join(part for part in (caveat(findings.provenance), plain(findings.provenance.notice)) if part)
-    return _mosaic([tile], [said], _legend(findings, None), view.text_px)
+    captions = [plain(words) for words in (about, said) if words]
+    return _mosaic([tile], captions, _legend(findings, None), view.text_px)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

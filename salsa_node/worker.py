@@ -138,7 +138,8 @@ class Worker:
         earlier = [past for past in runs if past.id < first.id and past.state in _SENT]
         named = self._config.results.time_zone
         queued_at = first.queued_at.astimezone(ZoneInfo(named) if named else None)  # None: the machine's own
-        return Lineage(queued_at, self._reports_of(earlier[-1]) if earlier else {})
+        revision = 1 + len({past.digest for past in earlier})
+        return Lineage(queued_at, revision, self._reports_of(earlier[-1]) if earlier else {})
 
     def _reports_of(self, run: Run) -> dict[Kind, pydicom.Dataset]:
         """The reports of an earlier run that still lie on disk as they were made."""

@@ -11,6 +11,7 @@ from made_series import edit
 from made_series import made as made_on_disk
 
 from salsa_node.analysis import Analysis, Lineage, Terms, check, refuse
+from salsa_node.dicom_result import Kind
 from salsa_node.errors import GuardFailed, SeriesRejected
 from salsa_node.worker import encoded
 
@@ -19,6 +20,12 @@ BORN = Lineage(made.PRODUCED_AT)
 
 def refused(paths: list[Path], reason: str = "2 slices; a volume needs at least 3") -> Analysis:
     return refuse(paths, reason, Terms(), lambda _: BORN)
+
+
+def told(result: Analysis) -> list[str]:
+    """The texts of the record."""
+    (report,) = result.of(Kind.SR)
+    return [str(item.TextValue) for item in report.ContentSequence[-1].ContentSequence if "TextValue" in item]
 
 
 def uids(result: Analysis) -> set[str]:
@@ -47,6 +54,24 @@ def test_refusals_of_two_patients_share_no_uid_though_their_files_are_called_ali
     assert len(uids(anna)) == 6
     assert not uids(anna) & uids(bob)
     assert not uids(anna) & uids(renamed)  # the same images under another name are other bytes
+
+
+def test_a_refusal_before_any_algorithm_ran_says_so_and_what_wrote_it(tmp_path):
+    paths = of_patient(tmp_path, "ANNA", "1.2.3")
+    words = "No algorithm looked at the images. Written by salsa_node"
+    assert any(words in said for said in told(refused(paths)))
+    gave_up = refuse(paths, "no liver", Terms(), lambda _: BORN, made.PROVENANCE)
+    assert not any(words in said for said in told(gave_up))
+    assert "demo" in told(gave_up)
+
+
+def test_a_second_refusal_is_told_from_the_first(tmp_path):
+    paths = of_patient(tmp_path, "ANNA", "1.2.3")
+    again = refuse(paths, "no liver", Terms(), lambda _: Lineage(made.PRODUCED_AT, revision=2))
+    assert {item.ds.SeriesDescription for item in again.objects} == {
+        "AI liver lesions report, rev 2",
+        "AI liver lesions summary, rev 2",
+    }
 
 
 def test_the_same_images_elsewhere_and_in_another_order_give_the_same_refusal(tmp_path):

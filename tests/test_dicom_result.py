@@ -20,6 +20,7 @@ from salsa_node.dicom_result import (
     AS_ITS_IMAGES,
     Identity,
     check_source,
+    described,
     line,
     local,
     plain,
@@ -97,6 +98,17 @@ def test_bytes_arrive_as_they_were_even_where_they_break_their_character_set(cha
     result = reread(report(original))
     same_patient_and_study(result, original)
     assert result.get_item(tag).value == value
+
+
+@pytest.mark.parametrize("notice", ["", DEMO_NOTICE])
+@pytest.mark.parametrize("by_person", [False, True])
+def test_a_list_of_series_tells_results_apart(notice, by_person):
+    provenance = replace(made.PROVENANCE, notice="" if by_person else notice, by_person=by_person)
+    titles = ("SEG", "report", "SEG, single", "diameters", "summary", "key objects", "label map")
+    said = [described(what, provenance, replace(IDENTITY, revision=n)) for what in titles for n in (1, 2, 10)]
+    assert len(set(said)) == len(said)
+    assert all(len(words) <= 64 for words in said)
+    assert all(words.endswith(plain(provenance.notice)) for words in said)
 
 
 def test_the_guard_compares_the_bytes_themselves():

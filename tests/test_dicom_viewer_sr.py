@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from dataclasses import replace
+from datetime import timedelta, timezone
 from io import BytesIO
 from pathlib import Path
 
@@ -15,10 +16,12 @@ import pytest
 from pydicom.dataset import Dataset
 
 from salsa_node import codes, dicom_ko, dicom_pdf, dicom_sc, dicom_seg, dicom_viewer_sr, page, picture
+from salsa_node.analysis import Lineage, Terms, _objects
 from salsa_node.criteria import Criteria, Rule
-from salsa_node.dicom_result import CAVEAT, Identity, Kind
+from salsa_node.dicom_result import CAVEAT, Identity, Kind, series_read
 from salsa_node.findings import Findings, lengths_mm, measure, table
 from salsa_node.pipelines import DEMO_NOTICE, Masks
+from salsa_node.products import Products
 from salsa_node.volume import CtVolume
 
 IDENTITY = Identity()
@@ -256,6 +259,45 @@ def test_a_result_is_the_same_wherever_it_was_made(objects):
     elsewhere = replace(findings, provenance=replace(findings.provenance, device="cuda:0"))
     again = everything(elsewhere, source)
     assert {name: written(ds) for name, ds in again.items()} == {name: written(ds) for name, ds in objects.items()}
+
+
+def test_page_key_image_and_record_say_which_series_was_read():
+    findings, source = made.case()
+    for ds in source:
+        ds.SeriesDescription = "Abdomen venös 5.0"
+    said = 'Images read: series 3 "Abdomen ven?s 5.0", 20 images.'
+    assert series_read(source) == said
+    whole = Terms(products=Products(key_images=1))
+    objects = {
+        item.name: item.ds for item in _objects(ct_of(findings), findings, source, whole, Lineage(made.PRODUCED_AT))
+    }
+    assert said in text_of(objects["pdf"].EncapsulatedDocument)
+    assert said in [item.TextValue for item in objects["sr"].ContentSequence[-1].ContentSequence if "TextValue" in item]
+    other = np.asarray(picture.key_image(ct_of(findings), findings, findings.lesions[0].slice_index, "another series"))
+    ours = objects["sc_2"].pixel_array
+    (differs,) = np.nonzero((ours[:, :400] != other[: len(ours), :400]).any(axis=(1, 2)))
+    assert len(differs)
+    assert differs.min() > 0.9 * len(ours)  # in the words below, nowhere else
+    del source[0].SeriesNumber, source[0].SeriesDescription
+    assert series_read(source[:1]) == "Images read: series without a number, 1 image."
+
+
+def test_the_pdf_says_in_its_properties_what_it_is_and_when_it_was_made(objects):
+    def properties(pdf: bytes) -> dict[str, str]:
+        document = pypdfium2.PdfDocument(pdf)
+        found = document.get_metadata_dict()
+        document.close()
+        return found
+
+    found = properties(objects["pdf"].EncapsulatedDocument)
+    assert found["Title"] == "AI liver lesions summary"
+    assert found["Subject"] == f"{CAVEAT} DEMO MODEL - NOT FOR CLINICAL USE"
+    assert found["CreationDate"] == f"D:{made.PRODUCED_AT:%Y%m%d%H%M%S}+00'00'"
+    by_person = replace(made.PROVENANCE, by_person=True, notice="")
+    tokyo = made.PRODUCED_AT.astimezone(timezone(timedelta(hours=9)))
+    found = properties(page.of_refusal("no CT", by_person, tokyo).pdf)
+    assert found["Title"] == "Liver lesions summary by a person"
+    assert found["CreationDate"] == f"D:{tokyo:%Y%m%d%H%M%S}+09'00'"
 
 
 def test_a_page_about_nothing_says_why():

@@ -12,6 +12,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pydicom
+import pypdfium2
 import pytest
 
 from salsa_node import overview, phantom
@@ -521,3 +522,16 @@ def test_a_new_result_names_the_one_it_takes_the_place_of(store, worker, config,
         assert "PredecessorDocumentsSequence" not in report(first, kind)
         (series,) = report(second, kind).PredecessorDocumentsSequence[0].ReferencedSeriesSequence
         assert series.ReferencedSOPSequence[0].ReferencedSOPInstanceUID == report(first, kind).SOPInstanceUID
+
+    def made_by(run: Run) -> list[pydicom.Dataset]:
+        return [pydicom.dcmread(config.node.data_dir / item.path) for item in store.objects_of(run.id)]
+
+    assert not any("rev" in ds.SeriesDescription for ds in made_by(first))
+    assert all(ds.SeriesDescription.endswith(", rev 2") for ds in made_by(second))
+    words = "Result 2 of this study: it takes the place of result 1."
+    document = pypdfium2.PdfDocument(bytes(report(second, "PDF").EncapsulatedDocument))
+    assert words in document[0].get_textpage().get_text_range()
+    assert words in "".join(item.get("TextValue", "") for item in report(second, "KO").ContentSequence)
+    rerun(store, study, study.truth_labels, T0)  # back to what the first one was: the same bytes go out again
+    last = worker.step(T0)
+    assert {ds.SOPInstanceUID for ds in made_by(last)} == {ds.SOPInstanceUID for ds in made_by(first)}
