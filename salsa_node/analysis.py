@@ -255,13 +255,21 @@ def _pages(
 
 
 def _any_header(paths: Sequence[Path]) -> pydicom.Dataset:
+    nameless: set[str] = set()
     for path in sorted(paths):
         try:
             header = pydicom.dcmread(path, stop_before_pixels=True)
-            if all(header.get(keyword) for keyword in _NAMED_BY):
-                return header
+            missing = [keyword for keyword in _NAMED_BY if not header.get(keyword)]
         except UNREADABLE:
             continue
+        if not missing:
+            return header
+        nameless.update(missing)
+    if nameless:
+        empty = ", ".join(keyword for keyword in _NAMED_BY if keyword in nameless)
+        raise SeriesRejected(
+            f"none of the {len(paths)} files names its study, series and instance: without a value are {empty}"
+        )
     raise SeriesRejected(f"none of the {len(paths)} files can be read as a DICOM instance of a study")
 
 

@@ -131,8 +131,9 @@ def _tell(done: Sequence[Result], tables: Sequence[Path], as_json: bool) -> None
     counts = {state: sum(result.state == state for result in done) for state in ("done", "there", "failed")}
     lesions = sum(len(result.lesions) for result in done)
     console.put(
-        f"{len(done)} scans: {counts['done']} done, {counts['there']} finished before, {counts['failed']} failed; "
-        f"{lesions} candidate lesions"
+        f"{len(done)} scan{'' if len(done) == 1 else 's'}: "
+        f"{counts['done']} done, {counts['there']} finished before, {counts['failed']} failed; "
+        f"{lesions} candidate lesion{'' if lesions == 1 else 's'}"
     )
     console.put(f"tables: {', '.join(map(str, tables))}")
     for result in done:

@@ -191,6 +191,11 @@ def _check_together(config: Config) -> None:
             f"worker.heartbeat_s: expected at most half of worker.lease_s ({config.worker.lease_s:g}), "
             f"found {config.worker.heartbeat_s:g}"
         )
+    if config.guards.min_liver_ml >= config.guards.max_liver_ml:
+        raise ConfigError(
+            f"guards.min_liver_ml: expected less than guards.max_liver_ml ({config.guards.max_liver_ml:g}), "
+            f"found {config.guards.min_liver_ml:g}"
+        )
     if config.selection.thick_mm <= config.selection.thin_mm:
         raise ConfigError(
             f"selection.thick_mm: expected more than selection.thin_mm ({config.selection.thin_mm:g}), "

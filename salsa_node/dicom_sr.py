@@ -144,9 +144,10 @@ def _remarks(findings: Findings) -> Iterable[str]:
     if largest:
         total_mm = sum(lesion.long_axis.length_mm for lesion in largest)
         which = " and ".join(tracking_identifier(lesion) for lesion in largest)
+        of = "of the one measurable lesion" if len(largest) == 1 else "of the largest measurable lesions"
         yield (
-            f"Proposal, for the reader to accept or change: sum of the largest measurable diameters in the liver "
-            f"{total_mm:.1f} mm ({which}). Which lesions are targets is the reader's choice."
+            f"Proposal, for the reader to accept or change: sum of diameters in the liver {total_mm:.1f} mm, {of} "
+            f"({which}). Which lesions are targets is the reader's choice."
         )
     if findings.organ_volume_mm3 is not None:
         yield f"Liver volume as segmented: {findings.organ_volume_mm3 / 1000:.1f} cm3."

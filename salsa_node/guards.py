@@ -36,6 +36,7 @@ FITS_NOWHERE: Final = 0.1  # what fits no better than that, as it is, was not dr
 _SHELL_MM: Final = (3.0, 10.0)  # around the liver: what looks like liver there speaks against the mask
 _NAMED: Final = 5  # lesions that a flag names at most
 _COARSE_MM: Final = 2.0  # steps of the grid that distances are judged on
+_ENDS: Final = (("on the right", "on the left"), ("in front", "at the back"), ("at the feet", "at the head"))
 _AXES: Final = ("slices", "rows", "columns")
 
 
@@ -78,12 +79,17 @@ def _of_slices(grid: Grid, findings: Findings) -> Iterable[Flag]:
 def _of_liver(ct: CtVolume, organ: Mask, findings: Findings, limits: Limits) -> Iterable[Flag]:
     grid = findings.lesion_labels.grid
     volume_ml = np.count_nonzero(organ) * grid.voxel_volume_mm3 / 1000
-    cut = [name for name, edge in (("first", organ[0]), ("last", organ[-1])) if edge.any()]
+    towards = _ends(grid)
+    cut = [
+        f"{name} slice (the end {end})"
+        for name, end, edge in zip(("first", "last"), towards, organ[[0, -1]], strict=True)
+        if edge.any()
+    ]
     if cut:
         which = " and the ".join(cut)
         yield Flag(
             "liver_cut_off",
-            f"The liver reaches the {which} slice: part of it may not have been scanned, its volume is a lower bound.",
+            f"The liver reaches the {which}: part of it may not have been scanned, its volume is a lower bound.",
         )
     if volume_ml > limits.max_liver_ml or (volume_ml < limits.min_liver_ml and not cut):
         yield Flag(
@@ -120,6 +126,14 @@ def _of_place(ct: CtVolume, organ: Mask, limits: Limits) -> Iterable[Flag]:
             "liver_on_the_left",
             "Most of the liver lies in the left half of the body: situs inversus, or images whose sides are swapped.",
         )
+
+
+def _ends(grid: Grid) -> tuple[str, str]:
+    """Where in the patient the first and the last slice lie, in words."""
+    along = grid.affine_lps_mm[:3, 0]
+    axis = int(np.argmax(np.abs(along)))
+    low, high = _ENDS[axis]
+    return (low, high) if along[axis] > 0 else (high, low)
 
 
 def _of_lesions(organ: Mask, findings: Findings, limits: Limits) -> Iterable[Flag]:

@@ -213,10 +213,11 @@ def _guard(analysis: Analysis, case: Case) -> str:
 def _told(analysis: Analysis) -> str:
     if analysis.findings is None:
         return f"not analysed: {analysis.reason}"
-    if analysis.findings.provenance.by_person:
-        return f"{len(analysis.findings.lesions)} lesions marked by a person"
     count = len(analysis.findings.lesions)
-    return f"{count} candidate lesions" if count else "the algorithm found no candidate lesion"
+    plural = "" if count == 1 else "s"
+    if analysis.findings.provenance.by_person:
+        return f"{count} lesion{plural} marked by a person"
+    return f"{count} candidate lesion{plural}" if count else "the algorithm found no candidate lesion"
 
 
 def _write(analysis: Analysis, folder: Path) -> None:

@@ -121,7 +121,7 @@ def _lesions(findings: Findings) -> Table:
                 str(row["disease"]),
                 f"{lesion.volume_mm3 / 1000:.2f}",
                 "{:.1f} x {:.1f}".format(*lengths_mm(lesion, findings)),
-                f"{lesion.mean_hu:.0f} ({lesion.sd_hu:.0f})",
+                f"{round(lesion.mean_hu)} ({round(lesion.sd_hu)})",
                 str(lesion.slice_index + 1),
             )
         )

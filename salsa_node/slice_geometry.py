@@ -111,7 +111,8 @@ def _check_regular(positions: Numbers, normal: Numbers, pixel_mm: float) -> floa
     if drift_mm > TILT_TOLERANCE_PIXELS * pixel_mm:
         degrees = np.degrees(np.arctan2(np.linalg.norm(sideways[-1]), along[-1] - along[0]))
         faults.append(
-            f"slices are sheared by {degrees:.1f} degrees (gantry tilt), {drift_mm:.1f} mm at most; expected none"
+            f"slices are sheared by {degrees:.1f} degrees (gantry tilt), so that they lie up to "
+            f"{drift_mm:.1f} mm beside their stack; expected no shear"
         )
     step_mm = float((along[-1] - along[0]) / len(steps))
     off_mm = np.abs(along - (along[0] + step_mm * np.arange(len(along)))).max()

@@ -85,6 +85,18 @@ def test_a_refusal_of_more_images_is_another_one(tmp_path):
     assert not uids(refused(paths)) & uids(refused(paths[:1]))
 
 
+def test_files_without_uids_are_told_from_files_that_cannot_be_read(tmp_path):
+    paths = of_patient(tmp_path, "ANNA", "1.2.3")
+    for path in paths:
+        edit(path, lambda ds: ds.update(dict.fromkeys(("StudyInstanceUID", "SOPInstanceUID"), "")))
+    with pytest.raises(SeriesRejected, match=r"without a value are StudyInstanceUID, SOPInstanceUID$"):
+        refused(paths)
+    for path in paths:
+        path.write_bytes(b"no DICOM at all")
+    with pytest.raises(SeriesRejected, match="none of the 2 files can be read"):
+        refused(paths)
+
+
 @pytest.mark.parametrize("name", ["empty", "text", "broken number", "broken value"])
 def test_a_header_that_cannot_be_read_is_passed_over_for_one_that_can(tmp_path, name):
     paths = of_patient(tmp_path, "ANNA", "1.2.3")

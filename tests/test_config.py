@@ -78,6 +78,11 @@ def test_the_readme_names_every_key():
         ('[results]\ntime_zone = "Berlin"', ["results.time_zone", "Europe/Berlin", "found 'Berlin'"]),
         ("[results]\nkey_images = 101", ["results.key_images", "at most 100"]),
         ('[guards]\nmirrored = "shrug"', ["guards.mirrored", "block, flag"]),
+        (
+            "[guards]\nmin_liver_ml = 7000",
+            ["guards.min_liver_ml", "less than guards.max_liver_ml (6000)", "found 7000"],
+        ),
+        ("[guards]\nmax_liver_ml = 300", ["guards.min_liver_ml", "max_liver_ml (300)", "found 300"]),
         ("[guards]\nmax_share_of_body = 1.5", ["guards.max_share_of_body", "at most 1"]),
         ("[node]\nstore_url = 'postgresql://h/db'", ["node.store_url", "sqlite:///"]),
         ("[node]\ndata_dir = 'a?b'", ["node.data_dir", "?"]),

@@ -300,6 +300,21 @@ def test_the_pdf_says_in_its_properties_what_it_is_and_when_it_was_made(objects)
     assert found["CreationDate"] == f"D:{tokyo:%Y%m%d%H%M%S}+09'00'"
 
 
+def test_numbers_are_written_as_people_write_them():
+    """One lesion has no sum of several, and nothing is -0 HU."""
+    grid = made.grid()
+    ct = CtVolume(np.full(grid.shape, 0, dtype=np.int16), grid)
+    voxels = ct.voxels_hu.copy()
+    voxels[5, 10, 8] = -1
+    masks = Masks(None, made.boxes(grid, made.MEASURABLE_BOX), made.PROVENANCE)
+    findings = measure(CtVolume(voxels, grid), masks, Criteria())
+    text = text_of(page.of_findings(ct, findings, made.PRODUCED_AT).pdf)
+    assert -0.5 < findings.lesions[0].mean_hu < 0
+    assert "-0 (0)" not in text
+    assert "0 (0)" in text
+    assert "sum of diameters in the liver 18.2 mm, of the one measurable lesion" in text
+
+
 def test_a_page_about_nothing_says_why():
     why = page.of_refusal("gap of 10.0 mm after slice 41", None, made.PRODUCED_AT)
     assert "No analysis was possible. Reason: gap of 10.0 mm after slice 41" in text_of(why.pdf)

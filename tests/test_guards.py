@@ -122,7 +122,8 @@ def test_livers_too_small_too_large_or_cut_off_are_flagged(patient):
     middle = int(np.argwhere(liver)[:, 0].mean())
     cut = CtVolume(patient.ct.voxels_hu[middle:].copy(), shifted(patient.ct.grid, middle))
     flags = flagged(cut, liver[middle:], nothing[middle:], min_liver_ml=2000)
-    assert "the first slice" in flags["liver_cut_off"].text
+    end = {"S": "at the feet", "I": "at the head", "P": "in front"}[patient.recipe.orientation[0]]
+    assert f"the first slice (the end {end}): part" in flags["liver_cut_off"].text
     assert "liver_volume" not in flags  # a part of a liver may be small
 
 

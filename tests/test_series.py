@@ -226,7 +226,9 @@ def test_a_tilted_gantry_is_rejected_with_its_angle(tmp_path):
     _, paths = made(tmp_path)
     for n, path in enumerate(paths):
         move(path, 0, n * 2.5 * np.tan(np.radians(12.0)), 0)
-    assert reason(paths).startswith("slices are sheared by 12.0 degrees (gantry tilt), 2.7 mm at most")
+    assert reason(paths).startswith(
+        "slices are sheared by 12.0 degrees (gantry tilt), so that they lie up to 2.7 mm beside their"
+    )
 
 
 def test_uneven_steps_are_rejected(tmp_path):
@@ -298,7 +300,8 @@ GOOD = {
 }
 BAD = {
     "01_abdomen_ct_siemens_j2k/example_ct_dicom": "file 1 of 20 has no SOP Instance UID",
-    "04_ge_tilt_variable_spacing": "slices are sheared by 18.5 degrees (gantry tilt), 48.2 mm at most; expected none; "
+    "04_ge_tilt_variable_spacing": "slices are sheared by 18.5 degrees (gantry tilt), so that they lie up to 48.2 mm "
+    "beside their stack; expected no shear; "
     "irregular slice spacing: steps from 1.08 to 7.00 mm, median 4.00 mm; expected one spacing",
     "05_philips_head_study_localizer_dose/S21570": "images of 3 series in one series; expected one",
     "05_philips_head_study_localizer_dose/S21570/S1000": "1 of 1 image(s) of Image Type LOCALIZER; "
@@ -306,10 +309,11 @@ BAD = {
     "05_philips_head_study_localizer_dose/S21570/S4010": "1 of 1 image(s) of SOP class 1.2.840.10008.5.1.4.1.1.7, "
     "such as a screenshot; expected CT Image Storage",
     "06_ct_bad_geometry/gantrytilting/001": "slices are sheared by 14.0 degrees (gantry tilt), "
-    "3.6 mm at most; expected none",
+    "so that they lie up to 3.6 mm beside their stack; expected no shear",
     "06_ct_bad_geometry/sliceincrement/001": "1 of 5 slices missing: gap of 10.0 mm after slice 3, spacing is 5.0 mm",
     "06_ct_bad_geometry/sliceincrement/002": "slices are sheared by 15.5 degrees (gantry tilt), "
-    "0.8 mm at most; expected none; 1 of 5 slices missing: gap of 1.5 mm after slice 3, spacing is 0.7 mm",
+    "so that they lie up to 0.8 mm beside their stack; expected no shear; "
+    "1 of 5 slices missing: gap of 1.5 mm after slice 3, spacing is 0.7 mm",
     "06_ct_bad_geometry/notavolume/001": "all 4 slices lie at one position; expected one slice at each position",
     "07_ct_one_image_all_syntaxes/no-pixel-data.dcm": "1 of 1 image(s) of modality SR; expected CT",
     "07_ct_one_image_all_syntaxes/CT1_J2KR": "1 slice(s); a volume needs at least 3",
