@@ -37,7 +37,7 @@ from salsa_node.findings import Findings, measure, table
 from salsa_node.limits import Limits
 from salsa_node.pipelines import Flag, Pipeline, Provenance
 from salsa_node.products import Products
-from salsa_node.series import UNREADABLE, headers, inspect, read_volume
+from salsa_node.series import UNREADABLE, headers, image_numbers, inspect, read_volume
 from salsa_node.uids import digest
 from salsa_node.volume import CtVolume
 
@@ -133,9 +133,11 @@ def analyse(
     # What else decides the bytes decides the UIDs too: other bytes never go out under a UID that was used before.
     source = headers(series)
     phase = contrast_phase.read(source[len(source) // 2])
+    numbers = image_numbers(source)
     signed = digest(
         findings.run_digest,
         repr(phase),
+        repr(numbers),
         dicom_result.whose_digest(source[0]),
         dicom_result.series_read(source),
         *map(repr, (terms.identity, terms.products, terms.limits)),
@@ -147,7 +149,7 @@ def analyse(
         *guards.flags(ct, findings, terms.limits),
         *dicom_seg.flags(findings, include_organ=terms.products.include_liver),
     )
-    findings = replace(findings, run_digest=signed, flags=odd, contrast_phase=phase)
+    findings = replace(findings, run_digest=signed, flags=odd, contrast_phase=phase, image_numbers=numbers)
     progress("writing")
     objects = _objects(ct, findings, source, terms, lineage(signed))
     outcome = Outcome.LESIONS if findings.lesions else Outcome.NO_CANDIDATE

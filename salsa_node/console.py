@@ -78,8 +78,11 @@ def put_lesions(lesions: Sequence[Mapping[str, object]], title: str = "") -> Non
         "long_axis_mm": ">long axis mm",
         "short_axis_mm": ">short axis mm",
         "mean_hu": ">mean HU",
-        "slice": ">slice",
     }
+    if all(lesion.get("image_number") is not None for lesion in lesions):
+        columns["image_number"] = ">image"
+    else:
+        columns["slice"] = ">slice"
     rows = [{**lesion, "slice": int(str(lesion["slice_index"])) + 1} for lesion in lesions]  # people count from 1
     put_table(columns, rows, title)
 

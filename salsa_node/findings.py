@@ -102,6 +102,8 @@ class Findings:
         otherwise on another device; every UID of the results derives from it.
     flags: what is odd about them, as `guards.flags` and the pipeline found.
     contrast_phase: of the CT, as its headers have it; unknown where nobody looked.
+    image_numbers: the Instance Number of each slice, by which a PACS shows it; empty where nobody looked, or where the
+        images have none of their own.
     """
 
     lesions: tuple[Lesion, ...]
@@ -114,6 +116,16 @@ class Findings:
     run_digest: str
     flags: tuple[Flag, ...] = ()
     contrast_phase: ContrastPhase = UNKNOWN_PHASE
+    image_numbers: tuple[int, ...] = ()
+
+    def image_number(self, k: int) -> int | None:
+        """By which a reader finds slice k, where there is such a number."""
+        return self.image_numbers[k] if self.image_numbers else None
+
+    def called(self, k: int) -> str:
+        """Slice k as a reader finds it: "image 286", or "slice 1 of 20" in the order along the grid's slice axis."""
+        number = self.image_number(k)
+        return f"slice {k + 1} of {self.lesion_labels.grid.shape[0]}" if number is None else f"image {number}"
 
 
 def measure(ct: CtVolume, masks: Masks, criteria: Criteria) -> Findings:
@@ -178,10 +190,11 @@ def lengths_mm(lesion: Lesion, findings: Findings, decimals: int = 1) -> tuple[f
     return long_mm, min(short_mm, long_mm)
 
 
-def table(findings: Findings) -> list[dict[str, str | int | float | bool]]:
+def table(findings: Findings) -> list[dict[str, str | int | float | bool | None]]:
     """The findings as rows for CSV or JSON, one a lesion, every row with the same keys in the same order.
 
-    Volumes in ml, lengths and positions in mm (LPS), attenuation in HU; the slice is counted from 0.
+    Volumes in ml, lengths and positions in mm (LPS), attenuation in HU; the slice is counted from 0, the image
+    number is the PACS's own, None where there is none.
     """
     return [
         {
@@ -198,6 +211,7 @@ def table(findings: Findings) -> list[dict[str, str | int | float | bool]]:
             "centroid_y_mm": round(lesion.centroid_lps_mm[1], 2),
             "centroid_z_mm": round(lesion.centroid_lps_mm[2], 2),
             "slice_index": lesion.slice_index,
+            "image_number": findings.image_number(lesion.slice_index),
             "slice_sop_uid": lesion.slice_sop_uid,
             "voxels": lesion.voxels,
             "touches_volume_edge": lesion.touches_volume_edge,

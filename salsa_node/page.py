@@ -40,7 +40,7 @@ _SMALL: Final = ParagraphStyle("small", parent=_TEXT, fontSize=7, leading=9, tex
 _TITLE: Final = ParagraphStyle("title", parent=_TEXT, fontName="Helvetica-Bold", fontSize=16, leading=20)
 _CAUTION: Final = ParagraphStyle("caution", parent=_TEXT, fontName="Helvetica-Bold", fontSize=10, leading=14)
 _NOTICE: Final = ParagraphStyle("notice", parent=_CAUTION, textColor=colors.HexColor("#b00000"))
-_HEADINGS: Final = ("lesion", "RECIST 1.1", "volume, ml", "long x short axis, mm", "mean (SD), HU", "slice")
+_HEADINGS: Final = ("lesion", "RECIST 1.1", "volume, ml", "long x short axis, mm", "mean (SD), HU")
 _COLUMNS_MM: Final = (16, 34, 26, 44, 34, 16)
 _WIDTH_MM: Final = 180.0
 _PICTURE_MM: Final = (175.0, 110.0)  # at most so wide and so high
@@ -105,7 +105,7 @@ def _head(provenance: Provenance | None, produced_at: datetime, about: Sequence[
 
 
 def _lesions(findings: Findings) -> Table:
-    rows: list[Sequence[str]] = [_HEADINGS]
+    rows: list[Sequence[str]] = [(*_HEADINGS, "image" if findings.image_numbers else "slice")]
     looks: list[tuple[object, ...]] = [
         ("FONT", (0, 0), (-1, -1), "Helvetica", 8),
         ("FONT", (0, 0), (-1, 0), "Helvetica-Bold", 8),
@@ -122,7 +122,7 @@ def _lesions(findings: Findings) -> Table:
                 f"{lesion.volume_mm3 / 1000:.2f}",
                 "{:.1f} x {:.1f}".format(*lengths_mm(lesion, findings)),
                 f"{round(lesion.mean_hu)} ({round(lesion.sd_hu)})",
-                str(lesion.slice_index + 1),
+                findings.called(lesion.slice_index).split()[1],
             )
         )
         rgb = MEASURABLE_RGB if lesion.disease is Disease.MEASURABLE else NON_MEASURABLE_RGB

@@ -237,7 +237,7 @@ def _tile(ct: CtVolume, findings: Findings, truth: LabelVolume | None, view: _Vi
     draw = ImageDraw.Draw(image)
     for lesion in measured:
         _caliper(draw, lesion, ct.grid, view)
-    _edges(draw, view, f"slice {k + 1} of {ct.grid.shape[0]}")
+    _edges(draw, view, findings.called(k))
     _labels(draw, texts, view)
     return image
 

@@ -6,6 +6,7 @@ read by `native_image`, all others by pydicom; both give the same voxels, and ev
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -53,6 +54,7 @@ _TAGS = [
     "SOPInstanceUID",
     "SeriesInstanceUID",
     "FrameOfReferenceUID",
+    "InstanceNumber",
     "Modality",
     "ImageType",
     "ImagePositionPatient",
@@ -169,6 +171,16 @@ def headers(series: Series) -> list[pydicom.Dataset]:
     return [pydicom.dcmread(instance.path, stop_before_pixels=True) for instance in series.instances]
 
 
+def image_numbers(images: Sequence[pydicom.Dataset]) -> tuple[int, ...]:
+    """The Instance Number of each, by which a PACS shows it; empty where they do not tell all images apart.
+
+    They say nothing about the order of slices.
+    """
+    found = [str(image.get("InstanceNumber") or "").strip() for image in images]
+    numbers = tuple(int(text) for text in found if re.fullmatch(r"[+-]?[0-9]{1,12}", text))
+    return numbers if len(set(numbers)) == len(images) else ()
+
+
 def _native_series(files: Sequence[Path]) -> Series | None:
     """The series where every file is plainly in order; None where pydicom has to look, whose verdict is final."""
     images = [image for path in files if (image := native_image.read_header(path)) is not None]
@@ -177,9 +189,10 @@ def _native_series(files: Sequence[Path]) -> Series | None:
         return None
     try:
         first = _read_header(files[0], "")
-        stack = slice_geometry.stack(
-            *(np.array([getattr(i, k) for i in images]) for k in ("position_lps_mm", "cosines", "spacing_mm"))
+        positions, cosines, spacings = (
+            np.array([getattr(i, k) for i in images]) for k in ("position_lps_mm", "cosines", "spacing_mm")
         )
+        stack = slice_geometry.stack(positions, cosines, spacings)
     except SeriesRejected:
         return None
     instances = [Instance(images[n].sop_instance_uid, files[n], images[n].pixels) for n in stack.order]
@@ -193,8 +206,10 @@ def _series(files: Sequence[Path]) -> Series:
     slice_geometry.check_count(len(images))
     _check_present(images)
     _check_same(images, _ONE_VOLUME)
-    planes = [_numbers(images, k) for k in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")]
-    stack = slice_geometry.stack(*planes)
+    positions, cosines, spacings = (
+        _numbers(images, k) for k in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")
+    )
+    stack = slice_geometry.stack(positions, cosines, spacings, image_numbers(images))
     return _made(images[0], [Instance(str(images[n].SOPInstanceUID), files[n]) for n in stack.order], stack)
 
 

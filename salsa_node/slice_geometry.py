@@ -7,6 +7,7 @@ the sign of Gantry/Detector Tilt, which scanners fill in as they please.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,9 +46,12 @@ def check_count(slices: int) -> None:
         raise SeriesRejected(f"{slices} slice(s); a volume needs at least {MIN_SLICES}")
 
 
-def stack(positions_lps_mm: Numbers, cosines: Numbers, spacings_mm: Numbers) -> Stack:
-    """The grid that slices make; all arguments as (images, values) of the attributes of those names.
+def stack(
+    positions_lps_mm: Numbers, cosines: Numbers, spacings_mm: Numbers, image_numbers: tuple[int, ...] = ()
+) -> Stack:
+    """The grid that slices make; the first three arguments as (images, values) of the attributes of those names.
 
+    image_numbers: by which a reader finds these images; a verdict names them where there are any.
     Raises SeriesRejected with what was found and expected.
     """
     check_count(len(positions_lps_mm))
@@ -56,7 +60,9 @@ def stack(positions_lps_mm: Numbers, cosines: Numbers, spacings_mm: Numbers) -> 
     normal = np.cross(row, column)
     order = np.argsort(positions_lps_mm @ normal, kind="stable")
     positions = positions_lps_mm[order]
-    step_mm = _check_regular(positions, normal, min(spacing_mm))
+    step_mm = _check_regular(
+        positions, normal, min(spacing_mm), [image_numbers[n] for n in order] if image_numbers else []
+    )
     affine = np.eye(4)
     affine[:3, 0] = normal * step_mm
     affine[:3, 1] = column * spacing_mm[0]
@@ -94,7 +100,7 @@ def _pixel_spacing(spacings: Numbers) -> tuple[float, float]:
     return between_rows, between_columns
 
 
-def _check_regular(positions: Numbers, normal: Numbers, pixel_mm: float) -> float:
+def _check_regular(positions: Numbers, normal: Numbers, pixel_mm: float, image_numbers: Sequence[int]) -> float:
     """The distance between slices, once they prove to stand behind each other at one distance."""
     along = positions @ normal
     steps = np.diff(along)
@@ -117,13 +123,13 @@ def _check_regular(positions: Numbers, normal: Numbers, pixel_mm: float) -> floa
     step_mm = float((along[-1] - along[0]) / len(steps))
     off_mm = np.abs(along - (along[0] + step_mm * np.arange(len(along)))).max()
     if off_mm > max(SPACING_TOLERANCE_MM, SPACING_TOLERANCE * step_mm) and not doubled:
-        faults.append(_describe_steps(steps))
+        faults.append(_describe_steps(steps, image_numbers))
     if faults:
         raise SeriesRejected("; ".join(faults))
     return step_mm
 
 
-def _describe_steps(steps: Numbers) -> str:
+def _describe_steps(steps: Numbers, image_numbers: Sequence[int]) -> str:
     """What is wrong with these distances between slices: slices missing, or no regular spacing at all."""
     usual = float(np.median(steps))
     odd = np.flatnonzero(np.abs(steps - usual) > max(SPACING_TOLERANCE_MM, SPACING_TOLERANCE * usual))
@@ -131,9 +137,10 @@ def _describe_steps(steps: Numbers) -> str:
     if len(odd) and (times > 1.5).all() and (np.abs(times - np.rint(times)) < SPACING_TOLERANCE * times + 0.02).all():
         missing = int((np.rint(times) - 1).sum())
         widest = odd[np.argmax(times)]
+        what, numbers = ("images", image_numbers) if image_numbers else ("slices", range(1, len(steps) + 2))
         return (
             f"{missing} of {len(steps) + 1 + missing} slices missing: gap of {steps[widest]:.1f} mm "
-            f"after slice {widest + 1}, spacing is {usual:.1f} mm"
+            f"between {what} {numbers[widest]} and {numbers[widest + 1]}, spacing is {usual:.1f} mm"
         )
     return (
         f"irregular slice spacing: steps from {steps.min():.2f} to {steps.max():.2f} mm, median {usual:.2f} mm; "

@@ -12,7 +12,7 @@ import pydicom
 import pytest
 from pynetdicom import AE
 
-from salsa_node import phantom
+from salsa_node import console, phantom
 from salsa_node.nifti import read_labels
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -122,6 +122,13 @@ def test_an_unknown_study_has_its_own_exit_code(cli, tmp_path):
     told = cli("studies")
     assert (told.returncode, told.stdout.strip()) == (0, "no study has arrived yet")
     assert json.loads(cli("studies", "--json").stdout) == []
+
+
+@pytest.mark.parametrize(("number", "told"), [(286, ["image", "286"]), (0, ["image", "0"]), (None, ["slice", "5"])])
+def test_a_table_of_lesions_names_the_image_as_the_pacs_does(capsys, number, told):
+    console.put_lesions([{"lesion": 1, "slice_index": 4, "image_number": number}])
+    heading, _, row = (line.split() for line in capsys.readouterr().out.splitlines() if line.strip())
+    assert [heading[-1], row[-1]] == told
 
 
 def test_echo(cli, tmp_path, free_port):

@@ -36,7 +36,7 @@ def report(findings: Findings, source: list[Dataset]) -> Dataset:
 
 def not_analysed(**kwargs) -> Dataset:
     source = made.headers(made.grid())[0]
-    reason = "gap of 10.0 mm after slice 41, spacing is 5.0 mm"
+    reason = "gap of 10.0 mm between images 41 and 43, spacing is 5.0 mm"
     return dicom_sr.build_not_analysed(reason, source, IDENTITY, made.PRODUCED_AT, "run", **kwargs)
 
 
@@ -290,7 +290,7 @@ def test_nothing_found_is_said_of_the_algorithm_not_of_the_patient():
 
 def test_no_analysis_says_why():
     said = sentences(not_analysed())
-    assert "No analysis was possible. Reason: gap of 10.0 mm after slice 41, spacing is 5.0 mm" in said
+    assert "No analysis was possible. Reason: gap of 10.0 mm between images 41 and 43, spacing is 5.0 mm" in said
     assert CAVEAT in said
     assert not any("found" in text for text in said)
     with_pipeline = sentences(not_analysed(provenance=made.PROVENANCE))

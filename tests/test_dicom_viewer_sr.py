@@ -254,6 +254,23 @@ def test_the_page_says_what_was_found_in_words_that_can_be_searched(objects):
     assert "P-1" not in text
 
 
+def test_the_page_names_images_as_the_pacs_does():
+    findings, _ = made.case()
+    numbers = tuple(range(300, 300 - findings.lesion_labels.grid.shape[0], -1))
+    pages = {}
+    for those in (numbers, ()):
+        numbered = replace(findings, image_numbers=those)
+        pages[those] = text_of(page.of_findings(ct_of(findings), numbered, made.PRODUCED_AT).pdf).splitlines()
+    for lesion in findings.lesions:
+        row = f"{round(lesion.mean_hu)} ({round(lesion.sd_hu)})"
+        for those, expected in ((numbers, 300 - lesion.slice_index), ((), lesion.slice_index + 1)):
+            at = next(n for n, words in enumerate(pages[those]) if words.startswith(f"L{lesion.number}"))
+            told = " ".join(pages[those][at : at + 6]).split(row)[1].split()
+            assert told[0] == str(expected)
+    assert any("image" in words.split() for words in pages[numbers][:12])
+    assert any("slice" in words.split() for words in pages[()][:12])
+
+
 def test_a_result_is_the_same_wherever_it_was_made(objects):
     findings, source = made.case()
     elsewhere = replace(findings, provenance=replace(findings.provenance, device="cuda:0"))
@@ -316,8 +333,8 @@ def test_numbers_are_written_as_people_write_them():
 
 
 def test_a_page_about_nothing_says_why():
-    why = page.of_refusal("gap of 10.0 mm after slice 41", None, made.PRODUCED_AT)
-    assert "No analysis was possible. Reason: gap of 10.0 mm after slice 41" in text_of(why.pdf)
+    why = page.of_refusal("gap of 10.0 mm between images 41 and 43", None, made.PRODUCED_AT)
+    assert "No analysis was possible. Reason: gap of 10.0 mm between images 41 and 43" in text_of(why.pdf)
     grid = made.grid()
     findings = made.findings(grid, made.headers(grid))
     nothing = text_of(page.of_findings(ct_of(findings), findings, made.PRODUCED_AT).pdf)

@@ -48,6 +48,10 @@ def test_a_second_case_leaves_nothing_of_the_first(study, tmp_path):
     (first,) = offline.run([study.axial[0].parent], wanted(out, study.truth_labels), Config())
     assert first.analysed
     assert (out / "seg.dcm").exists()
+    named = {str(ds.SOPInstanceUID): ds.InstanceNumber for ds in map(pydicom.dcmread, study.axial)}
+    assert [lesion["image_number"] for lesion in first.lesions] == [
+        named[lesion["slice_sop_uid"]] for lesion in first.lesions
+    ]
     labels = read_labels(study.truth_labels)
     empty = tmp_path / "empty.nii.gz"
     write_labels(LabelVolume(np.zeros_like(labels.labels), labels.grid), empty)

@@ -214,3 +214,15 @@ def test_labels_on_another_grid_are_refused(tmp_path):
     with pytest.raises(ValueError, match="another grid"):
         picture.overlay(ct, found(ct, organ, lesions), tmp_path / "p.png", made.boxes(made.grid("sagittal")))
     assert not (tmp_path / "p.png").exists()
+
+
+def test_a_tile_names_its_image_as_the_pacs_does(monkeypatch):
+    told = []
+    monkeypatch.setattr(picture, "_edges", lambda draw, view, caption: told.append(caption))
+    ct, _, lesions = scene()
+    findings = found(ct, None, lesions)
+    k, slices = findings.lesions[0].slice_index, ct.grid.shape[0]
+    numbered = replace(findings, image_numbers=tuple(range(286, 286 - slices, -1)))
+    for one in (findings, numbered):
+        picture.key_image(ct, one, k)
+    assert told == [f"slice {k + 1} of {slices}", f"image {286 - k}"]

@@ -118,7 +118,7 @@ def objects(case: Case, terms: Terms = TERMS) -> tuple[Made, ...]:
 
 def not_analysed(provenance: Provenance | None) -> tuple[Made, ...]:
     source = made.headers(made.grid())[0]
-    reason = "gap of 10.0 mm after slice 41, spacing is 5.0 mm"
+    reason = "gap of 10.0 mm between images 41 and 43, spacing is 5.0 mm"
     report = build_not_analysed(reason, source, Identity(), made.PRODUCED_AT, "run", provenance)
     return (Made(Kind.SR, "sr", report),)
 

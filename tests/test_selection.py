@@ -125,7 +125,9 @@ def test_the_best_series_that_is_one_volume_is_chosen(study, tmp_path):
     assert choice.series.grid.shape == (5, 32, 32)
     assert choice.best_refused is candidates[1]
     assert [verdict.accepted for verdict in choice.verdicts] == [False, False, True]
-    assert choice.verdicts[1].reason == "1 of 6 slices missing: gap of 10.0 mm after slice 2, spacing is 5.0 mm"
+    assert (
+        choice.verdicts[1].reason == "1 of 6 slices missing: gap of 10.0 mm between images 2 and 4, spacing is 5.0 mm"
+    )
     assert choice.verdicts[2].reason.startswith("chosen: ")
 
 

@@ -11,12 +11,14 @@ import pydicom
 import pytest
 import SimpleITK
 from made_series import ORIENTATIONS, edit, files, given_uids, made, move
+from pydicom.dataelem import RawDataElement
+from pydicom.tag import Tag
 from pydicom.uid import ExplicitVRLittleEndian
 
 from salsa_node.candidate import by_series, read_candidate
 from salsa_node.errors import SeriesRejected
 from salsa_node.regrid import onto
-from salsa_node.series import PADDING_HU, Series, headers, inspect, read_volume
+from salsa_node.series import PADDING_HU, Series, headers, image_numbers, inspect, read_volume
 from salsa_node.volume import LabelVolume
 
 
@@ -206,7 +208,30 @@ def test_a_series_that_is_wrong_throughout_is_rejected(case, tmp_path):
 def test_missing_slices_are_counted(tmp_path):
     _, paths = made(tmp_path, slices=12)
     del paths[7:9]
-    assert reason(paths) == "2 of 12 slices missing: gap of 7.5 mm after slice 7, spacing is 2.5 mm"
+    assert reason(paths) == "2 of 12 slices missing: gap of 7.5 mm between images 7 and 10, spacing is 2.5 mm"
+
+
+def test_a_gap_is_told_in_the_numbers_of_the_pacs_and_in_slices_where_there_are_none(tmp_path):
+    _, paths = made(tmp_path, slices=12)
+    del paths[7:9]
+    for n, path in enumerate(paths):  # as many scanners number them: from the head down
+        edit(path, lambda ds, n=n: setattr(ds, "InstanceNumber", 290 - n))
+    assert "gap of 7.5 mm between images 284 and 283," in reason(paths)
+    assert "gap of 7.5 mm between images 284 and 283," in reason(paths[::-1])
+    edit(paths[3], lambda ds: setattr(ds, "InstanceNumber", 290))  # two images of one number: no reader finds either
+    assert "gap of 7.5 mm between slices 7 and 8," in reason(paths)
+
+
+@pytest.mark.parametrize(
+    ("found", "numbers"),
+    [(["3", "1", "-2"], (3, 1, -2)), (["3", "1", "3"], ()), (["3", "", "4"], ()), (["1", "2", "x"], ()), ([], ())],
+)
+def test_image_numbers_are_there_where_they_tell_all_images_apart(found, numbers):
+    images = []
+    for text in found:
+        images.append(pydicom.Dataset())
+        images[-1][0x00200013] = RawDataElement(Tag(0x00200013), "IS", len(text), text.encode(), 0, False, True)
+    assert image_numbers(images) == numbers
 
 
 def test_two_slices_are_no_volume(tmp_path):
@@ -310,10 +335,11 @@ BAD = {
     "such as a screenshot; expected CT Image Storage",
     "06_ct_bad_geometry/gantrytilting/001": "slices are sheared by 14.0 degrees (gantry tilt), "
     "so that they lie up to 3.6 mm beside their stack; expected no shear",
-    "06_ct_bad_geometry/sliceincrement/001": "1 of 5 slices missing: gap of 10.0 mm after slice 3, spacing is 5.0 mm",
+    "06_ct_bad_geometry/sliceincrement/001": "1 of 5 slices missing: gap of 10.0 mm between images 9 and 10, "
+    "spacing is 5.0 mm",
     "06_ct_bad_geometry/sliceincrement/002": "slices are sheared by 15.5 degrees (gantry tilt), "
     "so that they lie up to 0.8 mm beside their stack; expected no shear; "
-    "1 of 5 slices missing: gap of 1.5 mm after slice 3, spacing is 0.7 mm",
+    "1 of 5 slices missing: gap of 1.5 mm between images 3 and 5, spacing is 0.7 mm",
     "06_ct_bad_geometry/notavolume/001": "all 4 slices lie at one position; expected one slice at each position",
     "07_ct_one_image_all_syntaxes/no-pixel-data.dcm": "1 of 1 image(s) of modality SR; expected CT",
     "07_ct_one_image_all_syntaxes/CT1_J2KR": "1 slice(s); a volume needs at least 3",

@@ -298,12 +298,12 @@ def test_a_cancelled_run_is_let_go_and_leaves_no_file(store, config, study, monk
 
 
 def test_a_refusal_becomes_a_report_that_says_why(store, worker, config, study):
-    run = queue(store, study, refusal="gap of 10.0 mm after slice 4, spacing is 5.0 mm")
+    run = queue(store, study, refusal="gap of 10.0 mm between images 4 and 6, spacing is 5.0 mm")
     done = worker.step(T0)
     assert (done.state, done.outcome) == (RunState.PRODUCED, "not_analysed"), done.error
     report, *pages = store.objects_of(run.id)
     assert [report.kind, *(item.kind for item in pages)] == ["SR", "SC", "PDF"]
-    assert b"gap of 10.0 mm after slice 4" in (config.node.data_dir / report.path).read_bytes()
+    assert b"gap of 10.0 mm between images 4 and 6" in (config.node.data_dir / report.path).read_bytes()
 
 
 def test_a_series_that_is_no_volume_becomes_a_report_too(store, worker, config, study, tmp_path):
