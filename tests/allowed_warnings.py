@@ -14,6 +14,30 @@ DCIODVFY = {
     "Warning - Missing attribute or value that would be needed to build DICOMDIR - Study ID": (
         "The source has none, and a result never invents one; Study ID is type 2."
     ),
+    "Warning - Missing attribute or value that would be needed to build DICOMDIR - Study Date": (
+        "The source has none, and a result never invents one; Study Date is type 2."
+    ),
+    "Warning - Missing attribute or value that would be needed to build DICOMDIR - Study Time": (
+        "The source has none, and a result never invents one; Study Time is type 2."
+    ),
+}
+
+#: the same, for values of the source that are carried over as they are; here those of the suite, by case
+DCIODVFY_SOURCE = {
+    "a name without components": {
+        "Warning - Value dubious for this VR - (0x0010,0x0010) PN Patient's Name  PN [1] = <Anonymized> - Retired "
+        "Person Name form": "A name without ^; so of every name of the source, whosesoever it is.",
+    },
+    "a coding scheme of the vendor": {
+        "Warning - Unrecognized defined term <SECTRA> for value 1 of attribute <Coding Scheme Designator>": (
+            "Of the source's Procedure Code Sequence; so of any scheme that the validator does not know."
+        ),
+    },
+    "a body part of the vendor": {
+        "Warning - Unrecognized defined term <PARTIALBODY> for value 1 of attribute <Body Part Examined>": (
+            "Of SEG, LESION_SEG and LABELMAP; so of any term that the validator does not know."
+        ),
+    },
 }
 
 _NOT_KNOWN = "dicom3tools of 2022 does not know Supplement 243, so it judges no module of the object."

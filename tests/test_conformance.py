@@ -68,6 +68,11 @@ def test_what_is_too_new_for_a_validator_is_listed_with_its_reasons():
     assert dict(stated) == allowed_warnings.DCIODVFY_LABEL_MAP
 
 
+def test_what_a_validator_says_of_the_sources_own_values_is_listed_with_its_reasons():
+    stated = table("warning", "why it may stand", after="### dciodvfy, by what the source holds")
+    assert dict(stated) == {text: why for of in allowed_warnings.DCIODVFY_SOURCE.values() for text, why in of.items()}
+
+
 @pytest.mark.parametrize("validator", ["DCIODVFY", "DCMTK", "PIXELMED"])
 def test_the_allowed_warnings_are_listed_with_their_reasons(validator):
     heading = {"DCIODVFY": "### dciodvfy", "DCMTK": "### dcmdump", "PIXELMED": "### DicomSRValidator"}[validator]
