@@ -69,7 +69,8 @@ room imports exactly what stands right of its arrow):
     notes                  <- errors store
     instance_header        <-
     intake                 <- durable errors instance_header log notes store
-    listener               <- association errors instance_header intake notes settings store
+    fast_receive           <- instance_header intake
+    listener               <- association errors fast_receive instance_header intake notes settings store
     delivery               <- association errors log settings store
 
   where they meet

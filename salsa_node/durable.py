@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 import time
@@ -48,6 +49,7 @@ class Staged:
         _make_folder(folder.absolute())
         self.path = folder / f"{uuid.uuid4().hex}{PART}"
         self.size = 0
+        self._is_there = True
         self._handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
 
     def write(self, chunk: bytes | memoryview) -> None:
@@ -57,15 +59,34 @@ class Staged:
             rest = rest[os.write(self._handle, rest) :]
         self.size += len(chunk)
 
-    def sync(self) -> None:
-        """The content is on disk when this returns, and the file closed."""
-        os.fsync(self._handle)
+    def settle(self, path: Path) -> bool:
+        """The content is on disk when this returns, and where nothing had the name `path` the file has it, on disk too.
+
+        False where the name is taken; the file keeps the one that means nothing. Nobody else may be about to give a
+        file that name. The name comes before the flush, so that one flush does for both where the disk allows it.
+        """
+        _make_folder(path.parent.absolute())
+        is_named = not path.exists()
+        if is_named:
+            self.path.rename(path)
+            self._is_there = False
+        try:
+            os.fsync(self._handle)
+            if is_named and not _names_follow_content(path.parent.stat().st_dev):
+                _sync_folder(path.parent)
+        except OSError:
+            if is_named:
+                path.unlink(missing_ok=True)
+            raise
         self._close()
+        return is_named
 
     def discard(self) -> None:
-        """Close and remove the file; harmless after `sync` and after `publish`."""
+        """Close the file and take its first name away; harmless after `settle` and after `publish`."""
         self._close()
-        self.path.unlink(missing_ok=True)
+        if self._is_there:
+            self.path.unlink(missing_ok=True)
+            self._is_there = False
 
     def _close(self) -> None:
         if self._handle >= 0:
@@ -126,6 +147,21 @@ def _make_folder(folder: Path) -> None:
 def _may_be_ours(folder: Path) -> bool:
     """Whether this user could have made it: no name was written in a folder where we may not write."""
     return not folder.exists() or os.access(folder.parent, os.R_OK | os.W_OK)
+
+
+@functools.lru_cache(maxsize=64)
+def _names_follow_content(device: int) -> bool:
+    """Whether fsync of a file puts on disk the name that it got before: ext4 and XFS keep such changes in order.
+
+    Their journal holds the rename and the file's own entry in one transaction, which fsync of the file commits.
+    """
+    number = f"{os.major(device)}:{os.minor(device)}"
+    try:
+        mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return False
+    kinds = {line.partition(" - ")[2].split()[0] for line in mounts if line.split()[2] == number}
+    return bool(kinds) and kinds <= {"ext4", "xfs"}
 
 
 def _sync_folder(folder: Path) -> None:

@@ -1,21 +1,21 @@
-"""From the first byte of an instance to its row: each receiver writes and syncs its own file, one thread commits all.
+"""From the first byte of an instance to its row: each receiver syncs its own file, one of them commits for all.
 
-Order: the bytes under a name that means nothing, fsync; then, for all instances that wait together, the
-files get their names, the folders are synced, the rows are committed. Only then is any of them answered.
+Order: the bytes under a name that means nothing; their own name, where it is free, and fsync; then, for all
+instances that wait together, the rows. Only then is any of them answered. A file whose name was taken keeps
+the other until its row is certain.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 
+import xxhash
 from pydicom.uid import UID
 
 from salsa_node import durable
@@ -43,6 +43,7 @@ from salsa_node.store import NewInstance, Store, Verdict
 log = logging.getLogger(__name__)
 
 _TOGETHER = 64  # instances in one commit at most
+_LOCKS = 1024
 _COMMIT_S = 120.0  # a disk that takes longer is one that cannot write
 
 
@@ -65,7 +66,7 @@ class Incoming:
 
     def __init__(self, request: Request, folder: Path) -> None:
         self.request = request
-        self._hash = hashlib.sha256()
+        self._hash = xxhash.xxh3_128()
         self._head = bytearray()
         self._size = 0
         self._staged: durable.Staged | None = None
@@ -104,8 +105,8 @@ class Incoming:
         if self._staged is not None:
             self._staged.discard()
 
-    def synced(self) -> tuple[Path, NewInstance]:
-        """The staged file, on disk, and the row that it asks for. Raises Refused, OSError."""
+    def described(self) -> NewInstance:
+        """The row that it asks for. Raises Refused, OSError."""
         if self._failed is not None or self._staged is None:
             raise self._failed or Refused(NODE_FAILED, "nothing was staged")
         request, staged = self.request, self._staged
@@ -115,8 +116,12 @@ class Incoming:
             raise Refused(DOES_NOT_MATCH, "SOP Instance UID differs between request and data set")
         if header.sop_class_uid != request.sop_class_uid:
             raise Refused(DOES_NOT_MATCH, "SOP Class UID differs between request and data set")
-        staged.sync()
-        return staged.path, _row(request, header, self._hash.hexdigest(), staged.size)
+        return _row(request, header, self._hash.hexdigest(), staged.size)
+
+    def settle(self, path: Path) -> Path:
+        """Put it on disk; its name, which is `path` where nothing had that. Raises OSError."""
+        assert self._staged is not None, "only what is described is settled"
+        return path if self._staged.settle(path) else self._staged.path
 
     def _fail(self, refused: Refused) -> None:
         self._failed = refused
@@ -124,7 +129,7 @@ class Incoming:
         self._staged = None
 
 
-def _row(request: Request, header: Header, sha256: str, size_bytes: int) -> NewInstance:
+def _row(request: Request, header: Header, digest: str, size_bytes: int) -> NewInstance:
     return NewInstance(
         sop_instance_uid=header.sop_instance_uid,
         series_uid=header.series_uid,
@@ -132,7 +137,7 @@ def _row(request: Request, header: Header, sha256: str, size_bytes: int) -> NewI
         sop_class_uid=header.sop_class_uid,
         transfer_syntax_uid=str(request.transfer_syntax),
         path=f"studies/{header.study_uid}/{header.series_uid}/{header.sop_instance_uid}.dcm",
-        sha256=sha256,
+        digest=digest,
         size_bytes=size_bytes,
         calling_ae=request.sender,
         modality=header.modality,
@@ -143,37 +148,28 @@ def _row(request: Request, header: Header, sha256: str, size_bytes: int) -> NewI
     )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class _Waiting:
-    """An instance that lies on disk and waits for the next commit."""
+    """An instance that lies on disk and waits for the next commit; then it has a verdict, or what went wrong."""
 
-    staged: Path
+    file: Path
     new: NewInstance
-    verdict: Future[Verdict]
+    verdict: Verdict = None
+    error: Exception | None = None
+    is_over: bool = field(default=False)
 
 
 class Intake:
-    """Keeps what comes in; one for all associations of a door. `start` before the first instance, `stop` after."""
+    """Keeps what comes in; one for all associations of a door."""
 
     def __init__(self, store: Store, data_dir: Path, notes: Notes, clock: Callable[[], datetime]) -> None:
         self._store = store
         self._data_dir = data_dir
         self._notes = notes
         self._clock = clock
-        self._queue: queue.SimpleQueue[_Waiting | None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
-
-    def start(self) -> None:
-        """Begin to commit."""
-        self._thread = threading.Thread(target=self._commit_all, name="intake", daemon=True)
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Commit what waits, then end."""
-        if self._thread is not None:
-            self._queue.put(None)
-            self._thread.join()
-            self._thread = None
+        self._waiting: deque[_Waiting] = deque()
+        self._turn = threading.Lock()
+        self._locks = tuple(threading.Lock() for _ in range(_LOCKS))
 
     def begin(self, request: Request) -> Incoming:
         """A place for the instance that `request` announces."""
@@ -205,70 +201,86 @@ class Intake:
         return status, reason[:64]
 
     def _keep(self, incoming: Incoming) -> tuple[int, str]:
-        staged, new = incoming.synced()
-        waiting = _Waiting(staged, new, Future())
-        self._queue.put(waiting)
-        try:
-            verdict = waiting.verdict.result(_COMMIT_S)
-        except ContentConflict as conflict:
-            self._quarantine(staged, new, conflict)
-            is_patient = isinstance(conflict, PatientConflict)
-            return PATIENT_CONFLICT if is_patient else CONTENT_CONFLICT, conflict.brief
-        if verdict is None:
-            detail = f"a result of this node came back from {new.calling_ae}; not taken as input"
-            self._notes.note("instance", new.sop_instance_uid, "instance.own_result", detail, new.study_uid)
-            return SUCCESS, ""
-        assert not isinstance(verdict, ContentConflict), "conflicts are raised"
-        file = self._data_dir / verdict.instance.path
-        if not verdict.is_new and not file.exists():  # lost since, and here it is again
-            durable.publish([(staged, file)])
+        new = incoming.described()
+        path = self._data_dir / new.path
+        with self._locks[hash(new.sop_instance_uid) % _LOCKS]:  # two that ask for one name, one after the other
+            waiting = _Waiting(incoming.settle(path), new)
+            try:
+                verdict = self._committed(waiting)
+            except Exception:
+                if waiting.is_over:  # else its row may yet come, and must find its file
+                    waiting.file.unlink(missing_ok=True)
+                raise
+            if isinstance(verdict, ContentConflict):
+                self._quarantine(waiting.file, new, verdict)
+                is_patient = isinstance(verdict, PatientConflict)
+                return PATIENT_CONFLICT if is_patient else CONTENT_CONFLICT, verdict.brief
+            if verdict is None:
+                waiting.file.unlink()
+                detail = f"a result of this node came back from {new.calling_ae}; not taken as input"
+                self._notes.note("instance", new.sop_instance_uid, "instance.own_result", detail, new.study_uid)
+                return SUCCESS, ""
+            if not verdict.is_new:
+                self._restore(waiting.file, self._data_dir / verdict.instance.path)
         log.debug(
             "instance stored",
             extra={"event": "instance.stored", "sop_instance_uid": new.sop_instance_uid, "is_new": verdict.is_new},
         )
         return SUCCESS, ""
 
-    def _quarantine(self, staged: Path, new: NewInstance, conflict: ContentConflict) -> None:
+    @staticmethod
+    def _restore(again: Path, kept: Path) -> None:
+        """Content that came again is needed only where the file of its row was lost."""
+        if again == kept:
+            return  # it was, or the name would not have been free
+        if kept.exists():
+            again.unlink(missing_ok=True)
+        else:
+            durable.publish([(again, kept)])
+
+    def _quarantine(self, file: Path, new: NewInstance, conflict: ContentConflict) -> None:
         """Keep beside the first what contradicts it: file, then row."""
-        path = f"quarantine/{new.study_uid}/{new.sop_instance_uid}.{new.sha256[:16]}.dcm"
-        durable.publish([(staged, self._data_dir / path)])
+        path = f"quarantine/{new.study_uid}/{new.sop_instance_uid}.{new.digest[:16]}.dcm"
+        durable.publish([(file, self._data_dir / path)])
         self._store.quarantine(replace(new, path=path), conflict.brief, self._clock())
         extra = {"event": "instance.quarantined", "sop_instance_uid": new.sop_instance_uid}
         log.warning(conflict.brief, extra=extra)
 
-    # ---- the one thread that commits ------------------------------------------------------------
+    # ---- one commit for all that wait ---------------------------------------------------------------
 
-    def _commit_all(self) -> None:
-        while (first := self._queue.get()) is not None:
-            batch = [first]
-            ending = False
-            while len(batch) < _TOGETHER and not self._queue.empty():
-                more = self._queue.get()
-                if more is None:
-                    ending = True
-                    break
-                batch.append(more)
-            self._commit(batch)
-            if ending:
-                return
+    def _committed(self, mine: _Waiting) -> Verdict:
+        """The verdict on an instance. Raises what the commit raised, StoreError where none comes in time.
+
+        Whoever has the turn commits what has gathered, its own and that of the others who wait for the turn.
+        """
+        self._waiting.append(mine)
+        if not self._turn.acquire(timeout=_COMMIT_S):
+            raise StoreError(f"the record was not written within {_COMMIT_S:g} s")
+        try:
+            while not mine.is_over:
+                batch = [self._waiting.popleft() for _ in range(min(_TOGETHER, len(self._waiting)))]
+                self._commit(batch)
+        finally:
+            self._turn.release()
+        if mine.error is not None:
+            raise mine.error
+        return mine.verdict
 
     def _commit(self, batch: Sequence[_Waiting]) -> None:
-        staged = {id(waiting.new): waiting.staged for waiting in batch}
+        files = {id(waiting.new): waiting.file for waiting in batch}
 
         def publish(new: Sequence[NewInstance]) -> None:
-            durable.publish([(staged[id(each)], self._data_dir / each.path) for each in new])
+            named = [(files[id(each)], self._data_dir / each.path) for each in new]
+            durable.publish([(file, path) for file, path in named if file != path])
 
         try:
             verdicts = self._store.add_instances([waiting.new for waiting in batch], self._clock(), publish)
-        except Exception as error:  # noqa: BLE001 - it goes to those who wait, and the thread must outlive it
+        except Exception as error:  # noqa: BLE001 - it goes to whoever waits
             if len(batch) == 1:
-                batch[0].verdict.set_exception(error)
+                batch[0].error, batch[0].is_over = error, True
                 return
             for waiting in batch:  # one that fails must not take the others with it
                 self._commit([waiting])
             return
         for waiting, verdict in zip(batch, verdicts, strict=True):
-            if isinstance(verdict, ContentConflict):
-                waiting.verdict.set_exception(verdict)
-            else:
-                waiting.verdict.set_result(verdict)
+            waiting.verdict, waiting.is_over = verdict, True

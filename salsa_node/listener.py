@@ -9,7 +9,6 @@ from __future__ import annotations
 import ipaddress
 import logging
 import shutil
-import socket
 import tempfile
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -26,6 +25,7 @@ from pynetdicom.transport import ThreadedAssociationServer
 
 from salsa_node.association import VERIFICATION, without_delay
 from salsa_node.errors import ConfigError
+from salsa_node.fast_receive import Connection, SharedContexts
 from salsa_node.instance_header import SUCCESS
 from salsa_node.intake import Intake, Request
 from salsa_node.notes import Notes
@@ -60,7 +60,7 @@ class Listener:
         self._data_dir = data_dir
         self._ae: AE | None = None
         self._server: ThreadedAssociationServer | None = None
-        self._connections: WeakKeyDictionary[Association, socket.socket] = WeakKeyDictionary()
+        self._connections: WeakKeyDictionary[Association, Connection] = WeakKeyDictionary()
         self._notes = Notes(store, clock)
         self._intake = Intake(store, data_dir, self._notes, clock)
         if fault := invalid_peer(settings.allowed):
@@ -92,16 +92,17 @@ class Listener:
             (evt.EVT_REQUESTED, self._on_requested),
             (evt.EVT_C_STORE, self._on_store),
         ]
-        self._intake.start()
         try:
-            self._server = ae.start_server((settings.host, settings.port), block=False, evt_handlers=handlers)
+            server = ae.start_server((settings.host, settings.port), block=False, evt_handlers=handlers)
         except OSError as error:
-            self._intake.stop()
             raise ConfigError(
                 f"cannot listen on {settings.host} port {settings.port}: {error.strerror or error}; stop the program "
                 "that uses this port, or set listener.port (and listener.host) to a free one"
             ) from error
-        self._ae = ae
+        if server is None:
+            raise ConfigError("pynetdicom gave no server, though it was asked not to wait for its end")
+        server.contexts = SharedContexts(server.contexts)
+        self._ae, self._server = ae, server
         log.info("listening", extra={"event": "node.listening", "host": settings.host, "port": self.port})
 
     def stop(self) -> None:
@@ -112,13 +113,14 @@ class Listener:
         """
         if self._ae is not None and self._server is not None:
             self._server.shutdown()
+            for connection in list(self._connections.values()):
+                connection.interrupt()
             for association in self._ae.active_associations:
                 if not association.is_established and association.dul.socket is not None:
                     association.dul.socket.close()
                     association.kill()
             self._ae.shutdown()
         self._ae = self._server = None
-        self._intake.stop()
 
     def __enter__(self) -> Listener:
         self.start()
@@ -144,12 +146,13 @@ class Listener:
     # ---- associations ---------------------------------------------------------------------------
 
     def _on_opened(self, event: evt.Event) -> None:
-        connection = event.assoc.dul.socket
-        if connection is not None and connection.socket is not None:
-            self._connections[event.assoc] = connection.socket
+        if event.assoc.dul.socket is not None:
+            intake = self._intake if self._settings.fast else None
+            settings = self._settings
+            connection = Connection(event.assoc, intake, settings.max_pdu_bytes, settings.idle_timeout_s)
+            self._connections[event.assoc] = connection
 
     def _on_closed(self, event: evt.Event) -> None:
-        """Close it in deed: where the peer went first pynetdicom lets go of the connection and leaves it open."""
         connection = self._connections.pop(event.assoc, None)
         if connection is not None:
             connection.close()

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import TypeVar
 
 import sqlalchemy as sa
 
@@ -31,7 +30,23 @@ from salsa_node.store_rows import (
 )
 from salsa_node.store_transaction import Transaction, columns, transaction, writer
 
-_Row = TypeVar("_Row", Study, Series)
+# Built once: building a statement costs more than running it.
+_UIDS: sa.BindParameter[str] = sa.bindparam("uids", expanding=True)
+_OUR_RESULTS = sa.select(OBJECTS.c.sop_instance_uid).where(OBJECTS.c.sop_instance_uid.in_(_UIDS))
+_INSTANCES = sa.select(INSTANCES).where(INSTANCES.c.sop_instance_uid.in_(_UIDS))
+_STUDIES = sa.select(STUDIES).where(STUDIES.c.study_uid.in_(_UIDS))
+_SERIES = sa.select(SERIES).where(SERIES.c.series_uid.in_(_UIDS))
+_NEW_INSTANCES = sa.insert(INSTANCES)
+_GROWN_STUDY = (
+    sa.update(STUDIES)
+    .where(STUDIES.c.study_uid == sa.bindparam("uid"))
+    .values({name: sa.bindparam(f"new_{name}") for name in ("last_at", "calling_ae", "patient_id", "instances")})
+)
+_GROWN_SERIES = (
+    sa.update(SERIES)
+    .where(SERIES.c.series_uid == sa.bindparam("uid"))
+    .values({name: sa.bindparam(f"new_{name}") for name in ("instances", "duplicates", "last_instance_at")})
+)
 
 #: what becomes of one instance; None: it is a result that this node made itself, and no input
 Verdict = Arrival | ContentConflict | None
@@ -67,8 +82,7 @@ class Arrivals(Queries):
         names that the rows say; what it raises undoes everything here.
         """
         with transaction(self._writer) as t:
-            uids = [new.sop_instance_uid for new in arrived]
-            ours = t.execute(sa.select(OBJECTS.c.sop_instance_uid).where(OBJECTS.c.sop_instance_uid.in_(uids)))
+            ours = t.connection.execute(_OUR_RESULTS, {"uids": [new.sop_instance_uid for new in arrived]})
             batch = _Batch(t, arrived, now, results=frozenset(map(str, ours.scalars())))
             verdicts = batch.verdicts()
             publish(batch.new)
@@ -81,7 +95,7 @@ class Arrivals(Queries):
         """
         same = sa.and_(
             QUARANTINE.c.sop_instance_uid == new.sop_instance_uid,
-            QUARANTINE.c.sha256 == new.sha256,
+            QUARANTINE.c.digest == new.digest,
             QUARANTINE.c.reason == reason,
         )
         with transaction(self._writer) as t:
@@ -96,7 +110,7 @@ class Arrivals(Queries):
                 "sop_class_uid": new.sop_class_uid,
                 "transfer_syntax_uid": new.transfer_syntax_uid,
                 "path": new.path,
-                "sha256": new.sha256,
+                "digest": new.digest,
                 "size_bytes": new.size_bytes,
                 "calling_ae": new.calling_ae,
                 "reason": reason,
@@ -125,21 +139,17 @@ class _Batch:
         self._arrived = arrived
         self._now = now
         self._results = results
-        uids = [new.sop_instance_uid for new in arrived]
-        known = t.all(Instance, sa.select(INSTANCES).where(INSTANCES.c.sop_instance_uid.in_(uids)))
+        known = t.all(Instance, _INSTANCES, uids=[new.sop_instance_uid for new in arrived])
         self._instances = {row.sop_instance_uid: row for row in known}
-        self._studies = self._known(Study, STUDIES, "study_uid", {new.study_uid for new in arrived})
+        studies = t.all(Study, _STUDIES, uids=sorted({new.study_uid for new in arrived}))
+        self._studies = {row.study_uid: row for row in studies}
         wanted = {new.series_uid for new in arrived} | {row.series_uid for row in known}
-        self._series = self._known(Series, SERIES, "series_uid", wanted)
+        self._series = {row.series_uid: row for row in t.all(Series, _SERIES, uids=sorted(wanted))}
         self._new_studies: dict[str, NewInstance] = {}
         self._new_series: dict[str, NewInstance] = {}
         self._of_study: dict[str, _Growth] = {}
         self._of_series: dict[str, _Growth] = {}
         self.new: list[NewInstance] = []
-
-    def _known(self, kind: type[_Row], table: sa.Table, key: str, uids: set[str]) -> dict[str, _Row]:
-        found = self._t.all(kind, sa.select(table).where(table.c[key].in_(sorted(uids))))
-        return {str(getattr(row, key)): row for row in found}
 
     def verdicts(self) -> tuple[Verdict, ...]:
         """Decide on each, then write all rows."""
@@ -148,7 +158,7 @@ class _Batch:
         self._write_series()
         if self.new:
             rows = [columns(self._instances[new.sop_instance_uid]) for new in self.new]
-            self._t.connection.execute(sa.insert(INSTANCES), rows)
+            self._t.connection.execute(_NEW_INSTANCES, rows)
         return told
 
     def _verdict(self, new: NewInstance) -> Verdict:
@@ -173,7 +183,7 @@ class _Batch:
             sop_class_uid=new.sop_class_uid,
             transfer_syntax_uid=new.transfer_syntax_uid,
             path=new.path,
-            sha256=new.sha256,
+            digest=new.digest,
             size_bytes=new.size_bytes,
             received_at=self._now,
         )
@@ -182,10 +192,11 @@ class _Batch:
         return Arrival(instance, is_new=True)
 
     def _again(self, there: Instance, new: NewInstance) -> Arrival | ContentConflict:
-        if (there.sha256, there.study_uid, there.series_uid) != (new.sha256, new.study_uid, new.series_uid):
+        content = (new.digest if there.digest else "", new.size_bytes, new.study_uid, new.series_uid)
+        if (there.digest, there.size_bytes, there.study_uid, there.series_uid) != content:
             return ContentConflict(
-                f"instance {new.sop_instance_uid} is already stored with other content: SHA-256 {there.sha256[:12]}… "
-                f"is kept, {new.sha256[:12]}… was refused",
+                f"instance {new.sop_instance_uid} is already stored with other content: digest {there.digest[:12]}… "
+                f"is kept, {new.digest[:12]}… was refused",
                 brief="stored already under this UID with other content",
             )
         self._of_series.setdefault(there.series_uid, _Growth()).duplicates += 1
@@ -220,15 +231,16 @@ class _Batch:
             first = self._new_studies.get(uid)
             last = next(new for new in reversed(self.new) if new.study_uid == uid)
             if first is None:
-                self._t.execute(
-                    sa.update(STUDIES)
-                    .where(STUDIES.c.study_uid == uid)
-                    .values(
-                        last_at=self._now,
-                        calling_ae=last.calling_ae,
-                        patient_id=self._studies[uid].patient_id,
-                        instances=STUDIES.c.instances + growth.instances,
-                    )
+                known = self._studies[uid]
+                self._t.connection.execute(
+                    _GROWN_STUDY,
+                    {
+                        "uid": uid,
+                        "new_last_at": self._now,
+                        "new_calling_ae": last.calling_ae,
+                        "new_patient_id": known.patient_id,
+                        "new_instances": known.instances + growth.instances,
+                    },
                 )
                 continue
             study = Study(
@@ -252,16 +264,17 @@ class _Batch:
                 self._write_new_series(first, growth)
                 continue
             known = self._series[uid]
-            changes: dict[str, object] = {
+            is_open = growth.instances or known.state is SeriesState.RECEIVING
+            changes = {
                 "instances": known.instances + growth.instances,
                 "duplicates": known.duplicates + growth.duplicates,
+                "last_instance_at": self._now if is_open else known.last_instance_at,
             }
-            if growth.instances or known.state is SeriesState.RECEIVING:
-                changes["last_instance_at"] = self._now
             if growth.instances and known.state is not SeriesState.RECEIVING:
                 self._t.become_series(known, SeriesState.RECEIVING, self._now, "a late instance", reason="", **changes)
             else:
-                self._t.execute(sa.update(SERIES).where(SERIES.c.series_uid == uid).values(**changes))
+                named = {f"new_{name}": value for name, value in changes.items()}
+                self._t.connection.execute(_GROWN_SERIES, {"uid": uid, **named})
             if growth.duplicates and not known.duplicates:
                 self._note_duplicate(known.study_uid, uid)
 

@@ -122,7 +122,7 @@ class Instance:
     """One stored file.
 
     path: relative to the data folder, with forward slashes.
-    sha256: of the data set as received, without the file meta information.
+    digest: XXH3 (128 bits) of the data set as received, without the file meta information; "" where it is not known.
     size_bytes: of the file.
     """
 
@@ -132,7 +132,7 @@ class Instance:
     sop_class_uid: str
     transfer_syntax_uid: str
     path: str
-    sha256: str
+    digest: str
     size_bytes: int
     received_at: datetime
 
@@ -147,7 +147,7 @@ class NewInstance:
     sop_class_uid: str
     transfer_syntax_uid: str
     path: str
-    sha256: str
+    digest: str
     size_bytes: int
     calling_ae: str
     modality: str = ""
@@ -179,7 +179,7 @@ class Quarantined:
     sop_class_uid: str
     transfer_syntax_uid: str
     path: str
-    sha256: str
+    digest: str
     size_bytes: int
     calling_ae: str
     reason: str
@@ -373,7 +373,7 @@ INSTANCES = sa.Table(
     sa.Column("sop_class_uid", sa.String(64), nullable=False),
     sa.Column("transfer_syntax_uid", sa.String(64), nullable=False),
     sa.Column("path", sa.Text, nullable=False),
-    sa.Column("sha256", sa.String(64), nullable=False),
+    sa.Column("digest", sa.String(64), nullable=False),
     sa.Column("size_bytes", sa.Integer, nullable=False),
     sa.Column("received_at", UtcDateTime, nullable=False),
 )
@@ -388,7 +388,7 @@ QUARANTINE = sa.Table(
     sa.Column("sop_class_uid", sa.String(64), nullable=False),
     sa.Column("transfer_syntax_uid", sa.String(64), nullable=False),
     sa.Column("path", sa.Text, nullable=False),
-    sa.Column("sha256", sa.String(64), nullable=False),
+    sa.Column("digest", sa.String(64), nullable=False),
     sa.Column("size_bytes", sa.Integer, nullable=False),
     sa.Column("calling_ae", sa.String(16), nullable=False),
     sa.Column("reason", sa.Text, nullable=False),

@@ -175,9 +175,9 @@ class Transaction:
         found = self.connection.execute(query).mappings().first()
         return None if found is None else kind(**found)
 
-    def all(self, kind: type[_Row], query: sa.Select[*tuple[object, ...]]) -> tuple[_Row, ...]:
-        """Every row that the query finds."""
-        return tuple(kind(**found) for found in self.connection.execute(query).mappings())
+    def all(self, kind: type[_Row], query: sa.Select[*tuple[object, ...]], **parameters: object) -> tuple[_Row, ...]:
+        """Every row that the query finds; parameters: the values that it was built without."""
+        return tuple(kind(**found) for found in self.connection.execute(query, parameters).mappings())
 
     def study(self, study_uid: str) -> Study:
         """Raises UnknownStudy."""

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import hashlib
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -73,7 +72,7 @@ def receive(store: Store, data_dir: Path) -> Callable[..., None]:
                 sop_class_uid=ds.SOPClassUID,
                 transfer_syntax_uid=ds.file_meta.TransferSyntaxUID,
                 path=path,
-                sha256=hashlib.sha256(file.read_bytes()).hexdigest(),
+                digest="digest",
                 size_bytes=file.stat().st_size,
                 calling_ae="CT1",
                 modality=ds.Modality,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -109,3 +110,38 @@ def test_sweep_removes_only_parts_that_nobody_writes_any_more(tmp_path):
     assert sorted(p.name for p in (tmp_path / "x").iterdir()) == ["old.dcm", f"young{durable.PART}"]
     assert durable.sweep(tmp_path, older_than_s=-1.0) == 1
     assert durable.sweep(tmp_path / "absent") == 0
+
+
+def test_a_staged_file_gets_the_name_that_nothing_has(tmp_path: Path) -> None:
+    first, second = durable.Staged(tmp_path / "in"), durable.Staged(tmp_path / "in")
+    for staged, content in ((first, b"first"), (second, b"second")):
+        staged.write(content)
+    name = tmp_path / "new" / "folder" / "file"
+    assert [first.settle(name), second.settle(name)] == [True, False]
+    assert (name.read_bytes(), second.path.read_bytes()) == (b"first", b"second")
+    first.discard()
+    second.discard()
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [name]
+
+
+def test_a_staged_file_that_cannot_be_flushed_has_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    staged = durable.Staged(tmp_path / "in")
+    staged.write(b"text")
+    (tmp_path / "new").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(durable, "_make_folder", lambda _: None)
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            staged.settle(tmp_path / "new" / "file")
+    staged.discard()
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_folders_are_flushed_where_the_disk_does_not_keep_names_in_order() -> None:
+    assert durable._names_follow_content(os.makedev(0, 0)) is False, "no disk at all"
+    memory = Path("/dev/shm")
+    if memory.is_mount():
+        assert durable._names_follow_content(memory.stat().st_dev) is False

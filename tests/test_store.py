@@ -60,7 +60,7 @@ def an_instance(number: int = 1, **changes: object) -> NewInstance:
         sop_class_uid="1.2.840.10008.5.1.4.1.1.2",
         transfer_syntax_uid="1.2.840.10008.1.2.1",
         path=f"studies/{STUDY}/{SERIES}/{number}.dcm",
-        sha256=f"{number:064x}",
+        digest=f"{number:032x}",
         size_bytes=1000,
         calling_ae="CT1",
         modality="CT",
@@ -172,7 +172,7 @@ def test_the_same_again_is_a_duplicate_noted_once(store: Store) -> None:
     assert names(store).count("series.duplicate") == 1
 
 
-@pytest.mark.parametrize("change", [{"sha256": "f" * 64}, {"series_uid": "9.1"}, {"study_uid": "9"}])
+@pytest.mark.parametrize("change", [{"digest": "f" * 32}, {"series_uid": "9.1"}, {"study_uid": "9"}])
 def test_the_same_uid_with_other_content_is_a_conflict(store: Store, change: dict[str, str]) -> None:
     first = store.add_instance(an_instance(), T0).instance
     with pytest.raises(ContentConflict):

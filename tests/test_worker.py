@@ -79,7 +79,7 @@ def arrive(store: Store, data_dir: Path, paths: tuple[Path, ...]) -> None:
             sop_class_uid=ds.SOPClassUID,
             transfer_syntax_uid=ds.file_meta.TransferSyntaxUID,
             path=place,
-            sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+            digest=path.name,
             size_bytes=path.stat().st_size,
             calling_ae="CT",
             modality="CT",
