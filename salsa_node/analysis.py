@@ -143,12 +143,13 @@ def analyse(
         *map(repr, (terms.identity, terms.products, terms.limits)),
         *(["label map"] if terms.label_map else []),
     )
-    odd = (
+    found = (
         *findings.flags,
         *([Flag("phase_wrong", phase.wrong)] if phase.wrong else []),
         *guards.flags(ct, findings, terms.limits),
         *dicom_seg.flags(findings, include_organ=terms.products.include_liver),
     )
+    odd = guards.gravest_first(found)
     findings = replace(findings, run_digest=signed, flags=odd, contrast_phase=phase, image_numbers=numbers)
     progress("writing")
     objects = _objects(ct, findings, source, terms, lineage(signed))

@@ -112,8 +112,8 @@ def nobody_looked(identity: Identity) -> str:
 
 
 def sentences(findings: Findings) -> list[str]:
-    """The findings in words: the outcome first, then what else a reader should know."""
-    return [_outcome(findings), *_remarks(findings)]
+    """The findings in words: the outcome, then each of `findings.flags`, then what else a reader should know."""
+    return [_outcome(findings), *(flag.text for flag in findings.flags), *_remarks(findings)]
 
 
 def rule_text(criteria: Criteria) -> str:
@@ -167,8 +167,6 @@ def _remarks(findings: Findings) -> Iterable[str]:
         if lesion.touches_volume_edge:
             where = "the edge of the scanned volume"
             yield f"{tracking_identifier(lesion)} touches {where} and may be larger than measured."
-    for flag in findings.flags:
-        yield flag.text
     if not findings.contrast_phase.wrong:  # else a flag has said so
         yield findings.contrast_phase.sentence
 

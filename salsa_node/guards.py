@@ -37,6 +37,16 @@ _SHELL_MM: Final = (3.0, 10.0)  # around the liver: what looks like liver there 
 _NAMED: Final = 5  # lesions that a flag names at most
 _COARSE_MM: Final = 2.0  # steps of the grid that distances are judged on
 _ENDS: Final = (("on the right", "on the left"), ("in front", "at the back"), ("at the feet", "at the head"))
+_GRAVE: Final = (  # flags that do not block, in the order in which a reader needs them; others come after
+    "not_an_abdomen",
+    "not_like_a_liver",
+    "liver_on_the_left",
+    "not_soft_tissue",
+    "lesion_outside_liver",
+    "laterality_unchecked",
+    "liver_volume",
+    "liver_cut_off",
+)
 _AXES: Final = ("slices", "rows", "columns")
 
 
@@ -63,7 +73,13 @@ def flags(ct: CtVolume, findings: Findings, limits: Limits) -> tuple[Flag, ...]:
     if organ is not None and organ.any():
         found += _of_lesions(organ, findings, limits)
     found += _of_attenuation(findings, limits, explained=any(flag.name == "mirrored" for flag in found))
-    return tuple(sorted(found, key=lambda flag: not flag.blocks))
+    return gravest_first(found)
+
+
+def gravest_first(found: Iterable[Flag]) -> tuple[Flag, ...]:
+    """What keeps a result here, then what says that it may not show what it says, then the rest."""
+    rank = {name: n for n, name in enumerate(_GRAVE)}
+    return tuple(sorted(found, key=lambda flag: (not flag.blocks, rank.get(flag.name, len(rank)))))
 
 
 def _of_slices(grid: Grid, findings: Findings) -> Iterable[Flag]:

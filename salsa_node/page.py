@@ -41,6 +41,10 @@ _TITLE: Final = ParagraphStyle("title", parent=_TEXT, fontName="Helvetica-Bold",
 _CAUTION: Final = ParagraphStyle("caution", parent=_TEXT, fontName="Helvetica-Bold", fontSize=10, leading=14)
 _NOTICE: Final = ParagraphStyle("notice", parent=_CAUTION, textColor=colors.HexColor("#b00000"))
 _HEADINGS: Final = ("lesion", "RECIST 1.1", "volume, ml", "long x short axis, mm", "mean (SD), HU")
+_FLAG: Final = ParagraphStyle(
+    "flag", parent=_TEXT, backColor=colors.HexColor("#fff0c0"), borderPadding=(2, 3, 2, 3), leftIndent=3, spaceAfter=6
+)
+_KEPT: Final = ParagraphStyle("kept", parent=_FLAG, fontName="Helvetica-Bold", backColor=colors.HexColor("#ffd8d8"))
 _COLUMNS_MM: Final = (16, 34, 26, 44, 34, 16)
 _WIDTH_MM: Final = 180.0
 _PICTURE_MM: Final = (175.0, 110.0)  # at most so wide and so high
@@ -65,7 +69,7 @@ class Page:
 
 
 def of_findings(ct: CtVolume, findings: Findings, produced_at: datetime, about: Sequence[str] = ()) -> Page:
-    """The page of an analysis: outcome, table, pictures, flags, rule, provenance.
+    """The page of an analysis: outcome, flags, table, pictures, rule, provenance.
 
     produced_at: aware; written on the page as it stands.
     about: sentences on the result itself, below its title: of which images it is, what it takes the place of.
@@ -74,9 +78,10 @@ def of_findings(ct: CtVolume, findings: Findings, produced_at: datetime, about: 
     said = sentences(findings)
     story: list[Flowable] = _head(provenance, produced_at, about)
     story += [Paragraph(escape(plain(said[0])), _CAUTION), Spacer(1, 2 * mm)]
+    story += [Paragraph(escape(plain(flag.text)), _KEPT if flag.blocks else _FLAG) for flag in findings.flags]
     if findings.lesions:
         story += [_lesions(findings), Spacer(1, 3 * mm)]
-    story += [Paragraph(escape(plain(sentence)), _TEXT) for sentence in said[1:]]
+    story += [Paragraph(escape(plain(sentence)), _TEXT) for sentence in said[1 + len(findings.flags) :]]
     story += [Spacer(1, 3 * mm), _fitted(picture.mosaic(ct, findings)), Spacer(1, 3 * mm)]
     story += [Paragraph(escape(plain(rule_text(findings.criteria))), _SMALL), *_made_by(provenance)]
     return _printed(story, provenance, produced_at)

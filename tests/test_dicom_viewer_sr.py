@@ -20,7 +20,7 @@ from salsa_node.analysis import Lineage, Terms, _objects
 from salsa_node.criteria import Criteria, Rule
 from salsa_node.dicom_result import CAVEAT, Identity, Kind, series_read
 from salsa_node.findings import Findings, lengths_mm, measure, table
-from salsa_node.pipelines import DEMO_NOTICE, Masks
+from salsa_node.pipelines import DEMO_NOTICE, Flag, Masks
 from salsa_node.products import Products
 from salsa_node.volume import CtVolume
 
@@ -330,6 +330,17 @@ def test_numbers_are_written_as_people_write_them():
     assert "-0 (0)" not in text
     assert "0 (0)" in text
     assert "sum of diameters in the liver 18.2 mm, of the one measurable lesion" in text
+
+
+def test_what_is_odd_stands_on_the_page_before_the_numbers():
+    findings, _ = made.case()
+    odd = (Flag("not_an_abdomen", "This may not be an abdomen."), Flag("thick_slices", "Thick slices."))
+    text = text_of(page.of_findings(ct_of(findings), replace(findings, flags=odd), made.PRODUCED_AT).pdf)
+    places = [
+        text.index(words) for words in ("2 candidate lesions", odd[0].text, odd[1].text, "volume, ml", "Proposal")
+    ]
+    assert places == sorted(places)
+    assert [text.count(flag.text) for flag in odd] == [1, 1]
 
 
 def test_a_page_about_nothing_says_why():

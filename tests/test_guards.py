@@ -152,8 +152,21 @@ def test_thick_slices_are_flagged():
     thin = guards.flags(ct, replace(findings, organ=None), Limits())
     thick = guards.flags(ct, replace(findings, organ=None, criteria=Criteria(thick_slice_mm=2)), Limits())
     assert [f.name for f in thin] == ["laterality_unchecked"]
-    assert [f.name for f in thick] == ["thick_slices", "laterality_unchecked"]
-    assert "2.5 mm apart" in thick[0].text
+    assert [f.name for f in thick] == ["laterality_unchecked", "thick_slices"]
+    assert "2.5 mm apart" in thick[1].text
+
+
+def test_the_gravest_flag_comes_first():
+    names = ("thick_slices", "liver_cut_off", "phase_wrong", "not_an_abdomen", "lesion_outside_liver")
+    found = [Flag(name, name) for name in names] + [Flag("mirrored", "mirrored", blocks=True)]
+    assert [flag.name for flag in guards.gravest_first(found)] == [
+        "mirrored",
+        "not_an_abdomen",
+        "lesion_outside_liver",
+        "liver_cut_off",
+        "thick_slices",
+        "phase_wrong",
+    ]
 
 
 # ---- made volumes: the answer known by how they were drawn ------------------------------------------
