@@ -9,7 +9,7 @@ from pydicom.sr.coding import Code
 from pydicom.uid import EncapsulatedPDFStorage, ExplicitVRLittleEndian
 
 from salsa_node import codes, uids
-from salsa_node.dicom_result import Identity, Kind, described, named, sign
+from salsa_node.dicom_result import Identity, Kind, burned_in, described, named, sign
 from salsa_node.pipelines import Provenance
 
 
@@ -37,7 +37,7 @@ def build(
     ds.Modality = "DOC"
     ds.ConversionType = "WSD"
     ds.SeriesDescription = ds.DocumentTitle = title
-    ds.BurnedInAnnotation = "NO"
+    ds.BurnedInAnnotation = burned_in(source)  # its pictures are drawn from images of that series
     ds.AcquisitionDateTime = None
     ds.ConceptNameCodeSequence = [_item(codes.REPORT_TITLE)]
     reference = Dataset()

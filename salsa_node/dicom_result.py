@@ -99,6 +99,7 @@ _OPTIONAL = (
 )
 _DATED = ("Study", "Series", "Acquisition")  # a result is never older than these
 _TEXT = ("AS", "CS", "DA", "LO", "LT", "PN", "SH", "ST", "TM", "UC", "UI", "UT")  # carried over byte by byte
+_LOSSY = ("LossyImageCompression", "LossyImageCompressionRatio", "LossyImageCompressionMethod")
 # What the segmentation's own headers are made from.
 _UIDS = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID")
 _IMAGE = (
@@ -110,9 +111,7 @@ _IMAGE = (
     "PixelSpacing",
     "FrameOfReferenceUID",
     "PositionReferenceIndicator",
-    "LossyImageCompression",
-    "LossyImageCompressionRatio",
-    "LossyImageCompressionMethod",
+    *_LOSSY,
 )
 
 
@@ -360,6 +359,8 @@ def sign(obj: Dataset, source: Dataset, identity: Identity, produced_at: datetim
             obj[Tag(keyword)] = deepcopy(element)
         elif keyword in _REQUIRED:
             setattr(obj, keyword, None)
+    if not obj.get("DeidentificationMethod") and not obj.get("DeidentificationMethodCodeSequence"):
+        obj.pop("PatientIdentityRemoved", None)  # PS3.3 C.7.1.1: not without the method, which the source keeps back
     when = local(produced_at, source)
     obj.InstanceCreationDate = obj.ContentDate = obj.SeriesDate = when.strftime("%Y%m%d")
     obj.InstanceCreationTime = obj.ContentTime = obj.SeriesTime = when.strftime("%H%M%S.%f")
@@ -379,6 +380,22 @@ def sign(obj: Dataset, source: Dataset, identity: Identity, produced_at: datetim
     meta.ImplementationClassUID = UID(uids.IMPLEMENTATION_CLASS_UID)
     meta.ImplementationVersionName = uids.IMPLEMENTATION_VERSION_NAME
     same_patient_and_study(obj, source)
+
+
+def burned_in(image: Dataset) -> str:
+    """Burned In Annotation of what is drawn from that image: identity that is burned in there is so here."""
+    return "YES" if str(image.get("BurnedInAnnotation") or "").strip().upper() == "YES" else "NO"
+
+
+def carry_loss(obj: Dataset, image: Dataset) -> None:
+    """Say of `obj`, pixels drawn from that image, that they were compressed with loss where the image was.
+
+    What was so once is so for ever (PS3.3 C.7.6.1.1.5).
+    """
+    if str(image.get("LossyImageCompression") or "").strip() == "01":
+        for keyword in _LOSSY:
+            if image.get(keyword):
+                obj[keyword] = deepcopy(image[keyword])
 
 
 def _fit(keyword: str, value: object) -> bool:

@@ -1,6 +1,7 @@
 """The summary page and the key images -> Secondary Captures, for viewers that show neither SEG nor SR.
 
-All of a result form one series: the pages first, then one picture per slice. No identity is burned in.
+All of a result form one series: the pages first, then one picture per slice. No identity is burned in but what the
+images themselves have.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from highdicom.sc import SCImage
 from pydicom.dataset import Dataset
 
 from salsa_node import uids
-from salsa_node.dicom_result import Identity, Kind, described, line, named, sign
+from salsa_node.dicom_result import Identity, Kind, burned_in, carry_loss, described, line, named, sign
 from salsa_node.errors import EncodingError
 from salsa_node.pipelines import Provenance
 
@@ -72,7 +73,9 @@ def _capture(
     capture.Modality = "OT"
     capture.ConversionType = "WSD"
     capture.ImageType = ["DERIVED", "SECONDARY"]
-    capture.BurnedInAnnotation = "NO"
+    drawn_from = source if shown is None else shown  # a page may hold pictures of any slice
+    capture.BurnedInAnnotation = burned_in(drawn_from)
+    carry_loss(capture, drawn_from)
     capture.BodyPartExamined = "ABDOMEN"  # the source's word may be one of a paired part, which asks for a side
     capture.SeriesDescription = described("summary", provenance, identity)
     capture.DerivationDescription = line(

@@ -6,6 +6,7 @@ it: the viewer shows whose it is, from the header. The same findings give the sa
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from reportlab.lib import colors
 from reportlab.lib.pagesizes import A4
 from reportlab.lib.styles import ParagraphStyle
 from reportlab.lib.units import mm
+from reportlab.pdfgen.canvas import Canvas
 from reportlab.platypus import Flowable, Paragraph, SimpleDocTemplate, Spacer, Table, TableStyle
 from reportlab.platypus import Image as Picture
 
@@ -171,5 +173,13 @@ def _printed(story: list[Flowable], provenance: Provenance | None, produced_at: 
         author="salsa_node",
         creator="salsa_node",
         invariant=1,
-    ).build(story, onFirstPage=lambda canvas, _: canvas.setDateFormatter(lambda *_: made))
+    ).build(story, onFirstPage=lambda canvas, _: _dated(canvas, made))
     return Page(content.getvalue())
+
+
+def _dated(canvas: Canvas, made: str) -> None:
+    """Has the file carry that date, and an identifier that nothing in the environment decides."""
+    canvas.setDateFormatter(lambda *_: made)
+    canvas._doc.signature = hashlib.md5(
+        usedforsecurity=False
+    )  # begun with SOURCE_DATE_EPOCH, where somebody has set it

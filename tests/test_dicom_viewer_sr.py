@@ -254,6 +254,17 @@ def test_the_page_says_what_was_found_in_words_that_can_be_searched(objects):
     assert "P-1" not in text
 
 
+def test_the_page_has_the_same_bytes_whatever_the_environment_says_of_time(monkeypatch):
+    pages = set()
+    for epoch in (None, "0", "1700000000"):
+        monkeypatch.delenv("SOURCE_DATE_EPOCH", raising=False)
+        if epoch is not None:
+            monkeypatch.setenv("SOURCE_DATE_EPOCH", epoch)
+        pages.add(page.of_refusal("2 slices", None, made.PRODUCED_AT).pdf)
+    pages.add(page.of_refusal("3 slices", None, made.PRODUCED_AT).pdf)
+    assert len(pages) == 2
+
+
 def test_the_page_names_images_as_the_pacs_does():
     findings, _ = made.case()
     numbers = tuple(range(300, 300 - findings.lesion_labels.grid.shape[0], -1))

@@ -16,7 +16,7 @@ import pytest
 from pydicom.dataset import Dataset
 
 from salsa_node import placement
-from salsa_node.analysis import Lineage, Terms, _objects
+from salsa_node.analysis import Lineage, Terms, _objects, refuse
 from salsa_node.dicom_result import Identity, Kind, Made
 from salsa_node.dicom_sr import build_not_analysed
 from salsa_node.errors import GuardFailed
@@ -27,6 +27,7 @@ from salsa_node.volume import CtVolume, Grid
 
 Case = tuple[Findings, list[Dataset]]
 Box = tuple[slice, slice, slice]
+BORN = Lineage(made.PRODUCED_AT)
 TERMS = Terms(products=Products(key_images=1), label_map=True)
 OPTIONAL_PATIENT_AND_STUDY = ("PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDescription")
 FULL_SR = ("SR", "VIEWER_SR")
@@ -136,6 +137,13 @@ def not_analysed(provenance: Provenance | None) -> tuple[Made, ...]:
     return (Made(Kind.SR, "sr", report),)
 
 
+def refused(source: Dataset, folder: Path, provenance: Provenance | None) -> tuple[Made, ...]:
+    """All that is sent for a series that could not be analysed."""
+    path = folder / "source.dcm"
+    made.with_meta(source).save_as(path, enforce_file_format=True)
+    return refuse([path], "2 slices; a volume needs at least 3", TERMS, lambda _: BORN, provenance).objects
+
+
 def put(made_objects: tuple[Made, ...], folder: Path) -> list[tuple[Made, Path]]:
     paths = [folder / f"{item.name}.dcm" for item in made_objects]
     for item, path in zip(made_objects, paths, strict=True):
@@ -197,6 +205,44 @@ def test_a_segment_that_lost_its_voxels_is_caught_in_whichever_object_it_is(name
 def test_a_report_that_nothing_was_analysed_is_valid(tool, tmp_path, provenance):
     for item, path in put(not_analysed(provenance), tmp_path):
         judge(item, path, tool)
+
+
+@pytest.mark.parametrize("provenance", [None, made.PROVENANCE])
+@pytest.mark.parametrize("removed", ["YES", "NO", None])
+def test_all_that_is_sent_of_a_refusal_is_valid(tool, tmp_path, provenance, removed):
+    """Also where the source says that identity was removed and not how."""
+    source = made.headers(made.grid())[0]
+    if removed is not None:
+        source.PatientIdentityRemoved = removed
+    sent = put(refused(source, tmp_path, provenance), tmp_path)
+    assert [item.kind for item, _ in sent] == [Kind.SR, Kind.SC, Kind.PDF]
+    for item, path in sent:
+        judge(item, path, tool)
+
+
+def test_what_says_how_identity_was_removed_is_carried(tmp_path):
+    source = made.headers(made.grid())[0]
+    source.PatientIdentityRemoved, source.DeidentificationMethod = "YES", "by hand"
+    for item in refused(source, tmp_path, None):
+        assert (item.ds.PatientIdentityRemoved, item.ds.DeidentificationMethod) == ("YES", "by hand")
+
+
+def test_pictures_say_of_their_pixels_what_the_images_say(tool, tmp_path):
+    """Identity burned in, and compression with loss: no picture of such an image is without them."""
+    findings, source = made.case()
+    for ds in source:
+        ds.BurnedInAnnotation, ds.LossyImageCompression = "YES", "01"
+        ds.LossyImageCompressionRatio, ds.LossyImageCompressionMethod = "10", "ISO_15444_1"
+    pictures = [item for item in objects((findings, source)) if item.kind in (Kind.SC, Kind.PDF)]
+    assert len(pictures) == 3
+    for item, path in put(tuple(pictures), tmp_path):
+        assert item.ds.BurnedInAnnotation == "YES"
+        if item.kind is Kind.SC:
+            assert (item.ds.LossyImageCompression, item.ds.LossyImageCompressionRatio) == ("01", "10")
+            assert item.ds.LossyImageCompressionMethod == "ISO_15444_1"
+        judge(item, path, tool)
+    usual = [item.ds for item in objects(made.case()) if item.kind in (Kind.SC, Kind.PDF)]
+    assert {(ds.BurnedInAnnotation, ds.get("LossyImageCompression")) for ds in usual} == {("NO", None)}
 
 
 def test_a_missing_frame_of_reference_is_the_same_one_in_every_object_that_has_one():
