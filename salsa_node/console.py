@@ -132,6 +132,11 @@ def put_detail(study: Mapping[str, object]) -> None:
                 put(f"{'BLOCKED' if flag['blocks'] else 'note'}: {flag['text']}")
             if findings.get("reason"):
                 put(f"not analysed: {findings['reason']}")
+    objects = [item for run in runs for item in _rows(run["objects"])]
+    if objects:
+        put_table(
+            {"run_id": ">run", "id": ">object", "kind": "kind", "path": "kept as"}, objects, "Objects, in node.data_dir"
+        )
     deliveries = [delivery for run in runs for delivery in _rows(run["deliveries"])]
     put_table(
         {"run_id": ">run", "object_id": ">object", "destination": "destination", "state": "state",

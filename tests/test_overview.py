@@ -78,6 +78,8 @@ def test_the_page_of_a_study_is_json_and_readable(store, capsys):
     console.put_detail(page)
     told = capsys.readouterr().out
     assert f"Run {run}: Careful." in told
+    for item in page["runs"][0]["objects"]:  # where the words on a blocked run send their reader
+        assert any({str(item["id"]), item["kind"], item["path"]} <= set(line.split()) for line in told.splitlines())
     assert "run.produced" in told
 
 
