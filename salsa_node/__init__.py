@@ -15,16 +15,17 @@ room imports exactly what stands right of its arrow):
     settings               <-
     limits                 <-
     selection_rules        <-
+    series_rules           <-
   products               <-
-  config                 <- criteria errors limits products selection_rules settings
+  config                 <- criteria errors limits products selection_rules series_rules settings
 
   the science wing, in the order of the flow
     volume                 <- uids
     regrid                 <- volume
     nifti                  <- errors volume
-    slice_geometry         <- errors volume
+    slice_geometry         <- errors series_rules volume
     native_image           <-
-    series                 <- errors native_image slice_geometry uids volume
+    series                 <- errors native_image series_rules slice_geometry uids volume
     contrast_phase         <-
     candidate              <- contrast_phase series slice_geometry
     series_score           <- candidate contrast_phase selection_rules
@@ -42,10 +43,11 @@ room imports exactly what stands right of its arrow):
     pipelines.totalsegmentator <- errors models pipelines pipelines.device pipelines.phase pipelines.totalseg volume
     pipelines.salsa        <- errors models pipelines pipelines.device pipelines.nnunet pipelines.salsa_steps pipelines.totalseg regrid volume
   pipelines.given_masks  <- errors nifti pipelines regrid volume
+    upright                <- native_image pipelines volume
     findings               <- contrast_phase criteria errors pipelines uids volume
     codes                  <-
     dicom_result           <- errors pipelines series uids volume
-    dicom_seg              <- codes dicom_result errors findings pipelines uids
+    dicom_seg              <- codes dicom_result errors findings pipelines uids volume
     dicom_sr               <- codes criteria dicom_result dicom_seg errors findings pipelines uids
   dicom_viewer_sr        <- codes dicom_result dicom_sr findings volume
     picture                <- codes dicom_result findings volume
@@ -55,7 +57,7 @@ room imports exactly what stands right of its arrow):
   dicom_ko               <- codes dicom_result errors findings uids
   guards                 <- findings limits pipelines volume
   placement              <- codes dicom_result dicom_seg errors findings series slice_geometry uids
-  analysis               <- contrast_phase criteria dicom_ko dicom_pdf dicom_result dicom_sc dicom_seg dicom_sr dicom_viewer_sr errors findings guards limits page picture pipelines placement products series uids volume
+  analysis               <- contrast_phase criteria dicom_ko dicom_pdf dicom_result dicom_sc dicom_seg dicom_sr dicom_viewer_sr errors findings guards limits page picture pipelines placement products series series_rules uids upright volume
 
   the plumbing wing
     store_rows             <-
@@ -74,7 +76,7 @@ room imports exactly what stands right of its arrow):
     delivery               <- association errors log settings store
 
   where they meet
-    assembly               <- candidate errors log selection selection_rules series settings store uids
+    assembly               <- candidate errors log selection selection_rules series series_rules settings store uids
     worker                 <- analysis config dicom_result durable errors log pipelines store
 
   on top
@@ -83,7 +85,7 @@ room imports exactly what stands right of its arrow):
     overview               <- store
     console                <-
     dicom_ct               <- errors uids volume
-    offline                <- analysis candidate config criteria dicom_ct dicom_result errors findings log nifti picture pipelines selection selection_rules uids volume
+    offline                <- analysis candidate config criteria dicom_ct dicom_result errors findings log nifti picture pipelines selection series uids volume
     anatomy                <- volume
     phantom                <- anatomy dicom_ct nifti uids volume
     loopback               <- association errors

@@ -38,7 +38,9 @@ from salsa_node.limits import Limits
 from salsa_node.pipelines import Flag, Pipeline, Provenance
 from salsa_node.products import Products
 from salsa_node.series import UNREADABLE, headers, image_numbers, inspect, read_volume
+from salsa_node.series_rules import SeriesRules
 from salsa_node.uids import digest
+from salsa_node.upright import put_back, upright
 from salsa_node.volume import CtVolume
 
 _NAMED_BY = ("SOPClassUID", "StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")  # an instance, to the world
@@ -57,12 +59,14 @@ class Terms:
     """By what rules a series is analysed, and what is made of it: everything beside images and pipeline.
 
     label_map: some destination asks for the lesions by class as a label map, which is then made beside the SEG.
+    series: what is done where slices make no regular grid.
     """
 
     criteria: Criteria = field(default_factory=Criteria)
     limits: Limits = field(default_factory=Limits)
     products: Products = field(default_factory=Products)
     label_map: bool = False
+    series: SeriesRules = field(default_factory=SeriesRules)
 
     @property
     def identity(self) -> Identity:
@@ -122,10 +126,10 @@ def analyse(
     """
     try:
         progress("reading")
-        series = inspect(paths)
+        series = inspect(paths, terms.series)
         ct = read_volume(series)
         progress("segmenting")
-        masks = pipeline.segment(ct)
+        masks = pipeline.segment(ct) if ct.grid.is_upright else put_back(pipeline.segment(upright(ct)), ct.grid)
     except (SeriesRejected, OrganNotFound) as verdict:
         return refuse(paths, str(verdict), terms, lineage, pipeline.provenance)
     progress("measuring")

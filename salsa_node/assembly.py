@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -25,16 +25,27 @@ from salsa_node.errors import SeriesRejected
 from salsa_node.log import unforeseen
 from salsa_node.selection import choose_volume
 from salsa_node.selection_rules import SelectionRules
+from salsa_node.series_rules import SeriesRules
 from salsa_node.settings import AssemblySettings, PipelineChoice
 from salsa_node.store import Run, SeriesState, Store, Study
 from salsa_node.uids import digest
 
 log = logging.getLogger(__name__)
 
-DEFAULT_RULES = SelectionRules()
 NO_CT = "the study holds no CT image; there is nothing to analyse"
 _Read = TypeVar("_Read")
 _CT = {CTImageStorage, EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage}
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """By what a study is looked at."""
+
+    selection: SelectionRules = field(default_factory=SelectionRules)
+    series: SeriesRules = field(default_factory=SeriesRules)
+
+
+DEFAULT_RULES = Rules()
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +73,7 @@ def step(
     settings: AssemblySettings,
     pipeline: PipelineChoice,
     now: datetime,
-    rules: SelectionRules = DEFAULT_RULES,
+    rules: Rules = DEFAULT_RULES,
 ) -> store.Series | Study | None:
     """Complete one quiet series, or look at one whole study; what was done, or None when there is nothing to do.
 
@@ -88,7 +99,7 @@ def step(
 
 
 def select(
-    record: Store, data_dir: Path, study: Study, pipeline: PipelineChoice, now: datetime, rules: SelectionRules
+    record: Store, data_dir: Path, study: Study, pipeline: PipelineChoice, now: datetime, rules: Rules
 ) -> tuple[Input, Run]:
     """Look at a study again by those rules; a run is queued where the input is another one than before.
 
@@ -124,7 +135,7 @@ def queue_again(
     options: Mapping[str, object],
     now: datetime,
     masks: tuple[str, str] | None = None,
-    rules: SelectionRules = DEFAULT_RULES,
+    rules: Rules = DEFAULT_RULES,
 ) -> Run:
     """A new run of a study because a person asks, whatever ran before.
 
@@ -151,7 +162,7 @@ def queue_again(
     return run
 
 
-def examine(record: Store, data_dir: Path, study: Study, rules: SelectionRules = DEFAULT_RULES) -> Input | None:
+def examine(record: Store, data_dir: Path, study: Study, rules: Rules = DEFAULT_RULES) -> Input | None:
     """What of a study can be analysed; None where it holds no CT image. Reads headers, changes nothing."""
     images = [image for image in record.instances_of(study.study_uid) if image.sop_class_uid in _CT]
     if not images:
@@ -166,7 +177,9 @@ def examine(record: Store, data_dir: Path, study: Study, rules: SelectionRules =
             candidates.append(replace(_verdict(partial(read_candidate, files)), series_uid=uid))
         except SeriesRejected as verdict:
             refused[uid] = verdict.reason
-    choice = choose_volume(candidates, lambda files: _verdict(partial(series.inspect, files)), rules)
+    choice = choose_volume(
+        candidates, lambda files: _verdict(partial(series.inspect, files, rules.series)), rules.selection
+    )
     ranked = sorted(choice.verdicts, key=lambda verdict: (verdict.rank is None, verdict.rank or 0))
     scores = tuple(verdict.as_json() for verdict in ranked)
     refused |= {verdict.series_uid: verdict.reason for verdict in choice.verdicts if not verdict.accepted}

@@ -137,7 +137,14 @@ def rerun(
         wanted = record.study(study)
         kept = _keep_masks(settings, masks) if masks else None
         run = assembly.queue_again(
-            record, settings.node.data_dir, wanted, name, options, _now(), kept, settings.selection
+            record,
+            settings.node.data_dir,
+            wanted,
+            name,
+            options,
+            _now(),
+            kept,
+            assembly.Rules(settings.selection, settings.series),
         )
     if as_json:
         console.put_json({"run": run.id, "study_uid": run.study_uid, "pipeline": run.pipeline})

@@ -22,13 +22,14 @@ def select(
     from salsa_node import assembly, preflight, store
 
     data_dir = settings.node.data_dir
+    rules = assembly.Rules(settings.selection, settings.series)
     with store.Store.open(store.StoreSettings(settings.store_url)) as record:
         wanted = record.study(study)
         if dry_run:
-            found, run = assembly.examine(record, data_dir, wanted, settings.selection), None
+            found, run = assembly.examine(record, data_dir, wanted, rules), None
         else:
             pipeline = preflight.settled(settings).pipeline
-            found, run = assembly.select(record, data_dir, wanted, pipeline, datetime.now(UTC), settings.selection)
+            found, run = assembly.select(record, data_dir, wanted, pipeline, datetime.now(UTC), rules)
     scores = list(found.scores) if found else []
     if as_json:
         console.put_json({"study_uid": wanted.study_uid, "run": run.id if run else None, "scores": scores})

@@ -23,6 +23,7 @@ from salsa_node.errors import ConfigError
 from salsa_node.limits import Limits
 from salsa_node.products import Products
 from salsa_node.selection_rules import SelectionRules
+from salsa_node.series_rules import SeriesRules
 from salsa_node.settings import (
     SENDER,
     AssemblySettings,
@@ -46,6 +47,7 @@ class Config:
     listener: ListenerSettings = field(default_factory=ListenerSettings)
     assembly: AssemblySettings = field(default_factory=AssemblySettings)
     selection: SelectionRules = field(default_factory=SelectionRules)
+    series: SeriesRules = field(default_factory=SeriesRules)
     pipeline: PipelineChoice = field(default_factory=PipelineChoice)
     criteria: Criteria = field(default_factory=Criteria)
     guards: Limits = field(default_factory=Limits)

@@ -283,7 +283,7 @@ def _corners_apart_mm(source: Sequence[Dataset], grid: Grid) -> npt.NDArray[np.f
         for keyword in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")
     )
     between_rows, between_columns = spacing[:, :1], spacing[:, 1:]
-    slices = np.arange(len(source))
+    slices = grid.along
     worst = np.zeros(len(source))
     for row in (0, grid.shape[1] - 1):
         for column in (0, grid.shape[2] - 1):

@@ -35,6 +35,7 @@ from salsa_node.dicom_result import (
 from salsa_node.errors import EncodingError
 from salsa_node.findings import Disease, Findings, Lesion, lengths_mm
 from salsa_node.pipelines import Flag, Provenance
+from salsa_node.volume import Grid
 
 Labels = npt.NDArray[np.uint8]
 Indices = npt.NDArray[np.int64]
@@ -339,7 +340,7 @@ def _segmentation(part: _Part, findings: Findings, source: Sequence[Dataset], id
     words = "Lesions marked by a person" if provenance.by_person else "AI candidate lesions"
     shown = [source[int(k)] for k in part.slices]
     return hd.seg.Segmentation(
-        source_images=_references(shown, findings.lesion_labels.grid.spacing_mm[0]),
+        source_images=_references(shown, findings.lesion_labels.grid),
         pixel_array=part.pixels,
         segmentation_type=series.encoding,
         segment_descriptions=[_describe(n, kind, provenance, identity) for n, kind in enumerate(part.kinds, start=1)],
@@ -442,7 +443,7 @@ def _algorithm(provenance: Provenance, identity: Identity) -> hd.AlgorithmIdenti
     )
 
 
-def _references(source: Sequence[Dataset], step_mm: float) -> list[Dataset]:
+def _references(source: Sequence[Dataset], grid: Grid) -> list[Dataset]:
     """The source's headers as the segmentation copies them: one orientation, slices as thick as their step.
 
     A voxel reaches halfway to its neighbours, so the nominal Slice Thickness of the source would
@@ -451,7 +452,9 @@ def _references(source: Sequence[Dataset], step_mm: float) -> list[Dataset]:
     references = [reference(ds) for ds in source]
     for ds in references:
         ds.ImageOrientationPatient = references[0].ImageOrientationPatient
-        ds.SliceThickness = ds.SpacingBetweenSlices = DSfloat(step_mm, auto_format=True)
+        ds.SliceThickness = DSfloat(grid.step_mm, auto_format=True)
+        if grid.slice_offsets is None:
+            ds.SpacingBetweenSlices = ds.SliceThickness
         if not ds.get("FrameOfReferenceUID"):
             ds.FrameOfReferenceUID = uids.derive("frame of reference", ds.SeriesInstanceUID)
     return references

@@ -166,7 +166,9 @@ def measure(ct: CtVolume, masks: Masks, criteria: Criteria) -> Findings:
         lesions=tuple(lesions),
         lesion_labels=LabelVolume(labels, ct.grid),
         organ=organ,
-        organ_volume_mm3=None if organ is None else float(np.count_nonzero(organ.labels == 1)) * voxel_mm3,
+        organ_volume_mm3=None
+        if organ is None
+        else ct.grid.volume_mm3(np.count_nonzero(organ.labels == 1, axis=(1, 2))),
         dropped_specks=len(voxels) - 1 - len(kept),
         criteria=criteria,
         provenance=masks.provenance,
@@ -262,7 +264,7 @@ def _lesion(ct: CtVolume, mask: Bools, box: Box, number: int, run_digest: str, c
     start = np.array([side.start for side in box])
     centroid = [float(first + _mean_index(mask, axis)) for axis, first in enumerate(start)]
     slice_index, long_axis, short_axis = _axes(mask, start, ct.grid)
-    volume_mm3 = hu.size * ct.grid.voxel_volume_mm3
+    volume_mm3 = ct.grid.volume_mm3(mask.sum(axis=(1, 2)), box[0].start)
     return Lesion(
         number=number,
         tracking_uid=derive(run_digest, "lesion", str(number)),

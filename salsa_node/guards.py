@@ -94,7 +94,7 @@ def _of_slices(grid: Grid, findings: Findings) -> Iterable[Flag]:
 
 def _of_liver(ct: CtVolume, organ: Mask, findings: Findings, limits: Limits) -> Iterable[Flag]:
     grid = findings.lesion_labels.grid
-    volume_ml = np.count_nonzero(organ) * grid.voxel_volume_mm3 / 1000
+    volume_ml = grid.volume_mm3(np.count_nonzero(organ, axis=(1, 2))) / 1000
     towards = _ends(grid)
     cut = [
         f"{name} slice (the end {end})"

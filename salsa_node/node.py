@@ -92,7 +92,8 @@ def _loops(store: Store, config: Config, worker: WorkerProcess) -> tuple[Loop, .
     owner = f"{socket.gethostname()}:{uuid.uuid4().hex[:12]}"
 
     def assemble(now: datetime) -> object | None:
-        return assembly.step(store, data_dir, config.assembly, config.pipeline, now, config.selection)
+        rules = assembly.Rules(config.selection, config.series)
+        return assembly.step(store, data_dir, config.assembly, config.pipeline, now, rules)
 
     def deliver(now: datetime) -> object | None:
         return delivery.step(store, config.delivery, config.destination, data_dir, owner, now)

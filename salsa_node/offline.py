@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from salsa_node.errors import ConfigError, GuardFailed, SalsaNodeError, SeriesRe
 from salsa_node.findings import Findings, table
 from salsa_node.log import unforeseen
 from salsa_node.pipelines import Pipeline, PipelineSettings
-from salsa_node.selection_rules import SelectionRules
+from salsa_node.series import inspect
 from salsa_node.uids import derive
 from salsa_node.volume import LabelVolume
 
@@ -117,7 +118,7 @@ def run(
         told = f"[{number}/{len(paths)}] {path}"
         folder = wanted.output if len(paths) == 1 else wanted.output / f"{number:03d}-{_stem(path)}"
         try:
-            for case in _cases(path, folder, config.selection):
+            for case in _cases(path, folder, config):
                 progress(f"{told}: {len(case.paths)} images ...")
                 results.append(_one(path, case, pipeline, criteria, config))
         except SalsaNodeError as error:
@@ -130,10 +131,10 @@ def run(
     return results
 
 
-def _cases(path: Path, folder: Path, rules: SelectionRules) -> list[Case]:
+def _cases(path: Path, folder: Path, config: Config) -> list[Case]:
     """The studies at `path`. Raises SeriesRejected where there is none."""
     if path.is_dir():
-        return _dicom_cases(path, folder, rules)
+        return _dicom_cases(path, folder, config)
     if not path.is_file():
         raise SeriesRejected("no such file or folder")
     if path.name.endswith((".nii", ".nii.gz")):
@@ -141,7 +142,7 @@ def _cases(path: Path, folder: Path, rules: SelectionRules) -> list[Case]:
     raise SeriesRejected("expected a DICOM folder or a .nii or .nii.gz file")
 
 
-def _dicom_cases(path: Path, folder: Path, rules: SelectionRules) -> list[Case]:
+def _dicom_cases(path: Path, folder: Path, config: Config) -> list[Case]:
     files = sorted(file for file in path.rglob("*") if file.is_file())
     studies: dict[str, list[candidate.Candidate]] = {}
     for paths in candidate.by_series(files).values():
@@ -150,11 +151,11 @@ def _dicom_cases(path: Path, folder: Path, rules: SelectionRules) -> list[Case]:
     if not studies:
         raise SeriesRejected("no DICOM file lies in this folder")
     places = [folder] if len(studies) == 1 else [folder / f"study-{n}" for n in range(1, len(studies) + 1)]
-    return [_case(found, place, rules) for (_, found), place in zip(sorted(studies.items()), places, strict=True)]
+    return [_case(found, place, config) for (_, found), place in zip(sorted(studies.items()), places, strict=True)]
 
 
-def _case(candidates: Sequence[candidate.Candidate], place: Path, rules: SelectionRules) -> Case:
-    choice = selection.choose_volume(candidates, rules=rules)
+def _case(candidates: Sequence[candidate.Candidate], place: Path, config: Config) -> Case:
+    choice = selection.choose_volume(candidates, partial(inspect, rules=config.series), config.selection)
     if choice.chosen is not None:
         return Case(choice.chosen.paths, place)
     reasons = "; ".join(verdict.reason for verdict in choice.verdicts)
@@ -180,7 +181,7 @@ def _as_series(path: Path, folder: Path) -> tuple[Path, ...]:
 
 
 def _one(path: Path, case: Case, pipeline: Pipeline, criteria: Criteria, config: Config) -> Result:
-    terms = Terms(criteria, config.guards, config.results)
+    terms = Terms(criteria, config.guards, config.results, series=config.series)
     born = Lineage(AS_ITS_IMAGES)
     if case.refusal:
         analysis = refuse(case.paths, case.refusal, terms, lambda _: born)

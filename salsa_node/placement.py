@@ -218,7 +218,7 @@ def _check_frame(item: Dataset, shared: Dataset, beside: _Beside) -> int:
     _same(orientation, image.ImageOrientationPatient, DIRECTION_TOLERANCE, "orientation")
     measures = _group(item, shared, "PixelMeasuresSequence")
     _same(measures.PixelSpacing, image.PixelSpacing, PIXEL_SPACING_TOLERANCE_MM, "pixel spacing")
-    step_mm = beside.findings.lesion_labels.grid.spacing_mm[0]
+    step_mm = beside.findings.lesion_labels.grid.step_mm
     for keyword in ("SliceThickness", "SpacingBetweenSlices"):
         if keyword in measures:
             _same([measures[keyword].value], [step_mm], PIXEL_SPACING_TOLERANCE_MM, f"{keyword} of a frame")

@@ -66,8 +66,10 @@ def onto(labels: LabelVolume, grid: Grid) -> LabelVolume:
     """The same labels on another grid: every voxel takes the label whose voxel its centre lies in, 0 outside.
 
     Exact where both grids share their voxels (any order, flip or crop). Both must be in one patient
-    space: raises ValueError where two different frames of reference are named.
+    space: raises ValueError where two different frames of reference are named, or slices lie unevenly.
     """
+    if labels.grid.slice_offsets is not None or grid.slice_offsets is not None:
+        raise ValueError("slices lie at unequal distances; expected two regular grids")
     named = {labels.grid.frame_of_reference_uid, grid.frame_of_reference_uid} - {None}
     if len(named) > 1:
         raise ValueError("the labels and the grid name different frames of reference")

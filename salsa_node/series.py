@@ -1,7 +1,8 @@
 """A CT series on disk: put the slices in order, check the geometry, read the voxels.
 
-What is not one regular grid is rejected with the numbers found, never repaired. Uncompressed series are
-read by `native_image`, all others by pydicom; both give the same voxels, and every verdict is pydicom's.
+What is not one regular grid is rejected with the numbers found, unless the rules let it pass, and never repaired.
+Uncompressed series are read by `native_image`, all others by pydicom; both give the same voxels, and every verdict is
+pydicom's.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from pydicom.uid import (
 from salsa_node import native_image, slice_geometry
 from salsa_node.errors import SeriesRejected
 from salsa_node.native_image import PADDING_HU, NativePixels
+from salsa_node.series_rules import SeriesRules
 from salsa_node.slice_geometry import Stack
 from salsa_node.uids import digest
 from salsa_node.volume import CtVolume, Grid
@@ -103,12 +105,11 @@ class Instance:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Series:
-    """One CT series that is one regular volume.
+    """One CT series that is one volume.
 
     instances: in slice order, along the grid's slice axis.
-    grid: its slice axis is the normal (row direction x column direction), so that an axial series of
-        a supine patient runs from the feet to the head; frame_of_reference_uid is None where the
-        images name none.
+    grid: as the slices lie, see `slice_geometry.Stack`: not upright only where the rules let such a series pass.
+        frame_of_reference_uid is None where the images name none.
     """
 
     study_uid: str
@@ -122,13 +123,13 @@ class Series:
         return digest(*(instance.sop_instance_uid for instance in self.instances))
 
 
-def inspect(paths: Iterable[Path]) -> Series:
+def inspect(paths: Iterable[Path], rules: SeriesRules = slice_geometry.STRICT) -> Series:
     """The series that these files make; headers only are read.
 
     Raises SeriesRejected with what was found and expected.
     """
     files = tuple(paths)
-    return _native_series(files) or _series(files)
+    return _native_series(files, rules) or _series(files, rules)
 
 
 def read_volume(series: Series) -> CtVolume:
@@ -181,7 +182,7 @@ def image_numbers(images: Sequence[pydicom.Dataset]) -> tuple[int, ...]:
     return numbers if len(set(numbers)) == len(images) else ()
 
 
-def _native_series(files: Sequence[Path]) -> Series | None:
+def _native_series(files: Sequence[Path], rules: SeriesRules) -> Series | None:
     """The series where every file is plainly in order; None where pydicom has to look, whose verdict is final."""
     images = [image for path in files if (image := native_image.read_header(path)) is not None]
     one = len(images) == len(files) and len({(image.alike, image.shape) for image in images}) == 1
@@ -192,14 +193,14 @@ def _native_series(files: Sequence[Path]) -> Series | None:
         positions, cosines, spacings = (
             np.array([getattr(i, k) for i in images]) for k in ("position_lps_mm", "cosines", "spacing_mm")
         )
-        stack = slice_geometry.stack(positions, cosines, spacings)
+        stack = slice_geometry.stack(positions, cosines, spacings, rules=rules)
     except SeriesRejected:
         return None
     instances = [Instance(images[n].sop_instance_uid, files[n], images[n].pixels) for n in stack.order]
     return _made(first, instances, stack)
 
 
-def _series(files: Sequence[Path]) -> Series:
+def _series(files: Sequence[Path], rules: SeriesRules) -> Series:
     images = [_read_header(path, f"file {n} of {len(files)}") for n, path in enumerate(files, start=1)]
     _check_one_series(images)
     _check_kind(images)
@@ -209,7 +210,7 @@ def _series(files: Sequence[Path]) -> Series:
     positions, cosines, spacings = (
         _numbers(images, k) for k in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")
     )
-    stack = slice_geometry.stack(positions, cosines, spacings, image_numbers(images))
+    stack = slice_geometry.stack(positions, cosines, spacings, image_numbers(images), rules)
     return _made(images[0], [Instance(str(images[n].SOPInstanceUID), files[n]) for n in stack.order], stack)
 
 
@@ -219,7 +220,7 @@ def _made(first: pydicom.Dataset, instances: Sequence[Instance], stack: Stack) -
         study_uid=str(first.StudyInstanceUID),
         series_uid=str(first.SeriesInstanceUID),
         instances=tuple(instances),
-        grid=Grid(shape, stack.affine_lps_mm, first.get("FrameOfReferenceUID") or None),
+        grid=Grid(shape, stack.affine_lps_mm, first.get("FrameOfReferenceUID") or None, stack.slice_offsets),
     )
 
 

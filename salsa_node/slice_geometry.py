@@ -14,9 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from salsa_node.errors import SeriesRejected
+from salsa_node.series_rules import REFUSE, SeriesRules
 from salsa_node.volume import Affine
 
 Numbers = npt.NDArray[np.float64]
+
+STRICT = SeriesRules()
 
 MIN_SLICES = 3  #: two slices have a distance but no evidence that it is regular
 SAME_POSITION_MM = 0.01  #: slices nearer than this are one position twice; the thinnest CT steps are above 0.1 mm
@@ -32,12 +35,14 @@ class Stack:
     """How slices make one grid.
 
     order: of each slice along the grid's slice axis, its place among the images given.
-    affine_lps_mm: (4, 4), as in `volume.Grid`; its slice axis is the normal (row direction x column direction), so
-        that an axial series of a supine patient runs from the feet to the head.
+    affine_lps_mm, slice_offsets: as in `volume.Grid`. The slice axis runs the way of the normal (row direction x
+        column direction), so that an axial series of a supine patient runs from the feet to the head; it is the
+        normal itself but for slices that a tilted gantry shears, where the rules let them pass.
     """
 
     order: tuple[int, ...]
     affine_lps_mm: Affine
+    slice_offsets: tuple[float, ...] | None = None
 
 
 def check_count(slices: int) -> None:
@@ -47,7 +52,11 @@ def check_count(slices: int) -> None:
 
 
 def stack(
-    positions_lps_mm: Numbers, cosines: Numbers, spacings_mm: Numbers, image_numbers: tuple[int, ...] = ()
+    positions_lps_mm: Numbers,
+    cosines: Numbers,
+    spacings_mm: Numbers,
+    image_numbers: tuple[int, ...] = (),
+    rules: SeriesRules = STRICT,
 ) -> Stack:
     """The grid that slices make; the first three arguments as (images, values) of the attributes of those names.
 
@@ -60,15 +69,19 @@ def stack(
     normal = np.cross(row, column)
     order = np.argsort(positions_lps_mm @ normal, kind="stable")
     positions = positions_lps_mm[order]
-    step_mm = _check_regular(
-        positions, normal, min(spacing_mm), [image_numbers[n] for n in order] if image_numbers else []
-    )
+    along_mm = (positions - positions[0]) @ normal
+    regular, uneven = _check_regular(along_mm, [image_numbers[n] for n in order] if image_numbers else [], rules)
+    sheared, tilted = _check_straight(positions, along_mm, normal, min(spacing_mm), rules)
+    if tilted or uneven:
+        raise SeriesRejected("; ".join(filter(None, (tilted, uneven))))
+    step_mm = float(along_mm[-1] / (len(positions) - 1))
     affine = np.eye(4)
-    affine[:3, 0] = normal * step_mm
+    affine[:3, 0] = (positions[-1] - positions[0]) / (len(positions) - 1) if sheared else normal * step_mm
     affine[:3, 1] = column * spacing_mm[0]
     affine[:3, 2] = row * spacing_mm[1]
     affine[:3, 3] = positions[0]
-    return Stack(tuple(int(n) for n in order), affine)
+    offsets = None if regular else tuple(float(mm / step_mm) for mm in along_mm)
+    return Stack(tuple(int(n) for n in order), affine, offsets)
 
 
 def _directions(cosines: Numbers) -> tuple[Numbers, Numbers]:
@@ -100,33 +113,48 @@ def _pixel_spacing(spacings: Numbers) -> tuple[float, float]:
     return between_rows, between_columns
 
 
-def _check_regular(positions: Numbers, normal: Numbers, pixel_mm: float, image_numbers: Sequence[int]) -> float:
-    """The distance between slices, once they prove to stand behind each other at one distance."""
-    along = positions @ normal
-    steps = np.diff(along)
+def _check_regular(along_mm: Numbers, image_numbers: Sequence[int], rules: SeriesRules) -> tuple[bool, str]:
+    """Whether these places along the normal lie at one distance, and what speaks against them, if anything."""
+    steps = np.diff(along_mm)
     doubled = int((steps < SAME_POSITION_MM).sum())
     if doubled == len(steps):
-        raise SeriesRejected(f"all {len(positions)} slices lie at one position; expected one slice at each position")
-    faults = []
+        raise SeriesRejected(f"all {len(along_mm)} slices lie at one position; expected one slice at each position")
     if doubled:
-        faults.append(
-            f"{doubled} of {len(positions)} slices lie where another one lies; expected one slice at each position"
+        return (
+            True,
+            f"{doubled} of {len(along_mm)} slices lie where another one lies; expected one slice at each position",
         )
-    sideways = (positions - positions[0]) - np.outer(along - along[0], normal)
+    step_mm = along_mm[-1] / len(steps)
+    off_mm = np.abs(along_mm - step_mm * np.arange(len(along_mm))).max()
+    if off_mm <= max(SPACING_TOLERANCE_MM, SPACING_TOLERANCE * step_mm):
+        return True, ""
+    told = _describe_steps(steps, image_numbers)
+    if rules.irregular == REFUSE:
+        return False, told
+    if steps.max() > rules.max_gap_mm:
+        return False, f"{told}; at most {rules.max_gap_mm:g} mm may be resampled"
+    return False, ""
+
+
+def _check_straight(
+    positions: Numbers, along_mm: Numbers, normal: Numbers, pixel_mm: float, rules: SeriesRules
+) -> tuple[bool, str]:
+    """Whether the slices are sheared against each other, and what speaks against that, if anything."""
+    sideways = (positions - positions[0]) - np.outer(along_mm, normal)
     drift_mm = float(np.linalg.norm(sideways, axis=1).max())
-    if drift_mm > TILT_TOLERANCE_PIXELS * pixel_mm:
-        degrees = np.degrees(np.arctan2(np.linalg.norm(sideways[-1]), along[-1] - along[0]))
-        faults.append(
+    if drift_mm <= TILT_TOLERANCE_PIXELS * pixel_mm:
+        return False, ""
+    if rules.tilt == REFUSE:
+        degrees = np.degrees(np.arctan2(np.linalg.norm(sideways[-1]), along_mm[-1]))
+        return (
+            True,
             f"slices are sheared by {degrees:.1f} degrees (gantry tilt), so that they lie up to "
-            f"{drift_mm:.1f} mm beside their stack; expected no shear"
+            f"{drift_mm:.1f} mm beside their stack; expected no shear",
         )
-    step_mm = float((along[-1] - along[0]) / len(steps))
-    off_mm = np.abs(along - (along[0] + step_mm * np.arange(len(along)))).max()
-    if off_mm > max(SPACING_TOLERANCE_MM, SPACING_TOLERANCE * step_mm) and not doubled:
-        faults.append(_describe_steps(steps, image_numbers))
-    if faults:
-        raise SeriesRejected("; ".join(faults))
-    return step_mm
+    apart_mm = float(np.linalg.norm(sideways - np.outer(along_mm / along_mm[-1], sideways[-1]), axis=1).max())
+    if apart_mm > TILT_TOLERANCE_PIXELS * pixel_mm:
+        return True, f"slices lie up to {apart_mm:.1f} mm beside one line (gantry tilt); expected one shear of all"
+    return True, ""
 
 
 def _describe_steps(steps: Numbers, image_numbers: Sequence[int]) -> str:

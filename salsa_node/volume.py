@@ -19,19 +19,24 @@ Affine = npt.NDArray[np.float64]
 Index = tuple[float, float, float]
 PointMm = tuple[float, float, float]
 
+SHEAR_TOLERANCE = 1e-3  #: of a cosine between two axes of a grid; less moves no voxel of 500 slices by one
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Grid:
-    """A regular grid of voxels in the patient.
+    """A grid of voxels in the patient.
 
     shape: (slices, rows, columns).
     affine_lps_mm: (4, 4); maps (slice, row, column, 1) of a voxel centre to its LPS position in mm.
     frame_of_reference_uid: None where the source names none (a NIfTI file).
+    slice_offsets: None for a regular grid; where slices lie at unequal distances, the place of each along the slice
+        axis in steps of that axis, which is what the affine takes for a slice index. Rises from 0.
     """
 
     shape: tuple[int, int, int]
     affine_lps_mm: Affine
     frame_of_reference_uid: str | None = None
+    slice_offsets: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         affine = np.array(self.affine_lps_mm, dtype=np.float64)
@@ -41,6 +46,11 @@ class Grid:
             raise ValueError(f"shape must be three positive counts (slices, rows, columns), found {self.shape}")
         if abs(np.linalg.det(affine[:3, :3])) < 1e-9:
             raise ValueError("affine_lps_mm is singular: the axes do not span space")
+        offsets = self.slice_offsets
+        if offsets is not None and (
+            len(offsets) != self.shape[0] or len(offsets) < 2 or offsets[0] != 0 or not (np.diff(offsets) > 0).all()
+        ):
+            raise ValueError(f"slice_offsets must rise from 0, one for each of {self.shape[0]} slices")
         affine.setflags(write=False)
         object.__setattr__(self, "affine_lps_mm", affine)
         object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
@@ -59,19 +69,51 @@ class Grid:
         return float(lengths[0]), float(lengths[1]), float(lengths[2])
 
     @property
+    def is_upright(self) -> bool:
+        """Whether the axes are perpendicular and the slices at one distance: what a network can look at."""
+        return self.slice_offsets is None and self._is_perpendicular
+
+    @property
+    def _is_perpendicular(self) -> bool:
+        axes = self.affine_lps_mm[:3, :3] / np.array(self.spacing_mm)
+        return bool(np.abs(axes.T @ axes - np.eye(3)).max() < SHEAR_TOLERANCE)
+
+    @property
+    def along(self) -> npt.NDArray[np.float64]:
+        """Of each slice, its place along the slice axis in steps of that axis: 0, 1, 2 ... in a regular grid."""
+        return np.array(range(self.shape[0]) if self.slice_offsets is None else self.slice_offsets, dtype=np.float64)
+
+    @property
+    def step_mm(self) -> float:
+        """Distance between the planes of two slices; the mean, where they lie at unequal ones."""
+        if self._is_perpendicular:
+            return self.spacing_mm[0]
+        return self.voxel_volume_mm3 / float(np.linalg.norm(np.cross(*self.affine_lps_mm[:3, 1:3].T)))
+
+    @property
     def voxel_volume_mm3(self) -> float:
-        """Volume of one voxel."""
+        """Volume of one voxel; the mean, where slices lie at unequal distances."""
         return float(abs(np.linalg.det(self.affine_lps_mm[:3, :3])))
+
+    def volume_mm3(self, voxels: npt.NDArray[np.integer], first_slice: int = 0) -> float:
+        """Volume of so many voxels in each slice from `first_slice` on; a voxel reaches halfway to its neighbours."""
+        if self.slice_offsets is None:
+            return int(voxels.sum()) * self.voxel_volume_mm3
+        steps = np.diff(self.slice_offsets)
+        thickness = (np.concatenate([steps[:1], steps]) + np.concatenate([steps, steps[-1:]])) / 2
+        return float(voxels @ thickness[first_slice : first_slice + len(voxels)]) * self.voxel_volume_mm3
 
     def to_lps_mm(self, index: Index) -> PointMm:
         """Position of a (slice, row, column) index; fractions lie between voxel centres."""
-        point = self.affine_lps_mm @ np.array([*index, 1.0])
+        first = index[0] if self.slice_offsets is None else _piecewise(index[0], np.arange(self.shape[0]), self.along)
+        point = self.affine_lps_mm @ np.array([first, index[1], index[2], 1.0])
         return float(point[0]), float(point[1]), float(point[2])
 
     def to_index(self, point_lps_mm: PointMm) -> Index:
         """The (slice, row, column) index, with fractions, of a position."""
         index = np.linalg.solve(self.affine_lps_mm, np.array([*point_lps_mm, 1.0]))
-        return float(index[0]), float(index[1]), float(index[2])
+        first = index[0] if self.slice_offsets is None else _piecewise(index[0], self.along, np.arange(self.shape[0]))
+        return float(first), float(index[1]), float(index[2])
 
     def matches(self, other: Grid, tolerance_mm: float = 0.01) -> bool:
         """Whether both grids put every voxel in the same place, to `tolerance_mm` at the corners.
@@ -82,6 +124,8 @@ class Grid:
             return False
         named = (self.frame_of_reference_uid, other.frame_of_reference_uid)
         if None not in named and named[0] != named[1]:
+            return False
+        if not np.allclose(self.along, other.along, atol=tolerance_mm / max(self.step_mm, tolerance_mm)):
             return False
         last = np.array(self.shape) - 1
         corners = np.array([[*(last * bits), 1] for bits in np.ndindex(2, 2, 2)], dtype=np.float64).T
@@ -132,6 +176,12 @@ class LabelVolume:
         if not np.issubdtype(self.labels.dtype, np.unsignedinteger):
             raise ValueError(f"labels must be unsigned integers, found {self.labels.dtype}")
         self.labels.setflags(write=False)
+
+
+def _piecewise(x: float, xs: npt.NDArray[np.number], ys: npt.NDArray[np.number]) -> float:
+    """`x` through the line that joins the points (xs, ys), its first and last parts prolonged."""
+    n = int(np.clip(np.searchsorted(xs, x) - 1, 0, len(xs) - 2))
+    return float(ys[n] + (x - xs[n]) * (ys[n + 1] - ys[n]) / (xs[n + 1] - xs[n]))
 
 
 def _check_shape(found: tuple[int, ...], grid: Grid) -> None:

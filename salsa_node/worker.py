@@ -116,7 +116,7 @@ class Worker:
 
     def _analysis(self, run: Run, paths: Sequence[Path]) -> Analysis:
         label_map = any(destination.seg == "labelmap" for destination in self._config.destination)
-        terms = Terms(self._config.criteria, self._config.guards, self._config.results, label_map)
+        terms = Terms(self._config.criteria, self._config.guards, self._config.results, label_map, self._config.series)
         if run.refusal is not None:
             return refuse(paths, run.refusal, terms, lambda digest: self._lineage(run, digest))
         return analyse(

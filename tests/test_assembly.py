@@ -14,6 +14,7 @@ from told import events
 
 from salsa_node import assembly, dicom_ct, phantom, series
 from salsa_node.errors import SeriesRejected
+from salsa_node.series_rules import SeriesRules
 from salsa_node.settings import AssemblySettings, PipelineChoice
 from salsa_node.store import NewInstance, Run, RunState, SeriesState, Store, StoreSettings
 from salsa_node.volume import CtVolume, Grid
@@ -234,10 +235,10 @@ def test_what_nobody_foresaw_in_a_file_does_not_hold_up_the_others(
 ) -> None:
     inspect = series.inspect
 
-    def odd(paths: Sequence[Path]) -> series.Series:
+    def odd(paths: Sequence[Path], rules: SeriesRules) -> series.Series:
         if STUDY in paths[0].parts:
             raise ZeroDivisionError(f"the patient {NAME} has no width")
-        return inspect(paths)
+        return inspect(paths, rules)
 
     monkeypatch.setattr(series, "inspect", odd)
     receive(ct())

@@ -1,0 +1,127 @@
+"""Tilted or unevenly spaced slices on an upright, regular grid, as networks need it, and masks back on the slices.
+
+Each new slice is a straight mix of its two neighbours, each shifted within its plane to where it lies. Masks go back
+by the nearest voxel, and everything is measured on the slices as the scanner made them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import ceil, floor
+
+import numpy as np
+import numpy.typing as npt
+from scipy import ndimage
+
+from salsa_node.native_image import PADDING_HU
+from salsa_node.pipelines import Flag, Masks
+from salsa_node.volume import CtVolume, Grid, LabelVolume
+
+Floats = npt.NDArray[np.float64]
+
+RESAMPLED = "resampled"  #: the flag, and the key in the provenance
+
+
+def upright(ct: CtVolume) -> CtVolume:
+    """The CT on an upright, regular grid that holds all of its slices, with air around them.
+
+    The pixels keep size and direction; the slices lie at the median distance of the old ones.
+    """
+    grid = ct.grid
+    step_mm, shifts = _lie(grid)
+    places_mm = grid.along * grid.step_mm
+    low, high = _margins(shifts)
+    slices = ceil(places_mm[-1] / step_mm - 1e-6) + 1
+    shape = (slices, grid.shape[1] + int(high[0] - low[0]), grid.shape[2] + int(high[1] - low[1]))
+    affine = np.array(grid.affine_lps_mm)
+    affine[:3, 0] = _normal(grid) * step_mm
+    affine[:3, 3] = grid.affine_lps_mm[:3, 3] + grid.affine_lps_mm[:3, 1:3] @ low
+    voxels = np.empty(shape, dtype=ct.voxels_hu.dtype)
+    for j in range(slices):
+        at = np.interp(j * step_mm, places_mm, np.arange(grid.shape[0]))
+        first = int(at)
+        share = at - first
+        plane = (1 - share) * _shifted(ct.voxels_hu[first], shifts[first] - low, shape[1:])
+        if share > 0:
+            plane += share * _shifted(ct.voxels_hu[first + 1], shifts[first + 1] - low, shape[1:])
+        voxels[j] = np.rint(plane) if voxels.dtype == np.int16 else plane
+    return CtVolume(voxels, Grid(shape, affine, grid.frame_of_reference_uid))
+
+
+def put_back(masks: Masks, grid: Grid) -> Masks:
+    """Masks from the grid that `upright` made of `grid`, on `grid`; flags and provenance say what was done."""
+    words = _words(grid)
+    organ, segments = (None if part is None else _on_slices(part, grid) for part in (masks.organ, masks.segments))
+    return replace(
+        masks,
+        organ=organ,
+        lesions=_on_slices(masks.lesions, grid),
+        segments=segments,
+        provenance=replace(masks.provenance, parameters={**masks.provenance.parameters, RESAMPLED: words}),
+        flags=(
+            *masks.flags,
+            Flag(
+                RESAMPLED,
+                f"The images were resampled before the analysis, because of {words}; "
+                "the results lie on the images as they were acquired.",
+            ),
+        ),
+    )
+
+
+def _on_slices(part: LabelVolume, grid: Grid) -> LabelVolume:
+    step_mm, shifts = _lie(grid)
+    low, _ = _margins(shifts)
+    labels = np.empty(grid.shape, dtype=part.labels.dtype)
+    for k, place_mm in enumerate(grid.along * grid.step_mm):
+        row, column = (int(n) for n in np.rint(shifts[k] - low))
+        plane = part.labels[min(round(place_mm / step_mm), part.grid.shape[0] - 1)]
+        labels[k] = plane[row : row + grid.shape[1], column : column + grid.shape[2]]
+    return LabelVolume(labels, grid)
+
+
+def _lie(grid: Grid) -> tuple[float, Floats]:
+    """The distance of the upright slices in mm, and by how many (rows, columns) each old slice lies aside."""
+    step_mm = float(np.median(np.diff(grid.along))) * grid.step_mm
+    sideways = grid.affine_lps_mm[:3, 0] - _normal(grid) * grid.step_mm
+    per_step = np.linalg.lstsq(grid.affine_lps_mm[:3, 1:3], sideways, rcond=None)[0]
+    return step_mm, np.outer(grid.along, per_step)
+
+
+def _normal(grid: Grid) -> Floats:
+    """Unit vector across the slices, the way they are counted."""
+    across = np.cross(grid.affine_lps_mm[:3, 1], grid.affine_lps_mm[:3, 2])
+    normal: Floats = across / np.linalg.norm(across) * np.sign(across @ grid.affine_lps_mm[:3, 0])
+    return normal
+
+
+def _margins(shifts: Floats) -> tuple[Floats, Floats]:
+    """Whole (rows, columns) from the first slice's corner to the least and the most shifted one."""
+    low = np.array([floor(n + 1e-6) for n in shifts.min(axis=0)], dtype=np.float64)
+    high = np.array([ceil(n - 1e-6) for n in shifts.max(axis=0)], dtype=np.float64)
+    return low, high
+
+
+def _shifted(plane: npt.NDArray[np.int16] | npt.NDArray[np.float32], by: Floats, shape: tuple[int, int]) -> Floats:
+    """The plane `by` so many (rows, columns), with fractions, inside a larger one of air."""
+    whole = np.floor(by + 1e-6).astype(int)
+    rest = np.clip(by - whole, 0, None)
+    held = np.full((shape[0] + 1, shape[1] + 1), PADDING_HU, dtype=np.float64)
+    held[whole[0] : whole[0] + plane.shape[0], whole[1] : whole[1] + plane.shape[1]] = plane
+    if rest.max() > 1e-6:
+        held = ndimage.shift(held, rest, order=1, mode="constant", cval=PADDING_HU)
+    return held[: shape[0], : shape[1]]
+
+
+def _words(grid: Grid) -> str:
+    """Why, with the numbers."""
+    found = []
+    _, shifts = _lie(grid)
+    aside_mm = float(np.linalg.norm(shifts[-1] * np.array(grid.spacing_mm[1:])))
+    length_mm = float(grid.along[-1] * grid.step_mm)
+    if aside_mm > 1e-6 * length_mm:
+        found.append(f"slices sheared by {np.degrees(np.arctan2(aside_mm, length_mm)):.1f} degrees (gantry tilt)")
+    if grid.slice_offsets is not None:
+        steps_mm = np.diff(grid.along) * grid.step_mm
+        found.append(f"steps from {steps_mm.min():.2f} to {steps_mm.max():.2f} mm between slices")
+    return " and ".join(found)
