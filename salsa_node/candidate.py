@@ -77,6 +77,7 @@ class Candidate:
         return f"series {self.series_uid if self.series_number is None else self.series_number}"
 
 
+_SORTED_BY: Final = ("StudyInstanceUID", "SeriesInstanceUID")
 _TAGS: Final = [
     "SOPClassUID",
     "StudyInstanceUID",
@@ -129,22 +130,24 @@ _ELSEWHERE: Final = re.compile(
 )
 
 
-def by_series(paths: Iterable[Path]) -> dict[str, tuple[Path, ...]]:
-    """Files sorted into series by their Series Instance UID, series and files in order of appearance.
+def by_series(paths: Iterable[Path]) -> dict[tuple[str, str], tuple[Path, ...]]:
+    """Files sorted into series by Study and Series Instance UID, series and files in order of appearance.
 
+    By both, because a series that several studies share is as many: each patient gets a verdict of their own.
     Files that are not DICOM and directories of media (DICOMDIR) are left out; images that name no
     series are kept together under "", for a verdict of their own.
     """
-    found: dict[str, list[Path]] = {}
+    found: dict[tuple[str, str], list[Path]] = {}
     for path in paths:
         try:
-            ds = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["SeriesInstanceUID"])
+            ds = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(_SORTED_BY))
             convert(ds)
         except UNREADABLE:
             continue
         if ds.file_meta.get("MediaStorageSOPClassUID") != MediaStorageDirectoryStorage:
-            found.setdefault(str(ds.get("SeriesInstanceUID") or ""), []).append(path)
-    return {uid: tuple(files) for uid, files in found.items()}
+            study_uid, series_uid = (str(ds.get(keyword) or "") for keyword in _SORTED_BY)
+            found.setdefault((study_uid, series_uid), []).append(path)
+    return {uids: tuple(files) for uids, files in found.items()}
 
 
 def read_candidate(paths: Sequence[Path]) -> Candidate:

@@ -21,7 +21,7 @@ from salsa_node.analysis import Analysis, Lineage, Outcome, Terms, analyse, chec
 from salsa_node.config import Config
 from salsa_node.criteria import Criteria, Rule
 from salsa_node.dicom_result import AS_ITS_IMAGES, Kind
-from salsa_node.errors import ConfigError, GuardFailed, SalsaNodeError, SeriesRejected
+from salsa_node.errors import ConfigError, GuardFailed, PipelineError, SalsaNodeError, SeriesRejected
 from salsa_node.findings import Findings, table
 from salsa_node.log import unforeseen
 from salsa_node.pipelines import Pipeline, PipelineSettings
@@ -103,16 +103,7 @@ def run(
     """
     criteria = _criteria(config.criteria, wanted.rule)
     progress(f"loading the pipeline {wanted.pipeline} ...")
-    choice = config.pipeline
-    pipeline = pipelines.load(
-        wanted.pipeline,
-        PipelineSettings(
-            device=choice.device,
-            models_dir=config.models_dir,
-            masks_path=wanted.masks,
-            options=wanted.options,
-        ),
-    )
+    pipeline = _pipeline(wanted, config)
     results = []
     for number, path in enumerate(paths, start=1):
         told = f"[{number}/{len(paths)}] {path}"
@@ -129,6 +120,21 @@ def run(
         except Exception as error:  # noqa: BLE001 - one bad case is told and the rest go on
             results.append(Result(path, folder, analysed=False, told=unforeseen(error)))
     return results
+
+
+def _pipeline(wanted: Wanted, config: Config) -> Pipeline:
+    settings = PipelineSettings(
+        device=config.pipeline.device,
+        models_dir=config.models_dir,
+        masks_path=wanted.masks,
+        options=wanted.options,
+    )
+    if wanted.masks is None:
+        return pipelines.load(wanted.pipeline, settings)
+    try:
+        return pipelines.load(wanted.pipeline, settings)
+    except PipelineError as exc:
+        raise ConfigError(f"--masks: {exc}") from exc
 
 
 def _cases(path: Path, folder: Path, config: Config) -> list[Case]:

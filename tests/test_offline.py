@@ -65,6 +65,29 @@ def test_a_second_case_leaves_nothing_of_the_first(study, tmp_path):
     assert "gap of 16.0 mm" in json.loads((out / "findings.json").read_text())["reason"]
 
 
+def test_studies_that_share_a_series_have_a_report_each(study, tmp_path):
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    for n, path in enumerate(study.axial[:4]):
+        ds = pydicom.dcmread(path)
+        ds.StudyInstanceUID = f"1.2.{n // 2}"
+        ds.save_as(shared / path.name)
+    results = offline.run([shared], wanted(tmp_path / "out", study.truth_labels), Config())
+    assert [result.folder.name for result in results] == ["study-1", "study-2"]
+    told = {pydicom.dcmread(result.folder / "sr.dcm").StudyInstanceUID for result in results}
+    assert told == {"1.2.0", "1.2.1"}
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_mask_file_that_is_none_is_a_wrong_option(study, tmp_path, folder):
+    masks = tmp_path / "masks.nii.gz"
+    if folder:
+        masks.mkdir()
+    with pytest.raises(ConfigError, match=r"^--masks: .*masks\.nii\.gz"):
+        offline.run([study.axial[0].parent], wanted(tmp_path / "out", masks), Config())
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_label_map_with_every_candidate_erased_says_that_there_is_none(study, tmp_path):
     folder = study.axial[0].parent
     offline.run([folder], wanted(tmp_path / "a", study.truth_labels), Config())
