@@ -10,6 +10,7 @@ The thread that pynetdicom lets ask every millisecond whether a message has come
 
 from __future__ import annotations
 
+import logging
 import select
 import socket
 import ssl
@@ -26,6 +27,8 @@ from pynetdicom.sop_class import uid_to_service_class
 
 from salsa_node.instance_header import SUCCESS, uid_or_nothing
 from salsa_node.intake import Incoming, Intake, Request
+
+log = logging.getLogger(__name__)
 
 _P_DATA, _ABORT = 0x04, 0x07  # PDU types; the latter is the highest (PS3.8 9.3)
 _HEADER_BYTES = 6
@@ -79,6 +82,9 @@ class Connection:
         self._plain_event = self._dul._is_transport_event
         self._dul._is_transport_event = self._serve  # type: ignore[method-assign] # for this one connection
 
+        self._plain_action = self._dul.state_machine.do_action
+        self._dul.state_machine.do_action = self._act  # type: ignore[method-assign] # for this one connection
+
     def interrupt(self) -> None:
         """Wait no longer for the rest of an instance: the connection ends where it has come in part."""
         if self._incoming is not None:
@@ -105,6 +111,19 @@ class Connection:
         self._put_back = pdu
         self._is_quick = False
         self._dul._read_pdu_data()
+
+    def _act(self, event: str) -> None:
+        """In place of `StateMachine.do_action`: what the peer does at the wrong moment ends its connection, cleanly.
+
+        pynetdicom's thread would die of it with a traceback.
+        """
+        try:
+            self._plain_action(event)
+        except Exception as error:  # noqa: BLE001 - whatever a peer sends may end its own connection alone
+            log.info("connection dropped", extra={"event": "connection.dropped", "error": type(error).__name__})
+            self._drop()
+            self._dul.kill_dul()
+            self._assoc._reactor_checkpoint.set()
 
     def _end(self, event: str) -> None:
         """Let pynetdicom end the association: Evt17 the connection is gone, Evt19 the peer sent what is invalid."""

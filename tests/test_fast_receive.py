@@ -276,3 +276,17 @@ def test_a_door_closes_in_the_middle_of_an_instance(tmp_path: Path) -> None:
         assert nothing_left(tmp_path)
         assert len(store.instances_of("2.25.7")) == 1
     assert not [thread for thread in threading.enumerate() if "Acceptor" in thread.name]
+
+
+def test_what_comes_at_the_wrong_moment_ends_its_connection_and_no_thread(tmp_path: Path) -> None:
+    """pytest fails on a thread that dies of an exception."""
+    echo = p_data(3, 3, raw_scu.command(raw_scu.VERIFICATION, 0x0030, 2, None))
+    asked = raw_scu.request("SALSA_NODE", "RAW", (raw_scu.CT, raw_scu.VERIFICATION))
+    for fast in (True, False):
+        with door(tmp_path / str(fast), fast=fast) as (listener, _):
+            for noise in (asked + echo, asked + asked, asked + struct.pack(">BBLL", 5, 0, 4, 0), asked + bytes(20)):
+                with socket.create_connection(("127.0.0.1", listener.port)) as raw:
+                    raw.sendall(noise)
+                    assert ended(raw)
+            with Association(listener.port) as after:
+                assert after.echo() == SUCCESS
