@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from salsa_node import cases, durable, film, guards, nifti
 from salsa_node.analysis import Analysis, Outcome, summary
-from salsa_node.cases import Case
+from salsa_node.cases import INTERMEDIATES, Case
 from salsa_node.criteria import Criteria
 from salsa_node.errors import ConfigError, SalsaNodeError, SeriesRejected
 from salsa_node.findings import Disease, Findings, measure
@@ -34,10 +34,6 @@ from salsa_node.pipelines import DEMO_NOTICE, Pipeline, once, unobserved
 from salsa_node.uids import digest
 from salsa_node.volume import CtVolume, Grid, LabelVolume
 
-INTERMEDIATES: Final = (  # what SALSA keeps of a case, by its names
-    "liver", "liver_resampled", "liver_postprocessed", "scan_resampled", "cropped/scan_0000", "cropped/mask_0000",
-    "mask_resampled",
-)  # fmt: skip
 OVERLAYS: Final = ("gif", "png")
 _STALE_S: Final = 86_400.0
 _WRITER: Final = "salsa_node batch, "

@@ -1,13 +1,16 @@
 """Which scans a researcher means: files, folders, patterns and tables become cases, each with a place for its result.
 
 A case is one CT: a NIfTI file, or the series of a DICOM study that can be analysed. What cannot be one is a case too,
-with the reason, so that a batch tells of it and goes on. Results of an earlier batch are never taken for scans.
+with the reason, so that a batch tells of it and goes on. What an earlier batch wrote is left out of folders and
+patterns, and refused where it is named outright.
 """
 
 from __future__ import annotations
 
 import csv
+import errno
 import glob
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +22,11 @@ from salsa_node.volume import CtVolume
 
 MARK: Final = "_SALSA"  #: ends the stem of everything that a batch writes
 COLUMN: Final = "PATHS"
-_NIFTI: Final = (".nii", ".nii.gz")
+INTERMEDIATES: Final = (  #: what SALSA keeps of a case in the folder `<stem>_SALSA`, by its names
+    "liver", "liver_resampled", "liver_postprocessed", "scan_resampled", "cropped/scan_0000", "cropped/mask_0000",
+    "mask_resampled",
+)  # fmt: skip
+_NIFTI: Final = (".nii.gz", ".nii")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,17 +81,19 @@ def listed(table: Path) -> list[str]:
     found = []
     for name in filter(None, wanted):
         beside = table.parent / name
-        found.append(str(beside) if not Path(name).exists() and beside.exists() else name)
+        found.append(str(beside) if not os.path.exists(name) and os.path.exists(beside) else name)  # noqa: PTH110
     return found
 
 
 def find(wanted: Iterable[str]) -> list[Case]:
-    """The cases that paths, folders and patterns name, each once, in their order."""
-    cases: dict[Path, Case] = {}
+    """The cases that paths, folders and patterns name, each once, in their order.
+
+    A path that cannot be looked at is a case with the reason. In folders, names that begin with a dot are left out.
+    """
+    cases: dict[tuple[Path, str], Case] = {}
     for name in wanted:
-        for path in _paths(name):
-            for case in _cases(path):
-                cases.setdefault(case.path.absolute() / case.stem, case)
+        for case in _named(name):
+            cases.setdefault((case.path.absolute() / case.stem, case.refusal), case)
     return list(cases.values())
 
 
@@ -129,26 +138,74 @@ def open_scan(path: Path | str) -> Scan:
     return read(cases[0])
 
 
-def _paths(name: str) -> list[Path]:
-    path = Path(name).expanduser()
-    if path.exists() or not glob.has_magic(name):
-        return [path]
+def _named(name: str) -> list[Case]:
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError:  # ~ with the name of nobody
+        return [_refused(Path(name), f"there is no home folder for {Path(name).parts[0]}")]
+    try:
+        if path.exists() or not glob.has_magic(name):
+            return _cases(path)
+    except OSError as error:
+        return [_unreachable(path, error)]
+    return _matching(path)
+
+
+def _matching(pattern: Path) -> list[Case]:
     # Path.glob takes no absolute pattern.
-    return [Path(found) for found in sorted(glob.glob(str(path), recursive=True))] or [path]  # noqa: PTH207
+    paths = [Path(found) for found in sorted(glob.glob(str(pattern), recursive=True))]  # noqa: PTH207
+    if not paths:
+        return [_refused(pattern, "no such file or folder")]
+    plain = next(n for n, part in enumerate(pattern.parts) if glob.has_magic(part))
+    root = Path(*pattern.parts[:plain])
+    cases: list[Case] = []
+    for path in paths:
+        try:
+            found = [] if _is_result(path, root) else _cases(path, root)
+        except OSError as error:
+            found = [_unreachable(path, error)]
+        cases += [case for case in found if not (case.refusal and case.path == path and _lies_beside_result(path))]
+    return cases or [_refused(pattern, "names nothing but what an earlier batch wrote")]
 
 
-def _cases(path: Path) -> list[Case]:
+def _cases(path: Path, root: Path | None = None) -> list[Case]:
+    """What a path that exists, or is meant to, stands for; `root` as `_is_result` has it, by default the path itself.
+
+    Raises OSError where it cannot be looked at.
+    """
     if _is_nifti(path) and path.is_file():
-        return [] if _is_result(path) else [_nifti_case(path)]
+        if _is_result(path, path.parent):
+            return [_refused(path, "an earlier batch wrote this label map; name the scan itself")]
+        return [_nifti_case(path)]
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file() and not _is_result(file))
+        files, locked = _walked(path, root or path)
         volumes = [file for file in files if _is_nifti(file)]
         images = [file for file in files if not _is_nifti(file)]
-        found = [_nifti_case(file) for file in volumes] + _dicom_cases(path, images)
+        unread = [file for file in images if not os.access(file, os.R_OK)]
+        if unread:
+            locked.append(
+                _refused(path, f"this user may not read {len(unread)} of its files, such as {unread[0].name}")
+            )
+        found = [_nifti_case(file) for file in volumes] + _dicom_cases(path, images) + locked
         return found or [_refused(path, "neither a NIfTI file nor a DICOM image lies in this folder")]
     if path.exists():
         return [_refused(path, "expected a .nii or .nii.gz file or a folder")]
     return [_refused(path, "no such file or folder")]
+
+
+def _walked(folder: Path, root: Path) -> tuple[list[Path], list[Case]]:
+    """The files below a folder, without results, and the folders below it that cannot be looked into."""
+    errors: list[OSError] = []
+    files = []
+    for parent, folders, names in os.walk(folder, onerror=errors.append):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files += [Path(parent, name) for name in names if not name.startswith(".")]
+    kept = sorted(file for file in files if not _is_result(file, root) and _is_file(file))
+    return kept, [_unreachable(Path(error.filename), error) for error in errors]
+
+
+def _is_file(path: Path) -> bool:
+    return os.path.isfile(path)  # noqa: PTH113 - False, not an error, where it cannot be looked at
 
 
 def _dicom_cases(folder: Path, files: Sequence[Path]) -> list[Case]:
@@ -188,17 +245,55 @@ def _refused(path: Path, reason: str) -> Case:
     return Case(path, (), _stem(path), path.parent, reason)
 
 
+def _unreachable(path: Path, error: OSError) -> Case:
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return _refused(path, "this user may not look there: ask for the right to read the folders that lead to it")
+    return _refused(path, f"cannot be looked at ({error.strerror})")
+
+
 def _is_nifti(path: Path) -> bool:
     return path.name.lower().endswith(_NIFTI)
 
 
 def _stem(path: Path) -> str:
     """The name without .nii or .nii.gz: dots before that belong to the name."""
-    name = path.absolute().name
-    suffix = next((end for end in (".nii.gz", ".nii") if name.lower().endswith(end)), "")
+    return _without_suffix(path.absolute().name)
+
+
+def _without_suffix(name: str) -> str:
+    suffix = next((end for end in _NIFTI if name.lower().endswith(end)), "")
     return name[: len(name) - len(suffix)]
 
 
-def _is_result(path: Path) -> bool:
-    """Whether an earlier batch wrote it: `x_SALSA.nii.gz`, what lies beside it, or in the folder `x_SALSA`."""
-    return _stem(path).endswith(MARK) or any(parent.name.endswith(MARK) for parent in path.parents)
+def _is_result(path: Path, root: Path) -> bool:
+    """Whether an earlier batch wrote that NIfTI file, as what lies beside it tells; looks no higher than `root`.
+
+    That is `x_SALSA.nii.gz` beside `x.nii`, `x.nii.gz`, the folder `x` or its own `x_SALSA.json`, and in the folder
+    `x_SALSA` beside one of these what SALSA keeps there.
+    """
+    if not _is_nifti(path):
+        return False
+    stem = _without_suffix(path.name)
+    if stem.endswith(MARK) and _has_source(path.parent, stem):
+        return True
+    inner = [parent for parent in path.parents if parent != root and parent.is_relative_to(root)]
+    return any(
+        parent.name.endswith(MARK)
+        and _without_suffix(path.relative_to(parent).as_posix()) in INTERMEDIATES
+        and _has_source(parent.parent, parent.name)
+        for parent in inner
+    )
+
+
+def _lies_beside_result(path: Path) -> bool:
+    """Whether the name is that of SALSA's folder of a scan, or of the record or picture of its result."""
+    stem = path.stem if path.suffix in (".json", ".gif", ".png") else path.name
+    return stem.endswith(MARK) and _has_source(path.parent, stem)
+
+
+def _has_source(folder: Path, stem: str) -> bool:
+    """Whether the scan of the result `x_SALSA` lies in that folder, or the batch's own record of it."""
+    scan = stem.removesuffix(MARK)
+    ends = (*_NIFTI, *(end.upper() for end in _NIFTI), "") if scan else ()
+    beside = [f"{stem}.json", *(f"{scan}{end}" for end in ends)]
+    return any(os.path.exists(folder / name) for name in beside)  # noqa: PTH110 - False where it may not look

@@ -186,6 +186,8 @@ def _load(path: Path) -> Nifti1Pair:
 def _damaged(found: Exception) -> SeriesRejected:
     if isinstance(found, FileNotFoundError):
         return SeriesRejected("there is no such file; expected a NIfTI file (.nii or .nii.gz)")
+    if isinstance(found, PermissionError):
+        return SeriesRejected("this user may not read the file")
     return SeriesRejected(f"the file cannot be read as NIfTI ({type(found).__name__}): truncated or damaged")
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -70,7 +74,76 @@ def test_folders_and_patterns_give_each_scan_once_and_no_results(tmp_path: Path)
     assert found(tmp_path) == both
     assert found(f"{tmp_path}/*/*.nii*", tmp_path / "p2") == both
     assert found(f"{tmp_path}/**/a.nii.gz") == both[:1]
-    assert found(tmp_path / "p1" / "a_SALSA.nii.gz") == []
+    (named,) = cases.find([str(tmp_path / "p1" / "a_SALSA.nii.gz")])
+    assert "an earlier batch wrote this label map" in named.refusal
+    (matched,) = cases.find([f"{tmp_path}/p1/*_SALSA*"])
+    assert "nothing but what an earlier batch wrote" in matched.refusal
+
+
+def test_scans_in_folders_that_are_named_like_results_are_scans(tmp_path: Path) -> None:
+    for name in ("trial_SALSA/p1/scan.nii.gz", "x_SALSA.nii.gz", "p2_SALSA/liver.nii.gz", "p2_SALSA/b.nii", "p2.nii"):
+        scan(tmp_path / name)
+    for one in ("trial_SALSA/p1/scan.nii.gz", "x_SALSA.nii.gz"):
+        assert [case.refusal for case in cases.find([str(tmp_path / one)])] == [""]
+    assert found(tmp_path / "trial_SALSA") == [("scan.nii.gz", "scan")]
+    assert found(f"{tmp_path}/trial_SALSA/*/*.nii.gz") == [("scan.nii.gz", "scan")]
+    # in the folder p2_SALSA beside p2.nii only what SALSA keeps there is a result
+    assert [path for path, _ in found(tmp_path)] == ["p2.nii", "b.nii", "scan.nii.gz", "x_SALSA.nii.gz"]
+
+
+def test_results_in_an_output_folder_and_of_dicom_series_are_known_by_what_lies_beside(tmp_path: Path) -> None:
+    for name in ("out/a_SALSA.nii.gz", "out/a_SALSA/cropped/mask_0000.nii.gz", "s/axial_SALSA.nii.gz", "s/b.nii.gz"):
+        scan(tmp_path / name)
+    (tmp_path / "out" / "a_SALSA.json").write_text("{}")
+    (tmp_path / "s" / "axial").mkdir()
+    assert found(tmp_path) == [("b.nii.gz", "b")]
+
+
+def test_hidden_files_in_a_folder_are_no_scans(tmp_path: Path) -> None:
+    for name in ("._scan.nii.gz", ".snapshot/scan.nii.gz", "scan.nii.gz"):
+        scan(tmp_path / name)
+    assert found(tmp_path) == [("scan.nii.gz", "scan")]
+    assert found(tmp_path / "._scan.nii.gz") == [("._scan.nii.gz", "._scan")]
+
+
+def test_a_path_that_cannot_be_looked_at_is_a_case_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is told, and none ends the search: the scan behind them is found."""
+    scan(tmp_path / "open" / "a.nii.gz")
+    scan(tmp_path / "data" / "locked" / "b.nii.gz")
+    status, listing = os.stat, os.scandir
+
+    def guarded_status(path: object, **options: Any) -> os.stat_result:
+        if "secret" in str(path):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return status(path, **options)  # type: ignore[arg-type]
+
+    def guarded_listing(path: str) -> Iterator[os.DirEntry[str]]:
+        if str(path).endswith("locked"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return listing(path)
+
+    monkeypatch.setattr(os, "stat", guarded_status)
+    monkeypatch.setattr(os, "scandir", guarded_listing)
+    (tmp_path / "t.csv").write_text(f"PATHS\n/secret/a.nii.gz\n{'x' * 300}.nii.gz\n~nobody-of-that-name/a.nii\n")
+    listed = cases.listed(tmp_path / "t.csv")
+    told = cases.find([*listed, str(tmp_path / "data"), str(tmp_path / "open")])
+    assert [case.refusal.partition(":")[0] for case in told] == [
+        "this user may not look there",
+        "cannot be looked at (File name too long)",
+        "there is no home folder for ~nobody-of-that-name",
+        "this user may not look there",
+        "",
+    ]
+    assert told[3].path == tmp_path / "data" / "locked"
+
+
+def test_images_that_may_not_be_read_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "IM1").write_bytes(b"")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    (case,) = cases.find([str(tmp_path)])
+    assert "may not read 1 of its files, such as IM1" in case.refusal
 
 
 def test_what_is_not_there_is_a_case_with_the_reason(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def test_imported_weights_are_found_run_and_followed_from_stage_to_stage(tmp_pat
 
     kept = tmp_path / "scan_SALSA"
     names = {path.relative_to(kept).as_posix().removesuffix(".nii.gz") for path in kept.rglob("*.nii.gz")}
-    assert names == set(batch.INTERMEDIATES)
+    assert names == set(cases.INTERMEDIATES)
     scan, liver = (nib.load(path) for path in (tmp_path / "scan.nii.gz", kept / "liver.nii.gz"))
     assert np.array_equal(liver.affine, scan.affine)
     truth = made.liver.labels.transpose(2, 1, 0) == 1
