@@ -218,8 +218,8 @@ def _fault(ds: pydicom.Dataset) -> str | None:
         return f"modality {str(ds.get('Modality') or 'unknown')[:16]}, expected CT"
     if "LOCALIZER" in _words(ds, "ImageType"):
         return "Image Type LOCALIZER: no slices of a volume"
-    if (_number(ds.get("NumberOfFrames")) or 1) > 1:
-        return "multi-frame images, which are not supported"
+    if (frames := _number(ds.get("NumberOfFrames")) or 1) > 1:
+        return f"images of {frames:g} frames (multi-frame), which are not supported"
     if ds.get("SOPClassUID") != CTImageStorage:
         return f"SOP class {ds.get('SOPClassUID') or 'unknown'}, expected CT Image Storage"
     if _normal(ds) is None:

@@ -294,8 +294,8 @@ def _check_kind(images: Sequence[pydicom.Dataset]) -> None:
 def _not_a_ct_slice(ds: pydicom.Dataset) -> str | None:
     if ds.get("Modality") != "CT":
         return f"of modality {ds.get('Modality') or 'unknown'!s:.16}; expected CT"
-    if int(ds.get("NumberOfFrames") or 1) > 1:
-        return "with several frames (multi-frame), which is not supported; expected one image a slice"
+    if (frames := int(ds.get("NumberOfFrames") or 1)) > 1:
+        return f"of {frames} frames (multi-frame), which are not supported; expected one image a slice"
     if ds.get("SOPClassUID") != CTImageStorage:
         return f"of SOP class {ds.get('SOPClassUID') or 'unknown'}, such as a screenshot; expected CT Image Storage"
     if "LOCALIZER" in (ds.get("ImageType") or ()):

@@ -132,7 +132,7 @@ ONE_BAD_IMAGE = {
     "another modality": (put("Modality", "PT"), "1 of 6 image(s) of modality PT; expected CT"),
     "a screenshot": (put("SOPClassUID", "1.2.840.10008.5.1.4.1.1.7"), "1 of 6 image(s) of SOP class"),
     "a localizer": (put("ImageType", ["ORIGINAL", "PRIMARY", "LOCALIZER"]), "1 of 6 image(s) of Image Type LOCALIZER"),
-    "many frames": (put("NumberOfFrames", 2), "1 of 6 image(s) with several frames"),
+    "many frames": (put("NumberOfFrames", 2), "1 of 6 image(s) of 2 frames (multi-frame)"),
     "colour": (put("SamplesPerPixel", 3), "1 of 6 image(s) in colour"),
     "electron density": (put("RescaleType", "ED"), "Rescale Type is not HU"),
     "no position": (drop("ImagePositionPatient"), "1 of 6 images have no Image Position (Patient)"),
@@ -317,6 +317,7 @@ GOOD = {
         (-235.199997, -226.800003, -128.690002),
     ),
     "02_liver_ct_seg_dcmqi/segmentations/23x38x3/image": ((3, 38, 23), (2.5, 0.7, 0.7), (46.4649, 5.01881, -177.75)),
+    "02_liver_ct_seg_dcmqi/segmentations/24x38x3/image": ((3, 38, 24), (2.5, 0.7, 0.7), (46.4649, 5.01881, -177.75)),
     "05_philips_head_study_localizer_dose/S21570/S2010": (
         (28, 512, 512),
         (5.0, 0.451171875, 0.451171875),
@@ -325,6 +326,9 @@ GOOD = {
 }
 BAD = {
     "01_abdomen_ct_siemens_j2k/example_ct_dicom": "file 1 of 20 has no SOP Instance UID",
+    "02_liver_ct_seg_dcmqi/segmentations/23x38x3/multiframe": "1 of 1 image(s) of 3 frames (multi-frame), "
+    "which are not supported; expected one image a slice",
+    "03_tid1500_liver_sr/rsna2018_dataset1": "1 of 1 image(s) of modality SR; expected CT",
     "04_ge_tilt_variable_spacing": "slices are sheared by 18.5 degrees (gantry tilt), so that they lie up to 48.2 mm "
     "beside their stack; expected no shear; "
     "irregular slice spacing: steps from 1.08 to 7.00 mm, median 4.00 mm; expected one spacing",
@@ -342,14 +346,25 @@ BAD = {
     "1 of 5 slices missing: gap of 1.5 mm between images 3 and 5, spacing is 0.7 mm",
     "06_ct_bad_geometry/notavolume/001": "all 4 slices lie at one position; expected one slice at each position",
     "07_ct_one_image_all_syntaxes/no-pixel-data.dcm": "1 of 1 image(s) of modality SR; expected CT",
+    "07_ct_one_image_all_syntaxes/no-pixel-spacing.dcm": "1 of 1 image(s) of modality US; expected CT",
+    "07_ct_one_image_all_syntaxes/CT0012.fragmented_no_bot_jpeg_baseline.51.dcm": "1 of 1 image(s) of 2 frames "
+    "(multi-frame), which are not supported; expected one image a slice",
     "07_ct_one_image_all_syntaxes/CT1_J2KR": "1 slice(s); a volume needs at least 3",
-    "08_odd_ct_and_seg_encodings/eCT_Supplemental.dcm": "1 of 1 image(s) with several frames (multi-frame), "
-    "which is not supported; expected one image a slice",
+    "08_odd_ct_and_seg_encodings/eCT_Supplemental.dcm": "1 of 1 image(s) of 2 frames (multi-frame), "
+    "which are not supported; expected one image a slice",
+    "08_odd_ct_and_seg_encodings/explicit_VR-UN.dcm": "1 slice(s); a volume needs at least 3",
+    "08_odd_ct_and_seg_encodings/HTJ2K_08_RGB.dcm": "file 1 of 1 has no Series Instance UID",
+    "08_odd_ct_and_seg_encodings/liver_expb.dcm": "1 of 1 image(s) of modality SEG; expected CT",
+    "09_charsets_and_odd_ct/D_CLUNIE_CT1_RLE_FRAGS.dcm": "1 slice(s); a volume needs at least 3",
+    "09_charsets_and_odd_ct/GH177_D_CLUNIE_CT1_IVRLE_BigEndian_undefined_length.dcm": "file 1 of 1 cannot be read as "
+    "DICOM (OSError): it is truncated or damaged",
     "09_charsets_and_odd_ct/FreezePattern.dcm": "file 1 of 1 has no SOP Instance UID",
     "09_charsets_and_odd_ct/GH178.dcm": "file 1 of 1 has no pixel data",
     "09_charsets_and_odd_ct/GH179A.dcm": "file 1 of 1 has no pixel data",
     "09_charsets_and_odd_ct/GH342.dcm": "1 of 1 image(s) of Image Type LOCALIZER; expected slices of a volume",
     "09_charsets_and_odd_ct/charset/chrGreek.dcm": "1 of 1 image(s) of modality OT; expected CT",
+    "10_highdicom_seg_sr/ct_image.dcm": "1 slice(s); a volume needs at least 3",
+    "10_highdicom_seg_sr/seg_image_ct_binary.dcm": "1 of 1 image(s) of modality SEG; expected CT",
     "11_oblique_nonsquare": "images of 3 studies in one series; expected one",
 }
 LOSSLESS = (
