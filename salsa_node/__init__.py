@@ -72,11 +72,13 @@ room imports exactly what stands right of its arrow):
     instance_header        <-
     intake                 <- durable errors instance_header log notes store
     fast_receive           <- instance_header intake
+    pacs_count             <- association settings
     listener               <- association errors fast_receive instance_header intake notes settings store
     delivery               <- association errors log settings store
 
   where they meet
-    assembly               <- candidate errors log selection selection_rules series series_rules settings store uids
+    evidence               <- candidate pacs_count store
+    assembly               <- candidate errors evidence log pacs_count selection selection_rules series series_rules settings store uids
     worker                 <- analysis config dicom_result durable errors log pipelines store
 
   on top

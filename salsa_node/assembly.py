@@ -19,14 +19,14 @@ from typing import TypeVar
 
 from pydicom.uid import CTImageStorage, EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage
 
-from salsa_node import series, store
+from salsa_node import evidence, pacs_count, series, store
 from salsa_node.candidate import Candidate, read_candidate
 from salsa_node.errors import SeriesRejected
 from salsa_node.log import unforeseen
 from salsa_node.selection import choose_volume
 from salsa_node.selection_rules import SelectionRules
 from salsa_node.series_rules import SeriesRules
-from salsa_node.settings import AssemblySettings, PipelineChoice
+from salsa_node.settings import AssemblySettings, PipelineChoice, QuerySettings
 from salsa_node.store import Run, SeriesState, Store, Study
 from salsa_node.uids import digest
 
@@ -43,6 +43,8 @@ class Rules:
 
     selection: SelectionRules = field(default_factory=SelectionRules)
     series: SeriesRules = field(default_factory=SeriesRules)
+    whole: AssemblySettings = field(default_factory=AssemblySettings)
+    query: QuerySettings = field(default_factory=QuerySettings)
 
 
 DEFAULT_RULES = Rules()
@@ -57,6 +59,7 @@ class Input:
     refused: series UID -> reason, of every CT series that cannot be analysed.
     accepted: series UID -> how it ranked, of those that can.
     scores: a line for each CT series, the best first, as `selection.Verdict.as_json` has it.
+    candidates: Series Instance UID -> what its headers say, of those that could be read.
     """
 
     series_uid: str | None
@@ -65,12 +68,12 @@ class Input:
     refused: Mapping[str, str]
     accepted: Mapping[str, str]
     scores: Sequence[Mapping[str, object]]
+    candidates: Mapping[str, Candidate]
 
 
 def step(
     record: Store,
     data_dir: Path,
-    settings: AssemblySettings,
     pipeline: PipelineChoice,
     now: datetime,
     rules: Rules = DEFAULT_RULES,
@@ -79,7 +82,11 @@ def step(
 
     A file that cannot be read is a verdict on its series, never an error here; only StoreError is raised.
     """
-    complete = record.complete_series(now - timedelta(seconds=settings.quiet_s), now)
+    quiet_since, overdue_since = (now - timedelta(seconds=s) for s in (rules.whole.quiet_s, rules.whole.max_wait_s))
+    waiting = _incomplete(record, quiet_since, overdue_since, now, rules.query)
+    if waiting is not None:
+        return waiting
+    complete = record.complete_series(quiet_since, now, overdue_since)
     if complete is not None:
         log.info("series complete", extra={"event": "series.complete", "series_uid": complete.series_uid})
         return complete
@@ -89,13 +96,28 @@ def step(
     found = examine(record, data_dir, study, rules)
     if found is None:
         return record.study_assembled(study, "no CT image in this study; nothing to analyse", now)
-    run = _queue(record, study, found, pipeline, now)
+    run = _queue(record, study, found, pipeline, now, rules)
     if run.masks_path is not None:
         told = store.KEPT
     else:
         told = found.refusal or f"series {found.series_uid} goes to pipeline {pipeline.name}"
     log.info("study assembled", extra={"event": "study.assembled", "study_uid": study.study_uid, "run": run.id})
     return record.study_assembled(study, f"run {run.id}: {told}", now)
+
+
+def _incomplete(
+    record: Store, quiet_since: datetime, overdue_since: datetime, now: datetime, query: QuerySettings
+) -> store.Series | None:
+    """The next quiet series, where the archive holds more images of it than came: it waits, until it is overdue."""
+    quiet = record.quiet_series(quiet_since, overdue_since) if query.ae_title else None
+    if quiet is None or quiet.modality != "CT" or record.overdue(quiet.study_uid, overdue_since):
+        return None
+    held = pacs_count.ask(query, quiet.study_uid).images.get(quiet.series_uid, 0)
+    if held <= quiet.instances:
+        return None
+    log.info("series waits", extra={"event": "series.waiting", "series_uid": quiet.series_uid})
+    why = f"the archive holds {held} images, {quiet.instances} came"
+    return record.wait_for_series(quiet.series_uid, why, now)
 
 
 def select(
@@ -108,10 +130,10 @@ def select(
     found = examine(record, data_dir, study, rules)
     if found is None:
         raise SeriesRejected(NO_CT)
-    return found, _queue(record, study, found, pipeline, now)
+    return found, _queue(record, study, found, pipeline, now, rules)
 
 
-def _queue(record: Store, study: Study, found: Input, pipeline: PipelineChoice, now: datetime) -> Run:
+def _queue(record: Store, study: Study, found: Input, pipeline: PipelineChoice, now: datetime, rules: Rules) -> Run:
     """The verdicts written down, and the run of what was chosen."""
     _write_down(record, study, found, now)
     run = record.queue_run(
@@ -123,7 +145,7 @@ def _queue(record: Store, study: Study, found: Input, pipeline: PipelineChoice, 
         options=pipeline.options,
         refusal=found.refusal,
     )
-    record.note_look(study.study_uid, run.id, found.scores, (), now)
+    _note(record, study, run, found, now, rules)
     return run
 
 
@@ -158,8 +180,15 @@ def queue_again(
         refusal=found.refusal,
         force=True,
     )
-    record.note_look(study.study_uid, run.id, found.scores, (), now)
+    _note(record, study, run, found, now, rules)
     return run
+
+
+def _note(record: Store, study: Study, run: Run, found: Input, now: datetime, rules: Rules) -> None:
+    """Write down how the series scored, and what speaks for and against the study's being whole."""
+    pacs = pacs_count.ask(rules.query, study.study_uid)
+    told = evidence.of_study(study, record.series_of(study.study_uid), found.candidates, pacs, rules.whole.quiet_s, now)
+    record.note_look(study.study_uid, run.id, found.scores, [piece.as_json() for piece in told], now)
 
 
 def examine(record: Store, data_dir: Path, study: Study, rules: Rules = DEFAULT_RULES) -> Input | None:
@@ -182,14 +211,15 @@ def examine(record: Store, data_dir: Path, study: Study, rules: Rules = DEFAULT_
     )
     ranked = sorted(choice.verdicts, key=lambda verdict: (verdict.rank is None, verdict.rank or 0))
     scores = tuple(verdict.as_json() for verdict in ranked)
+    told = {candidate.series_uid: candidate for candidate in candidates}
     refused |= {verdict.series_uid: verdict.reason for verdict in choice.verdicts if not verdict.accepted}
     if choice.chosen is not None and choice.series is not None:
         accepted = {verdict.series_uid: verdict.reason for verdict in choice.verdicts if verdict.accepted}
-        return Input(choice.chosen.series_uid, choice.series.source_digest, None, refused, accepted, scores)
+        return Input(choice.chosen.series_uid, choice.series.source_digest, None, refused, accepted, scores, told)
     best = choice.best_refused.series_uid if choice.best_refused else None
     refusal = refused[best] if best else _all_reasons(record, study, refused)
     everything = sorted(image.sop_instance_uid for image in images)
-    return Input(best, digest("refused", refusal, *everything), refusal, refused, {}, scores)
+    return Input(best, digest("refused", refusal, *everything), refusal, refused, {}, scores, told)
 
 
 def _verdict(read: Callable[[], _Read]) -> _Read:

@@ -52,6 +52,8 @@ class Candidate:
     slice_thickness_mm: as declared, for ties only; step_mm: the median distance between the slices' positions, and
         extent_mm: from the first to the last; None where the positions do not say.
     acquisition: equal for two series that are made of one acquisition, empty where the headers do not tell.
+    gaps: how many steps between positions are wide enough for a missing slice.
+    image_numbers: the Instance Numbers in rising order, where the headers have any.
     faults: header facts that rule the series out, in words.
     """
 
@@ -70,6 +72,8 @@ class Candidate:
     body_part: BodyPart = BodyPart.UNKNOWN
     lossy: bool = False
     acquisition: tuple[str, ...] = ()
+    gaps: int = 0
+    image_numbers: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
@@ -102,6 +106,7 @@ _TAGS: Final = [
     "ContrastBolusRoute",
     "ContrastBolusStartTime",
 ]
+_WIDE: Final = 1.5  # times the usual step: room for another slice
 _SHARP_WORDS: Final = {
     "LUNG",
     "LUNGE",
@@ -168,7 +173,7 @@ def read_candidate(paths: Sequence[Path]) -> Candidate:
     first = images[0] if images else pydicom.Dataset()
     number, thickness = _number(first.get("SeriesNumber")), _number(first.get("SliceThickness"))
     normal = _normal(first)
-    step_mm, extent_mm = (None, None) if faults or normal is None else _reach(paths, normal)
+    reach = _Reach() if faults or normal is None else _reach(paths, normal)
     phases = {read_phase(ds) for ds in images}
     return Candidate(
         study_uid=str(first.get("StudyInstanceUID", "")),
@@ -179,13 +184,15 @@ def read_candidate(paths: Sequence[Path]) -> Candidate:
         normal_lps=normal,
         slice_thickness_mm=thickness,
         faults=tuple(dict.fromkeys(faults)),
-        step_mm=step_mm,
-        extent_mm=extent_mm,
+        step_mm=reach.step_mm,
+        extent_mm=reach.extent_mm,
         kernel=_kernel(first),
         phase=phases.pop() if len({phase.phase for phase in phases}) == 1 else UNKNOWN_PHASE,
         body_part=_body_part(first),
         lossy=any(str(ds.get("LossyImageCompression") or "") == "01" for ds in images),
         acquisition=_acquisition(images),
+        gaps=reach.gaps,
+        image_numbers=reach.image_numbers,
     )
 
 
@@ -195,19 +202,37 @@ def _header(path: Path, tags: list[str]) -> pydicom.Dataset:
     return ds
 
 
-def _reach(paths: Sequence[Path], normal: tuple[float, float, float]) -> tuple[float | None, float | None]:
-    """The median distance between positions along the normal, and how far they reach."""
-    along = []
+@dataclass(frozen=True, slots=True)
+class _Reach:
+    """What all images of a series say together; fields as in `Candidate`."""
+
+    step_mm: float | None = None
+    extent_mm: float | None = None
+    gaps: int = 0
+    image_numbers: tuple[int, ...] = ()
+
+
+def _reach(paths: Sequence[Path], normal: tuple[float, float, float]) -> _Reach:
+    """Where all images lie along the normal, and how they are numbered."""
+    along, numbers = [], []
     for path in paths:
         try:
-            at = _numbers(_header(path, ["ImagePositionPatient"]), "ImagePositionPatient")
+            ds = _header(path, ["ImagePositionPatient", "InstanceNumber"])
+            at, number = _numbers(ds, "ImagePositionPatient"), _number(ds.get("InstanceNumber"))
         except UNREADABLE:
             continue
+        if number is not None:
+            numbers.append(int(number))
         if len(at) == len(normal):
             along.append(sum(x * n for x, n in zip(at, normal, strict=True)))
     along.sort()
+    numbers.sort()
     steps = [b - a for a, b in pairwise(along) if b - a >= SAME_POSITION_MM]
-    return (median(steps), along[-1] - along[0]) if steps else (None, None)
+    if not steps:
+        return _Reach(image_numbers=tuple(numbers))
+    usual = median(steps)
+    wide = sum(step > _WIDE * usual for step in steps)
+    return _Reach(usual, along[-1] - along[0], wide, tuple(numbers))
 
 
 def _fault(ds: pydicom.Dataset) -> str | None:

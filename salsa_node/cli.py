@@ -144,7 +144,7 @@ def rerun(
             options,
             _now(),
             kept,
-            assembly.Rules(settings.selection, settings.series),
+            assembly.Rules(settings.selection, settings.series, settings.assembly, settings.query),
         )
     if as_json:
         console.put_json({"run": run.id, "study_uid": run.study_uid, "pipeline": run.pipeline})

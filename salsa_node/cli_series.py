@@ -22,7 +22,7 @@ def select(
     from salsa_node import assembly, preflight, store
 
     data_dir = settings.node.data_dir
-    rules = assembly.Rules(settings.selection, settings.series)
+    rules = assembly.Rules(settings.selection, settings.series, settings.assembly, settings.query)
     with store.Store.open(store.StoreSettings(settings.store_url)) as record:
         wanted = record.study(study)
         if dry_run:

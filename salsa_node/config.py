@@ -32,6 +32,7 @@ from salsa_node.settings import (
     ListenerSettings,
     NodeSettings,
     PipelineChoice,
+    QuerySettings,
     WorkerSettings,
     invalid_peer,
 )
@@ -46,6 +47,7 @@ class Config:
     node: NodeSettings = field(default_factory=NodeSettings)
     listener: ListenerSettings = field(default_factory=ListenerSettings)
     assembly: AssemblySettings = field(default_factory=AssemblySettings)
+    query: QuerySettings = field(default_factory=QuerySettings)
     selection: SelectionRules = field(default_factory=SelectionRules)
     series: SeriesRules = field(default_factory=SeriesRules)
     pipeline: PipelineChoice = field(default_factory=PipelineChoice)
@@ -166,7 +168,8 @@ def _check_alone(entry: Field[object], value: object, key: str) -> None:
     choices = entry.metadata.get("choices")
     if choices and value not in choices:
         raise ConfigError(f"{key}: expected one of {', '.join(choices)}, found {value!r}")
-    if entry.name.endswith("ae_title") and isinstance(value, str) and not _is_ae_title(value):
+    title = entry.name.endswith("ae_title") and value != entry.default
+    if title and isinstance(value, str) and not _is_ae_title(value):
         raise ConfigError(
             f"{key}: an AE title has 1 to 16 printable ASCII characters without backslash, found {value!r}"
         )

@@ -117,6 +117,9 @@ def put_detail(study: Mapping[str, object]) -> None:
     looks = _rows(study["looks"])
     if looks:
         put_scores(_rows(looks[-1]["scores"]))
+        names = {s["series_uid"]: f"series {s['series_number']}" for s in _rows(study["series"])}
+        told = [{**piece, "about": names.get(piece["about"], piece["about"])} for piece in _rows(looks[-1]["evidence"])]
+        put_table({"about": "about", "weight": "weight", "found": "found"}, told, "Whole?")
     runs = _rows(study["runs"])
     put_table(
         {"id": ">run", "pipeline": "pipeline", "state": "state", "attempt": ">attempt", "outcome": "outcome",

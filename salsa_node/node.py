@@ -91,9 +91,10 @@ def _loops(store: Store, config: Config, worker: WorkerProcess) -> tuple[Loop, .
     data_dir = config.node.data_dir
     owner = f"{socket.gethostname()}:{uuid.uuid4().hex[:12]}"
 
+    rules = assembly.Rules(config.selection, config.series, config.assembly, config.query)
+
     def assemble(now: datetime) -> object | None:
-        rules = assembly.Rules(config.selection, config.series)
-        return assembly.step(store, data_dir, config.assembly, config.pipeline, now, rules)
+        return assembly.step(store, data_dir, config.pipeline, now, rules)
 
     def deliver(now: datetime) -> object | None:
         return delivery.step(store, config.delivery, config.destination, data_dir, owner, now)

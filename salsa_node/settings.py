@@ -76,10 +76,28 @@ class ListenerSettings:
 
 @dataclass(frozen=True, slots=True)
 class AssemblySettings:
-    """When a series is whole: no new instance for quiet_s."""
+    """When a series is whole: no new instance for quiet_s.
+
+    max_wait_s: so long after its first new image a study is looked at, whatever is still arriving or missing.
+    """
 
     quiet_s: float = field(default=30.0, metadata={"max": 86400})
+    max_wait_s: float = field(default=3600.0, metadata={"above": 0, "max": 604800})
     poll_s: float = field(default=1.0, metadata={"above": 0})
+
+
+@dataclass(frozen=True, slots=True)
+class QuerySettings:
+    """The archive that is asked by C-FIND how many images of a series it holds; nobody where ae_title is empty.
+
+    calling_ae_title: what we call ourselves there.
+    """
+
+    ae_title: str = ""
+    host: str = field(default="127.0.0.1", metadata={"pattern": r"\S+"})
+    port: int = field(default=104, metadata={"min": 1, "max": 65535})
+    calling_ae_title: str = "SALSA_NODE"
+    timeout_s: float = field(default=10.0, metadata={"above": 0, "max": 60})
 
 
 @dataclass(frozen=True, slots=True)

@@ -123,19 +123,16 @@ class Store(Arrivals, Deliveries, Looks):
 
     # ---- assembling -----------------------------------------------------------------------------
 
-    def complete_series(self, quiet_since: datetime, now: datetime) -> Series | None:
-        """The longest quiet RECEIVING series without an instance after `quiet_since`, now COMPLETE."""
+    def complete_series(
+        self, quiet_since: datetime, now: datetime, overdue_since: datetime | None = None
+    ) -> Series | None:
+        """The RECEIVING series that `quiet_series` names, now COMPLETE."""
         with transaction(self._writer) as t:
-            quiet = (
-                sa.select(SERIES)
-                .where(SERIES.c.state == SeriesState.RECEIVING, SERIES.c.last_instance_at <= quiet_since)
-                .order_by(SERIES.c.last_instance_at, SERIES.c.series_uid)
-                .limit(1)
-            )
-            series = t.one(Series, quiet)
+            series = t.one(Series, self._whole(quiet_since, overdue_since))
             if series is None:
                 return None
-            return t.become_series(series, SeriesState.COMPLETE, now, f"{series.instances} instances")
+            late = "" if series.last_instance_at <= quiet_since else "; it has been waited for long enough"
+            return t.become_series(series, SeriesState.COMPLETE, now, f"{series.instances} instances{late}")
 
     def reject_series(self, series_uid: str, reason: str, now: datetime) -> Series:
         """A COMPLETE series becomes REJECTED for that reason. Raises UnknownStudy, IllegalTransition."""

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from typing import Any
 
 import sqlalchemy as sa
 
 from salsa_node.errors import UnknownStudy
 from salsa_node.store_queries import Queries
-from salsa_node.store_rows import LOOKS, Look
+from salsa_node.store_rows import INSTANCES, LOOKS, SERIES, STUDIES, Look, Series, SeriesState, Study
 from salsa_node.store_transaction import transaction, writer
+
+
+def _waiting(since: datetime) -> sa.ColumnElement[bool]:
+    """Of a row of STUDIES: whether the first image after the last look came at `since` or before."""
+    looked = sa.select(sa.func.max(LOOKS.c.at)).where(LOOKS.c.study_uid == STUDIES.c.study_uid).scalar_subquery()
+    return sa.exists().where(
+        INSTANCES.c.study_uid == STUDIES.c.study_uid,
+        INSTANCES.c.received_at <= since,
+        sa.or_(looked.is_(None), INSTANCES.c.received_at > looked),
+    )
 
 
 class Looks(Queries):
@@ -43,6 +54,40 @@ class Looks(Queries):
         if look is None:
             raise UnknownStudy(f"the store holds no look {number}")
         return look
+
+    def quiet_series(self, quiet_since: datetime, overdue_since: datetime | None = None) -> Series | None:
+        """The longest quiet RECEIVING series without an instance after `quiet_since`.
+
+        overdue_since: one also counts whose study has new images from then or before that nobody has looked at.
+        """
+        with transaction(self._engine) as t:
+            return t.one(Series, self._whole(quiet_since, overdue_since))
+
+    def wait_for_series(self, series_uid: str, why: str, now: datetime) -> Series:
+        """A RECEIVING series that is quiet, and not whole, is given as much time again; an event says why."""
+        with transaction(self._writer) as t:
+            series = t.series(series_uid)
+            t.execute(sa.update(SERIES).where(SERIES.c.series_uid == series_uid).values(last_instance_at=now))
+            t.event(now, series.study_uid, "series", series_uid, "series.waiting", why)
+            return t.series(series_uid)
+
+    def overdue(self, study_uid: str, since: datetime) -> bool:
+        """Whether the study has new images from `since` or before that nobody has looked at."""
+        with transaction(self._engine) as t:
+            return t.one(Study, sa.select(STUDIES).where(STUDIES.c.study_uid == study_uid, _waiting(since))) is not None
+
+    @staticmethod
+    def _whole(quiet_since: datetime, overdue_since: datetime | None) -> sa.Select[Any]:
+        due: sa.ColumnElement[bool] = SERIES.c.last_instance_at <= quiet_since
+        if overdue_since is not None:
+            due = sa.or_(due, sa.and_(STUDIES.c.study_uid == SERIES.c.study_uid, _waiting(overdue_since)))
+        return (
+            sa.select(SERIES)
+            .join(STUDIES, STUDIES.c.study_uid == SERIES.c.study_uid)
+            .where(SERIES.c.state == SeriesState.RECEIVING, due)
+            .order_by(SERIES.c.last_instance_at, SERIES.c.series_uid)
+            .limit(1)
+        )
 
     def looks_of(self, study_uid: str) -> tuple[Look, ...]:
         """The looks at a study, oldest first."""

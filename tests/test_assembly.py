@@ -20,7 +20,7 @@ from salsa_node.store import NewInstance, Run, RunState, SeriesState, Store, Sto
 from salsa_node.volume import CtVolume, Grid
 
 T0 = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
-QUIET = AssemblySettings(quiet_s=30.0)
+QUIET = assembly.Rules(whole=AssemblySettings(quiet_s=30.0))
 DEMO = PipelineChoice(name="demo", options={"a": 1})
 STUDY = "1.2.3"
 WHOLE = T0 + timedelta(seconds=30)
@@ -90,7 +90,7 @@ def settle(store: Store, data_dir: Path) -> Callable[..., list[object]]:
 
     def run(now: datetime = WHOLE) -> list[object]:
         done = []
-        while (item := assembly.step(store, data_dir, QUIET, DEMO, now)) is not None:
+        while (item := assembly.step(store, data_dir, DEMO, now, QUIET)) is not None:
             done.append(item)
             assert len(done) < 20
         return done
@@ -112,17 +112,17 @@ def test_a_series_is_whole_when_it_is_quiet_and_then_goes_to_the_pipeline(
     store: Store, data_dir: Path, ct: Files, receive: Receive
 ) -> None:
     receive(ct())
-    assert assembly.step(store, data_dir, QUIET, DEMO, after(29.9)) is None
-    complete = assembly.step(store, data_dir, QUIET, DEMO, after(30))
+    assert assembly.step(store, data_dir, DEMO, after(29.9), QUIET) is None
+    complete = assembly.step(store, data_dir, DEMO, after(30), QUIET)
     assert complete == store.series_of(STUDY)[0]
     assert store.series_of(STUDY)[0].state is SeriesState.COMPLETE
     assert store.runs_of(STUDY) == ()
-    assert assembly.step(store, data_dir, QUIET, DEMO, after(30)) == store.study(STUDY)
+    assert assembly.step(store, data_dir, DEMO, after(30), QUIET) == store.study(STUDY)
     run = only_run(store)
     assert (run.series_uid, run.pipeline, run.options, run.refusal) == (f"{STUDY}.2", "demo", {"a": 1}, None)
     paths = [data_dir / image.path for image in store.instances_of(STUDY)]
     assert run.source_digest == series.inspect(paths).source_digest
-    assert assembly.step(store, data_dir, QUIET, DEMO, after(31)) is None
+    assert assembly.step(store, data_dir, DEMO, after(31), QUIET) is None
 
 
 def test_the_axial_series_of_a_phantom_study_goes_and_its_localizer_does_not(

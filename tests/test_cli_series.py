@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from salsa_node import assembly, phantom
 from salsa_node.cli import app
-from salsa_node.settings import AssemblySettings, PipelineChoice
+from salsa_node.settings import PipelineChoice
 from salsa_node.store import NewInstance, Store, StoreSettings
 
 T0 = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
@@ -38,7 +38,7 @@ def config(tmp_path: Path, study: phantom.Study) -> Path:
         for source in study.localizer:
             _keep(record, data_dir, source, 1, "Scout")
         later = T0 + timedelta(minutes=5)
-        while assembly.step(record, data_dir, AssemblySettings(), PipelineChoice("demo"), later) is not None:
+        while assembly.step(record, data_dir, PipelineChoice("demo"), later) is not None:
             pass
     return file
 

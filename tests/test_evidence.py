@@ -1,0 +1,196 @@
+"""Is a study whole? What speaks for it and against it, the archive's own word, and how long it is waited for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pydicom
+import pytest
+from made_series import edit, made
+from pydicom.dataset import Dataset
+from pynetdicom import AE, evt
+
+from salsa_node import assembly, pacs_count
+from salsa_node.candidate import read_candidate
+from salsa_node.settings import AssemblySettings, PipelineChoice, QuerySettings
+from salsa_node.store import NewInstance, RunState, Series, SeriesState, Store, StoreSettings, Study
+
+FIND = "1.2.840.10008.5.1.4.1.2.2.1"
+T0 = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
+DEMO = PipelineChoice(name="demo")
+STUDY, SERIES = "2.25.1", "2.25.2"
+
+
+def after(seconds: float) -> datetime:
+    return T0 + timedelta(seconds=seconds)
+
+
+class Archive:
+    """A Study Root C-FIND SCP that counts as it is told and remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.images: Mapping[str, int] = {}
+        self.asked: list[Dataset] = []
+        self.status = 0x0000
+        ae = AE("ARCHIVE")
+        ae.add_supported_context(FIND)
+        self._server = ae.start_server(("127.0.0.1", 0), block=False, evt_handlers=[(evt.EVT_C_FIND, self._found)])
+        self.settings = QuerySettings("ARCHIVE", "127.0.0.1", self._server.server_address[1], timeout_s=5.0)
+
+    def _found(self, event: evt.Event) -> Iterator[tuple[int, Dataset | None]]:
+        self.asked.append(event.identifier)
+        for uid, number in self.images.items():
+            match = Dataset()
+            match.QueryRetrieveLevel, match.StudyInstanceUID, match.SeriesInstanceUID = "SERIES", STUDY, uid
+            match.NumberOfSeriesRelatedInstances = number
+            yield 0xFF00, match
+        yield self.status, None
+
+    def close(self) -> None:
+        self._server.shutdown()
+
+
+@pytest.fixture
+def archive() -> Iterator[Archive]:
+    served = Archive()
+    yield served
+    served.close()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    with Store.open(StoreSettings(f"sqlite:///{tmp_path / 'record.sqlite'}"), create=True) as opened:
+        yield opened
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[Path]:
+    return made(tmp_path / "studies", slices=8)[1]
+
+
+def receive(store: Store, paths: list[Path], now: datetime) -> None:
+    for path in paths:
+        ds = pydicom.dcmread(path, stop_before_pixels=True)
+        new = NewInstance(
+            sop_instance_uid=ds.SOPInstanceUID,
+            series_uid=ds.SeriesInstanceUID,
+            study_uid=ds.StudyInstanceUID,
+            sop_class_uid=ds.SOPClassUID,
+            transfer_syntax_uid=ds.file_meta.TransferSyntaxUID,
+            path=f"studies/{path.name}",
+            digest=path.name,
+            size_bytes=path.stat().st_size,
+            calling_ae="CT1",
+            modality=ds.Modality,
+            series_number=1,
+        )
+        store.add_instance(new, now)
+
+
+def steps(store: Store, folder: Path, now: datetime, rules: assembly.Rules) -> list[Series | Study]:
+    done = []
+    while (item := assembly.step(store, folder, DEMO, now, rules)) is not None:
+        done.append(item)
+        assert len(done) < 20
+    return done
+
+
+def told(store: Store) -> dict[tuple[str, str], tuple[str, str]]:
+    """(about, kind) -> (weight, found) of the last look."""
+    lines: Any = store.looks_of(STUDY)[-1].evidence
+    return {(line["about"], line["kind"]): (line["weight"], line["found"]) for line in lines}
+
+
+def test_the_archive_is_asked_for_the_study_and_counts_its_series(archive):
+    archive.images = {SERIES: 120, "2.25.9": 4}
+    assert pacs_count.ask(archive.settings, STUDY) == pacs_count.Answer({SERIES: 120, "2.25.9": 4})
+    [question] = archive.asked
+    assert (question.QueryRetrieveLevel, question.StudyInstanceUID) == ("SERIES", STUDY)
+
+
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")  # pynetdicom forgets a socket that found nobody
+def test_an_archive_that_does_not_answer_is_told_and_nobody_is_asked_by_default(archive):
+    assert pacs_count.ask(QuerySettings(), STUDY) == pacs_count.Answer()
+    archive.images, archive.status = {SERIES: 3}, 0xA700
+    assert pacs_count.ask(archive.settings, STUDY).silence == "answered status 0xA700"
+    archive.images, archive.status = {}, 0x0000
+    assert pacs_count.ask(archive.settings, STUDY).silence == "counts no images of this study"
+    nobody = QuerySettings("ARCHIVE", "127.0.0.1", 1, timeout_s=5.0)
+    assert pacs_count.ask(nobody, STUDY).silence == "takes no association for C-FIND"
+
+
+def test_evidence_is_kept_with_the_run(store, files, tmp_path, archive):
+    archive.images = {SERIES: 8}
+    receive(store, files, T0)
+    rules = assembly.Rules(query=archive.settings)
+    assert steps(store, tmp_path, after(31), rules)
+    [run], [look] = store.runs_of(STUDY), store.looks_of(STUDY)
+    assert look.run_id == run.id
+    assert told(store) == {
+        ("study", "quiet"): ("weak", "no image for 31 s"),
+        (SERIES, "quiet"): ("weak", "no image for 31 s"),
+        (SERIES, "numbers"): ("weak", "images 1 to 8, none missing"),
+        (SERIES, "positions"): ("weak", "no gap between slices 2.5 mm apart"),
+        (SERIES, "pacs"): ("strong", "the archive holds 8 images too"),
+    }
+
+
+def test_a_series_waits_for_the_images_that_the_archive_holds_and_then_goes_whole(store, files, tmp_path, archive):
+    archive.images = {SERIES: 8}
+    rules = assembly.Rules(query=archive.settings)
+    receive(store, files[:7], T0)
+    assert [item.state for item in steps(store, tmp_path, after(31), rules)] == [SeriesState.RECEIVING]
+    assert steps(store, tmp_path, after(32), rules) == []  # and is not asked about every second
+    assert len(archive.asked) == 1
+    receive(store, files[7:], after(40))
+    steps(store, tmp_path, after(71), rules)
+    assert [run.refusal for run in store.runs_of(STUDY)] == [None]
+    waited = [event.detail for event in store.events_of(STUDY) if event.name == "series.waiting"]
+    assert waited == ["the archive holds 8 images, 7 came"]
+
+
+def test_nobody_waits_longer_than_the_longest_wait(store, files, tmp_path, archive):
+    archive.images = {SERIES: 9}
+    rules = assembly.Rules(whole=AssemblySettings(quiet_s=30, max_wait_s=100), query=archive.settings)
+    receive(store, files, T0)
+    for seconds in range(31, 100, 10):
+        steps(store, tmp_path, after(seconds), rules)
+    assert store.runs_of(STUDY) == ()
+    steps(store, tmp_path, after(100), rules)
+    assert len(store.runs_of(STUDY)) == 1
+    assert told(store)[SERIES, "pacs"] == ("against", "the archive holds 9 images, 8 came")
+
+
+def test_a_series_that_never_rests_is_looked_at_in_the_end_and_its_late_image_makes_a_new_run(store, files, tmp_path):
+    rules = assembly.Rules(whole=AssemblySettings(quiet_s=30, max_wait_s=60))
+    for n, path in enumerate(files[:7]):
+        receive(store, [path], after(10 * n))
+        steps(store, tmp_path, after(10 * n), rules)
+    [first] = store.runs_of(STUDY)
+    assert told(store)[SERIES, "quiet"] == ("against", "the last image came 0 s ago, less than 30 s")
+    receive(store, files[7:], after(75))
+    assert store.claim_run("worker", 60, after(76)) is None  # an outdated result must not be made now
+    steps(store, tmp_path, after(106), rules)
+    runs = store.runs_of(STUDY)
+    assert [run.state for run in runs] == [RunState.CANCELLED, RunState.QUEUED]
+    assert runs[0].id == first.id
+    assert told(store)[SERIES, "quiet"][0] == "weak"
+
+
+def test_holes_and_gaps_speak_against_a_series(store, files, tmp_path):
+    receive(store, [*files[:3], *files[4:]], T0)
+    steps(store, tmp_path, after(31), assembly.DEFAULT_RULES)
+    assert told(store)[SERIES, "numbers"] == ("against", "1 of images 1 to 8 missing")
+    assert told(store)[SERIES, "positions"] == ("against", "1 gaps between slices 2.5 mm apart")
+
+
+def test_images_with_one_number_tell_nothing(files):
+    for path in files:
+        edit(path, lambda ds: setattr(ds, "InstanceNumber", 1))
+    assert set(read_candidate(files).image_numbers) == {1}
+    for path in files:
+        edit(path, lambda ds: delattr(ds, "InstanceNumber"))
+    assert read_candidate(files).image_numbers == ()
