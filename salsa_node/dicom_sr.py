@@ -448,7 +448,7 @@ def document(
             coding_schemes=[_private_scheme()] if private else None,
             previous_versions=[made.predecessor] if made.predecessor is not None else None,
         )
-    except (ValueError, TypeError, AttributeError) as exc:
+    except (ValueError, TypeError, AttributeError, KeyError) as exc:  # KeyError: of a class that is not the standard's
         raise EncodingError(f"the report could not be put together ({type(exc).__name__})") from exc
     report = Dataset(frame)
     report.file_meta = frame.file_meta

@@ -12,7 +12,7 @@ from made_series import made as made_on_disk
 
 from salsa_node.analysis import Analysis, Lineage, Terms, check, refuse
 from salsa_node.dicom_result import Kind
-from salsa_node.errors import GuardFailed, SeriesRejected
+from salsa_node.errors import EncodingError, GuardFailed, SeriesRejected
 from salsa_node.worker import encoded
 
 BORN = Lineage(made.PRODUCED_AT)
@@ -112,6 +112,21 @@ def test_a_header_that_cannot_be_read_is_passed_over_for_one_that_can(tmp_path, 
     assert refused(paths).objects[0].ds.PatientID == "ANNA"
     with pytest.raises(SeriesRejected, match="none of the 1 files"):
         refused(paths[:1])
+
+
+def test_a_report_on_an_object_of_a_private_class_is_an_error_of_ours(tmp_path):
+    paths = of_patient(tmp_path / "a", "A", "1.2.3")
+    for path in paths:
+        edit(path, lambda ds: setattr(ds, "SOPClassUID", "1.3.12.2.1107.5.9.1"))
+    with pytest.raises(EncodingError, match="the report could not be put together"):
+        refused(paths)
+
+
+def test_a_refusal_for_another_patient_is_kept_here(tmp_path):
+    result = refused(of_patient(tmp_path / "a", "A", "1.2.3"))
+    contents = [encoded(item.ds) for item in result.objects]
+    with pytest.raises(GuardFailed, match="differs from its source in"):
+        check(contents, of_patient(tmp_path / "b", "B", "1.2.4"), result)
 
 
 def test_what_cannot_be_read_is_kept_here_as_what_is_wrong_is(tmp_path):

@@ -17,7 +17,7 @@ from salsa_node.criteria import Criteria, Rule
 from salsa_node.dicom_result import CAVEAT, Identity
 from salsa_node.errors import EncodingError
 from salsa_node.findings import Disease, Findings, measure
-from salsa_node.pipelines import Masks, Provenance
+from salsa_node.pipelines import Flag, Masks, Provenance
 from salsa_node.series import headers, inspect, read_volume
 from salsa_node.volume import LabelVolume
 
@@ -151,6 +151,14 @@ def test_the_report_says_the_same_in_sentences():
     assert f"Liver volume as segmented: {15 * 39 * 29 * 2.5 * 0.9 * 1.1 / 1000:.1f} cm3." in said
     assert "lesions/checkpoint_final.pth sha256:0123456789ab" in said
     assert {"demo", "0.1.0"} <= set(said)
+
+
+def test_what_the_guards_flagged_reaches_the_record():
+    findings, source = made.case()
+    odd = (Flag("mirrored", "They are probably mirrored.", blocks=True), Flag("thick_slices", "Thick slices."))
+    said = sentences(report(replace(findings, flags=odd), source))
+    assert {flag.text for flag in odd} <= set(said)
+    assert not {flag.text for flag in odd} & set(sentences(report(findings, source)))
 
 
 def test_what_limits_the_numbers_is_said():

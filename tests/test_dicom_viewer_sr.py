@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta, timezone
 from io import BytesIO
@@ -378,6 +379,31 @@ def test_sixty_lesions_go_on_to_a_second_page():
     sheet = page.of_findings(ct_of(findings), findings, made.PRODUCED_AT)
     assert len(sheet.pictures()) >= 2
     assert "L60" in text_of(sheet.pdf)
+
+
+def test_the_report_for_viewers_says_the_outcome_and_the_selection_its_words_of_caution(objects):
+    said = [item.TextValue for item in texts(objects["viewer_sr"])]
+    assert "The algorithm found 2 candidate lesions: 1 measurable, 1 non-measurable." in said
+    (words,) = (item.TextValue for item in texts(objects["ko"]))
+    assert words.startswith(CAVEAT)
+    assert DEMO_NOTICE.replace("–", "-") in words
+
+
+def texts(ds: Dataset) -> Iterator[Dataset]:
+    for item in ds.get("ContentSequence") or ():
+        if item.ValueType == "TEXT":
+            yield item
+        yield from texts(item)
+
+
+def test_a_key_image_carries_its_words_of_caution(monkeypatch):
+    findings, _ = made.case()
+    told: list[str] = []
+    draw = picture._mosaic
+    monkeypatch.setattr(picture, "_mosaic", lambda tiles, words, *more: told.extend(words) or draw(tiles, words, *more))
+    picture.key_image(ct_of(findings), findings, findings.lesions[0].slice_index)
+    assert any(CAVEAT in words for words in told)
+    assert any(DEMO_NOTICE.replace("–", "-") in words for words in told)
 
 
 def test_a_key_image_names_its_slice_and_is_not_blank(objects):

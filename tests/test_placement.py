@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from copy import deepcopy
 from io import BytesIO
 
@@ -181,6 +182,17 @@ def test_whatever_lies_elsewhere_is_kept_here(case, breakage, told):
     with pytest.raises(GuardFailed, match=told) as caught:
         placement.check([seg], source, findings)
     assert "somebody" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("share_of_voxel", "caught"), [(0.4, False), (0.6, True)])
+def test_a_frame_may_lie_off_by_half_a_voxel_and_no_more(case, share_of_voxel, caught):
+    findings, source, seg = case
+    off_mm = share_of_voxel * min(findings.lesion_labels.grid.spacing_mm)
+    position = seg.PerFrameFunctionalGroupsSequence[0].PlanePositionSequence[0]
+    x, y, z = (float(mm) for mm in position.ImagePositionPatient)
+    position.ImagePositionPatient = [x + off_mm, y, z]
+    with pytest.raises(GuardFailed, match="the position of the frame") if caught else nullcontext():
+        placement.check([seg], source, findings)
 
 
 def test_lesions_without_a_segmentation_are_kept_here(case):

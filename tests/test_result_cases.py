@@ -241,8 +241,24 @@ def test_pictures_say_of_their_pixels_what_the_images_say(tool, tmp_path):
             assert (item.ds.LossyImageCompression, item.ds.LossyImageCompressionRatio) == ("01", "10")
             assert item.ds.LossyImageCompressionMethod == "ISO_15444_1"
         judge(item, path, tool)
+    findings, source = made.case()
+    source[findings.lesions[0].slice_index].BurnedInAnnotation = "YES"  # of this image alone
+    (*others, key) = (item.ds for item in objects((findings, source)) if item.kind is Kind.SC)
+    assert (key.BurnedInAnnotation, {ds.BurnedInAnnotation for ds in others}) == ("YES", {"NO"})
     usual = [item.ds for item in objects(made.case()) if item.kind in (Kind.SC, Kind.PDF)]
     assert {(ds.BurnedInAnnotation, ds.get("LossyImageCompression")) for ds in usual} == {("NO", None)}
+
+
+def test_key_images_show_the_slices_of_the_largest_lesions_and_name_them():
+    boxes = [
+        (slice(3, 4), slice(2, 8), slice(2, 8)),
+        (slice(9, 10), slice(10, 30), slice(10, 14)),  # the longest
+        (slice(14, 15), slice(20, 32), slice(20, 30)),  # the largest
+    ]
+    findings, source = drawn(made.grid(), *boxes)
+    sent = objects((findings, source), Terms(products=replace(TERMS.products, key_images=2)))
+    shown = [item.ds.SourceImageSequence for item in sent if item.kind is Kind.SC and "SourceImageSequence" in item.ds]
+    assert [images[0].ReferencedSOPInstanceUID for images in shown] == [source[k].SOPInstanceUID for k in (9, 14)]
 
 
 def test_a_missing_frame_of_reference_is_the_same_one_in_every_object_that_has_one():

@@ -20,8 +20,10 @@ from salsa_node import worker as worker_module
 from salsa_node.analysis import Analysis, analyse
 from salsa_node.config import Config, parse
 from salsa_node.errors import LeaseLost
+from salsa_node.limits import Limits
 from salsa_node.nifti import read_labels, write_labels
 from salsa_node.pipelines import Masks, Provenance
+from salsa_node.products import Products
 from salsa_node.series import inspect
 from salsa_node.settings import NodeSettings
 from salsa_node.store import DeliveryState, NewInstance, Run, RunState, Store, StoreSettings
@@ -171,12 +173,13 @@ def test_the_same_result_again_is_the_same_objects(store, worker, study):
     assert store.run(first.id).state is RunState.SUPERSEDED
 
 
-def test_other_settings_make_other_objects(store, worker, config, study):
+@pytest.mark.parametrize("other", [{"results": Products(include_liver=True)}, {"guards": Limits(near_liver_mm=11.0)}])
+def test_other_settings_make_other_objects(store, worker, config, study, other):
+    """Also other limits, which may change what is flagged, and so the words of a report."""
     first = queue(store, study, study.truth_labels)
     worker.step(T0)
-    with_liver = replace(config, results=replace(config.results, include_liver=True))
     again = rerun(store, study, study.truth_labels, T0)
-    Worker(store, with_liver, "worker", clock=lambda: T0).step(T0)
+    Worker(store, replace(config, **other), "worker", clock=lambda: T0).step(T0)
     before = {item.sop_instance_uid for item in store.objects_of(first.id)}
     after = {item.sop_instance_uid for item in store.objects_of(again.id)}
     assert len(before) == len(after) > 2
@@ -535,3 +538,20 @@ def test_a_new_result_names_the_one_it_takes_the_place_of(store, worker, config,
     rerun(store, study, study.truth_labels, T0)  # back to what the first one was: the same bytes go out again
     last = worker.step(T0)
     assert {ds.SOPInstanceUID for ds in made_by(last)} == {ds.SOPInstanceUID for ds in made_by(first)}
+
+
+def test_a_report_that_was_changed_on_disk_is_nobodys_predecessor(store, worker, config, study):
+    first = queue(store, study, study.truth_labels)
+    worker.step(T0)
+    (record,) = (item for item in store.objects_of(first.id) if item.kind == "SR")
+    path = config.node.data_dir / record.path
+    path.write_bytes(path.read_bytes().replace(b"esion", b"esiom"))
+    second = rerun(store, study, study.truth_labels, T0)
+    other = replace(config, results=Products(include_liver=True))
+    Worker(store, other, "worker", clock=lambda: T0).step(T0)
+    named = {
+        item.kind: "PredecessorDocumentsSequence" in pydicom.dcmread(config.node.data_dir / item.path)
+        for item in store.objects_of(second.id)
+        if item.kind in ("SR", "VIEWER_SR")
+    }
+    assert named == {"SR": False, "VIEWER_SR": True}
