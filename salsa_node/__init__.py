@@ -64,16 +64,18 @@ room imports exactly what stands right of its arrow):
     store_transaction      <- errors store_rows
     store_queries          <- errors store_rows store_transaction
     store_arrivals         <- errors store_queries store_rows store_transaction
+    store_commitments      <- errors store_queries store_rows store_transaction
     store_deliveries       <- errors store_queries store_rows store_transaction
     store_looks            <- errors store_queries store_rows store_transaction
-  store                  <- store_arrivals store_deliveries store_looks store_rows store_transaction
+  store                  <- store_arrivals store_commitments store_deliveries store_looks store_rows store_transaction
     association            <-
     notes                  <- errors store
     instance_header        <-
     intake                 <- durable errors instance_header log notes store
     fast_receive           <- instance_header intake
     pacs_count             <- association settings
-    listener               <- association errors fast_receive instance_header intake notes settings store
+    commitment             <- association errors settings store
+    listener               <- association commitment errors fast_receive instance_header intake notes settings store
     delivery               <- association errors log settings store
 
   where they meet
@@ -83,7 +85,7 @@ room imports exactly what stands right of its arrow):
 
   on top
     preflight              <- config errors models pipelines settings
-    node                   <- assembly config delivery durable errors listener log preflight store
+    node                   <- assembly commitment config delivery durable errors listener log preflight store
     overview               <- store
     console                <-
     dicom_ct               <- errors uids volume

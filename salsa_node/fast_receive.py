@@ -38,6 +38,7 @@ _AFFECTED_CLASS, _FIELD, _MESSAGE_ID = 0x0002, 0x0100, 0x0110  # elements of gro
 _PRIORITY = 0x0700
 _ANSWERED_ID, _DATA_SET_TYPE, _STATUS, _COMMENT, _AFFECTED_INSTANCE = 0x0120, 0x0800, 0x0900, 0x0902, 0x1000
 _C_STORE_RQ, _C_STORE_RSP = 0x0001, 0x8001
+_RESPONSE = 0x8000  # of a command field (PS3.7 E.1)
 _NO_DATA_SET = 0x0101
 _REQUEST_BYTES = 1 << 20  # of a request for an association, which has no limit of its own
 _QUIET_S = 0.25  # how long a quiet connection is waited at before pynetdicom's own loop has a turn
@@ -75,6 +76,7 @@ class Connection:
         self._is_quick = False
         self._command: bytearray | None = None  # of a message that pynetdicom reads, as far as it has come
         self._is_theirs = False  # within a message that pynetdicom reads
+        self._is_response = False  # ... which answers a request of our own
         _limit_waiting(self._socket, stalled_s)
         self._plain_recv = transport.recv
         transport.recv = self._recv  # type: ignore[method-assign] # for this one connection
@@ -105,9 +107,10 @@ class Connection:
         return taken + self._plain_recv(nr_bytes - len(taken)) if len(taken) < nr_bytes else taken
 
     def _give(self, pdu: bytes) -> None:
-        """Let pynetdicom read this PDU, and its thread look at what becomes of it."""
+        """Let pynetdicom read this PDU, and its thread look at what becomes of it, unless somebody waits for it."""
         self._dul._idle_timer.restart()
-        self._assoc._reactor_checkpoint.set()
+        if not self._is_response:
+            self._assoc._reactor_checkpoint.set()
         self._put_back = pdu
         self._is_quick = False
         self._dul._read_pdu_data()
@@ -288,6 +291,8 @@ class Connection:
         if self._incoming is not None and pdu[0] == _P_DATA:
             raise Invalid
         self._drop()
+        if not self._is_theirs:
+            self._is_response = False
         if pdu[0] == _P_DATA:
             self._follow(pdu)
         self._give(bytes(pdu))
@@ -308,6 +313,7 @@ class Connection:
                 if control & _LAST:
                     command, self._command = _elements(memoryview(self._command)), None
                     self._is_theirs = command is None or _number(command, _DATA_SET_TYPE) != _NO_DATA_SET
+                    self._is_response = command is not None and bool((_number(command, _FIELD) or 0) & _RESPONSE)
             at = max(stop, at + 6)
 
 

@@ -10,8 +10,10 @@ import ipaddress
 import logging
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable
-from datetime import UTC, datetime
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import TracebackType
 from weakref import WeakKeyDictionary
@@ -19,18 +21,19 @@ from weakref import WeakKeyDictionary
 from pydicom.dataset import Dataset
 from pynetdicom import AE, ALL_TRANSFER_SYNTAXES, AllStoragePresentationContexts, evt
 from pynetdicom.association import Association
-from pynetdicom.dimse_primitives import C_STORE
+from pynetdicom.dimse_primitives import C_STORE, N_ACTION
 from pynetdicom.pdu_primitives import A_ASSOCIATE
 from pynetdicom.transport import ThreadedAssociationServer
 
+from salsa_node import commitment
 from salsa_node.association import VERIFICATION, without_delay
-from salsa_node.errors import ConfigError
+from salsa_node.errors import ConfigError, DeliveryError, StoreError
 from salsa_node.fast_receive import Connection, SharedContexts
 from salsa_node.instance_header import SUCCESS
 from salsa_node.intake import Intake, Request
 from salsa_node.notes import Notes
 from salsa_node.settings import ListenerSettings, Peer, invalid_peer
-from salsa_node.store import Store
+from salsa_node.store import Commitment, Store
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +63,10 @@ class Listener:
         self._data_dir = data_dir
         self._ae: AE | None = None
         self._server: ThreadedAssociationServer | None = None
+        self._asked: WeakKeyDictionary[Association, Commitment] = WeakKeyDictionary()
         self._connections: WeakKeyDictionary[Association, Connection] = WeakKeyDictionary()
+        self._store = store
+        self._clock = clock
         self._notes = Notes(store, clock)
         self._intake = Intake(store, data_dir, self._notes, clock)
         if fault := invalid_peer(settings.allowed):
@@ -83,6 +89,7 @@ class Listener:
         ae.network_timeout = ae.dimse_timeout = settings.idle_timeout_s
         ae.acse_timeout = min(REQUEST_S, settings.idle_timeout_s)  # a bare connection holds a place no longer
         ae.add_supported_context(VERIFICATION)
+        ae.add_supported_context(commitment.SOP_CLASS)
         for context in AllStoragePresentationContexts:
             ae.add_supported_context(str(context.abstract_syntax), ALL_TRANSFER_SYNTAXES)
         handlers: list[evt.EventHandlerType] = [
@@ -91,6 +98,8 @@ class Listener:
             (evt.EVT_CONN_CLOSE, self._on_closed),
             (evt.EVT_REQUESTED, self._on_requested),
             (evt.EVT_C_STORE, self._on_store),
+            (evt.EVT_N_ACTION, self._on_action),
+            (evt.EVT_PDU_SENT, self._on_pdu_sent),
         ]
         try:
             server = ae.start_server((settings.host, settings.port), block=False, evt_handlers=handlers)
@@ -199,6 +208,49 @@ class Listener:
         answer.Status = status
         answer.ErrorComment = reason
         return answer
+
+    # ---- storage commitment ---------------------------------------------------------------------
+
+    def _on_action(self, event: evt.Event) -> tuple[int, None]:
+        """The status of one N-ACTION: a request for storage commitment is a row when this returns Success."""
+        request = event.request
+        assert isinstance(request, N_ACTION), "pynetdicom triggers EVT_N_ACTION for N-ACTION requests alone"
+        if request.RequestedSOPInstanceUID != commitment.SOP_INSTANCE:
+            return commitment.NO_SUCH_INSTANCE, None
+        if event.action_type != commitment.REQUEST:
+            return commitment.NO_SUCH_ACTION, None
+        calling, now = str(event.assoc.requestor.ae_title).strip(), self._clock()
+        try:
+            transaction_uid, references = commitment.requested(event.action_information)
+        except Exception as error:  # noqa: BLE001 - pydicom raises many things for what cannot be read
+            self._notes.note("node", calling, "commitment.refused", f"{type(error).__name__}, from {calling!r}")
+            return commitment.INVALID_ARGUMENT, None
+        due = now + timedelta(seconds=commitment.NEW_ASSOCIATION_S)
+        try:
+            self._asked[event.assoc] = self._store.ask_commitment(transaction_uid, calling, references, due, now)
+        except StoreError as error:
+            log.error("commitment not noted", extra={"event": "commitment.failed", "error": str(error)})
+            return commitment.PROCESSING_FAILURE, None
+        return commitment.SUCCESS, None
+
+    def _on_pdu_sent(self, event: evt.Event) -> None:
+        """The first PDU after the request is its answer; a moment later the report may follow."""
+        asked = self._asked.pop(event.assoc, None)
+        if asked is not None:
+            timer = threading.Timer(commitment.SAME_ASSOCIATION_S, self._report, (event.assoc, asked))
+            timer.daemon = True
+            timer.start()
+
+    def _report(self, assoc: Association, asked: Commitment) -> None:
+        """On the association that asked; where that is gone a new one may report at once."""
+        try:
+            commitment.send(self._store, self._data_dir, asked, assoc, self._clock())
+        except DeliveryError as error:
+            now = self._clock()
+            with suppress(StoreError):  # then it is due later
+                self._store.commitment_failed(asked.id, str(error), now, now)
+        except StoreError as error:
+            log.error("commitment not noted", extra={"event": "commitment.failed", "error": str(error)})
 
 
 def _is_from(peer: Peer, ae_title: str, address: str) -> bool:

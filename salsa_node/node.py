@@ -22,7 +22,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import FrameType
 
-from salsa_node import assembly, delivery, durable, preflight
+from salsa_node import assembly, commitment, delivery, durable, preflight
 from salsa_node.config import Config
 from salsa_node.errors import ConfigError, SalsaNodeError
 from salsa_node.listener import Listener
@@ -99,10 +99,14 @@ def _loops(store: Store, config: Config, worker: WorkerProcess) -> tuple[Loop, .
     def deliver(now: datetime) -> object | None:
         return delivery.step(store, config.delivery, config.destination, data_dir, owner, now)
 
+    def report(now: datetime) -> object | None:
+        return commitment.step(store, config.delivery, config.destination, data_dir, now)
+
     return (
         Loop("worker", worker.step, config.worker.poll_s),
         Loop("assembly", assemble, config.assembly.poll_s),
         Loop("delivery", deliver, config.delivery.poll_s),
+        Loop("commitment", report, config.delivery.poll_s),
     )
 
 

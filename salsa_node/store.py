@@ -37,6 +37,7 @@ import sqlalchemy as sa
 
 from salsa_node import migrations
 from salsa_node.store_arrivals import Arrivals, Verdict
+from salsa_node.store_commitments import Commitment, Commitments
 from salsa_node.store_deliveries import Deliveries
 from salsa_node.store_looks import Looks
 from salsa_node.store_rows import (
@@ -65,6 +66,7 @@ from salsa_node.store_transaction import StoreSettings, columns, connect, hold, 
 
 __all__ = [
     "Arrival",
+    "Commitment",
     "Delivery",
     "DeliveryState",
     "Event",
@@ -89,7 +91,7 @@ KEPT = "images came after the person's masks; the masks stay, salsa-node rerun a
 _UNDER_WAY = (RunState.QUEUED, RunState.RUNNING)
 
 
-class Store(Arrivals, Deliveries, Looks):
+class Store(Arrivals, Commitments, Deliveries, Looks):
     """An open store; made by `Store.open`. Threads may share it, processes open their own."""
 
     @classmethod

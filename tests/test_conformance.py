@@ -14,7 +14,7 @@ from pynetdicom import AE, AllStoragePresentationContexts
 from pynetdicom.presentation import build_context
 from test_result_cases import objects
 
-from salsa_node import codes, instance_header
+from salsa_node import codes, commitment, instance_header
 from salsa_node.association import VERIFICATION
 from salsa_node.dicom_result import LABEL_MAP_STORAGE, Identity, Kind
 from salsa_node.listener import Listener
@@ -114,7 +114,9 @@ def test_the_listener_accepts_what_the_statement_says(port):
     patient_root_find, unknown_syntax = "1.2.840.10008.5.1.4.1.2.1.1", "1.2.3.4"
     stated = [(str(CTImageStorage), uid) for uid, _ in syntaxes]
     stated += [(sop_class, syntaxes[1][0]) for sop_class in every_class if sop_class != CTImageStorage]
-    stated.append((VERIFICATION, syntaxes[1][0]))
+    stated += [(VERIFICATION, syntaxes[1][0]), (commitment.SOP_CLASS, syntaxes[1][0])]
     not_stated = [(patient_root_find, syntaxes[1][0]), (str(CTImageStorage), unknown_syntax)]
     assert accepted(port, [*stated, *not_stated]) == sorted(stated)
-    assert table("service", "role", "as")[0][0] == f"Verification (`{VERIFICATION}`)"
+    services = [row[0] for row in table("service", "role", "as")]
+    assert services[0] == f"Verification (`{VERIFICATION}`)"
+    assert f"Storage Commitment Push Model (`{commitment.SOP_CLASS}`)" in services
