@@ -38,10 +38,11 @@ room imports exactly what stands right of its arrow):
     pipelines.nnunet       <- errors models pipelines pipelines.device pipelines.plans pipelines.sliding_window volume
     pipelines.demo         <- errors models pipelines pipelines.device pipelines.nnunet volume
     pipelines.salsa_steps  <- errors volume
+    pipelines.salsa_upstream <- volume
     pipelines.totalseg     <- errors models pipelines pipelines.device pipelines.nnunet volume
     pipelines.phase        <- errors
     pipelines.totalsegmentator <- errors models pipelines pipelines.device pipelines.phase pipelines.totalseg volume
-    pipelines.salsa        <- errors models pipelines pipelines.device pipelines.nnunet pipelines.salsa_steps pipelines.totalseg regrid volume
+    pipelines.salsa        <- errors models pipelines pipelines.device pipelines.nnunet pipelines.salsa_steps pipelines.salsa_upstream pipelines.totalseg regrid volume
   pipelines.given_masks  <- errors nifti pipelines regrid volume
     upright                <- native_image pipelines volume
     findings               <- contrast_phase criteria errors pipelines uids volume

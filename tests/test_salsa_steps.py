@@ -17,10 +17,10 @@ from salsa_node.pipelines import Masks, Provenance
 from salsa_node.pipelines.salsa_steps import (
     OUTSIDE_HU,
     PRESETS,
-    Preset,
     clean_liver,
     crop,
     fine_grid,
+    largest,
     resample_ct,
     resample_labels,
     restore_labels,
@@ -41,10 +41,6 @@ def stage(demo: Path, name: str) -> LabelVolume:
     return read_labels(path)
 
 
-def at_1_mm(labels: LabelVolume, preset: Preset) -> LabelVolume:
-    return resample_labels(labels, fine_grid(labels.grid, preset))
-
-
 def mismatches(ours: LabelVolume, theirs: LabelVolume) -> int:
     """Voxels that differ, each looked up by its place in the patient."""
     assert ours.grid.shape == onto(theirs, ours.grid).labels.shape
@@ -52,19 +48,19 @@ def mismatches(ours: LabelVolume, theirs: LabelVolume) -> int:
 
 
 def test_the_liver_at_1_mm_equals_salsas(demo):
-    ours, theirs = at_1_mm(stage(demo, "liver"), UPSTREAM), stage(demo, "liver_resampled")
+    ours, theirs = resample_labels(stage(demo, "liver")), stage(demo, "liver_resampled")
     assert ours.grid.shape == (206, 399, 399)
     assert theirs.labels.any()
     assert mismatches(ours, theirs) == 0
 
 
 def test_the_cleaned_liver_equals_salsas(demo):
-    ours = clean_liver(at_1_mm(stage(demo, "liver"), UPSTREAM), UPSTREAM)
+    ours = clean_liver(resample_labels(stage(demo, "liver")), UPSTREAM)
     assert mismatches(ours, stage(demo, "liver_postprocessed")) == 0
 
 
 def test_the_crop_lies_where_salsa_crops(demo):
-    cleaned = clean_liver(at_1_mm(stage(demo, "liver"), UPSTREAM), UPSTREAM)
+    cleaned = clean_liver(resample_labels(stage(demo, "liver")), UPSTREAM)
     flat = CtVolume(np.zeros(cleaned.grid.shape, dtype=np.int16), cleaned.grid)
     cropped = crop(flat, cleaned, UPSTREAM)
     assert cropped.grid.shape == (192, 192, 192)
@@ -85,8 +81,8 @@ def test_the_way_back_equals_salsas_result(demo):
     (path,) = demo.glob("scan1_SALSA.nii.gz")
     result = read_labels(path)
     fine = stage(demo, "mask_resampled")
-    on_fine = onto(fine, fine_grid(result.grid, UPSTREAM))
-    back = restore_labels(on_fine, result.grid, UPSTREAM)
+    on_fine = onto(fine, fine_grid(result.grid))
+    back = restore_labels(on_fine, result.grid)
     assert np.count_nonzero((back.labels > 0) != (result.labels > 0)) == 0
 
 
@@ -115,18 +111,14 @@ def ball(grid: Grid, center: tuple[float, float, float], radius_mm: float) -> La
     return LabelVolume(inside.reshape(grid.shape).astype(np.uint8), grid)
 
 
-@pytest.mark.parametrize("preset", ["salsa", "salsa-2025"])
 @pytest.mark.parametrize("orientation", made.ORIENTATIONS)
-def test_there_and_back_keeps_every_voxel_that_is_coarser_than_1_mm(orientation, preset):
+def test_there_and_back_keeps_every_voxel_that_is_coarser_than_1_mm(orientation):
     grid = made.grid(orientation, (2.5, 1.2, 1.1))
     labels = ball(grid, grid.to_lps_mm((10, 24, 20)), 15.0)
-    fine = at_1_mm(labels, PRESETS[preset])
+    fine = resample_labels(labels)
     assert fine.grid.spacing_mm == pytest.approx((1, 1, 1))
-    restored = restore_labels(fine, grid, PRESETS[preset])
-    if orientation == "oblique" and preset == "salsa-2025":  # as upstream: not back where it was
-        assert (restored.labels != labels.labels).any()
-    else:
-        np.testing.assert_array_equal(restored.labels, labels.labels)
+    restored = restore_labels(fine, grid)
+    np.testing.assert_array_equal(restored.labels, labels.labels)
     # the fine voxels lie where the coarse ones lie
     middle = np.mean(np.argwhere(fine.labels), axis=0)
     truth = np.mean(np.argwhere(labels.labels), axis=0)
@@ -141,7 +133,7 @@ def test_linear_resampling_keeps_a_linear_image(orientation):
     points = grid.affine_lps_mm[:3, :3] @ index + grid.affine_lps_mm[:3, 3:]
     slope = np.array([2.0, -1.0, 0.5])
     ct = CtVolume((slope @ points).reshape(grid.shape).astype(np.float32), grid)
-    fine = resample_ct(ct, fine_grid(grid, PRESETS["salsa"]))
+    fine = resample_ct(ct)
     nearly_last = tuple(n - 2 for n in fine.grid.shape)  # the last centre may lie beyond the image's
     for at in ((0, 0, 0), (3, 7, 5), nearly_last):
         assert fine.voxels_hu[at] == pytest.approx(slope @ np.array(fine.grid.to_lps_mm(at)), abs=0.02)
@@ -151,7 +143,7 @@ def test_linear_resampling_keeps_a_linear_image(orientation):
 
 
 def test_a_liver_at_the_edge_of_the_scan_is_eaten_by_upstream_and_not_by_us():
-    grid = fine_grid(Grid((60, 60, 60), np.diag([1.0, 1.0, 1.0, 1.0])[[2, 1, 0, 3]]), UPSTREAM)
+    grid = fine_grid(Grid((60, 60, 60), np.diag([1.0, 1.0, 1.0, 1.0])[[2, 1, 0, 3]]))
     labels = np.zeros(grid.shape, dtype=np.uint8)
     labels[:30, 15:45, 15:45] = 1
     theirs = clean_liver(LabelVolume(labels, grid), UPSTREAM).labels
@@ -164,7 +156,7 @@ def test_a_liver_at_the_edge_of_the_scan_is_eaten_by_upstream_and_not_by_us():
 
 
 def test_the_2024_preset_widens_fills_and_leaves_a_margin():
-    grid = fine_grid(Grid((90, 90, 90), np.diag([1.0, 1.0, 1.0, 1.0])[[2, 1, 0, 3]]), UPSTREAM)
+    grid = fine_grid(Grid((90, 90, 90), np.diag([1.0, 1.0, 1.0, 1.0])[[2, 1, 0, 3]]))
     labels = np.zeros(grid.shape, dtype=np.uint8)
     labels[30:60, 30:60, 30:60] = 1
     labels[40:50, 40:50, 40:50] = 0
@@ -178,7 +170,18 @@ def test_the_2024_preset_widens_fills_and_leaves_a_margin():
     assert np.rint(grid.to_index(cropped.grid.to_lps_mm((0, 0, 0)))).tolist() == [5, 5, 5]
 
 
+def test_the_2024_preset_counts_corners_as_touching_and_fills_nothing_where_all_is_liver():
+    grid = fine_grid(Grid((90, 90, 90), np.diag([1.0, 1.0, 1.0, 1.0])[[2, 1, 0, 3]]))
+    apart = np.zeros(grid.shape, dtype=bool)
+    apart[10:20, 10:20, 10:20] = True
+    apart[20:31, 20:31, 20:31] = True
+    assert np.count_nonzero(largest(apart)) == 11**3
+    assert np.count_nonzero(largest(apart, 26)) == 10**3 + 11**3
+    full = LabelVolume(np.ones(grid.shape, dtype=np.uint8), grid)
+    assert clean_liver(full, PRESETS["salsa-2024"]).labels.all()
+
+
 def test_no_liver_is_a_verdict():
-    grid = fine_grid(made.grid(), UPSTREAM)
+    grid = fine_grid(made.grid())
     with pytest.raises(OrganNotFound, match="no voxel"):
         clean_liver(LabelVolume(np.zeros(grid.shape, dtype=np.uint8), grid), UPSTREAM)

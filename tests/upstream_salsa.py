@@ -71,22 +71,22 @@ def predict(folder: Path, models: Path, *, tile_step: float, mirroring: bool, po
 
 
 def restore(folder: Path, made: dict[str, Any]) -> np.ndarray:
-    """Lesions as (slice, row, column) of the scan's array, whatever its orientation; 1 = lesion."""
-    import torch
-    from monai.data import MetaTensor
-    from monai.transforms import Spacing
+    """Lesions as (slice, row, column) of the scan's array; 1 = lesion."""
+    from monai.transforms import Compose, EnsureChannelFirstd, LoadImaged, Orientationd, Spacingd
+    from nibabel.processing import resample_from_to
 
     answer = np.asarray(nibabel.load(folder / "high" / "scan.nii.gz").dataobj)
     pasted = np.zeros(made["shape"], dtype=np.uint8)
     pasted[made["box"]] = answer[tuple(slice(n) for n in made["seen"])]
     nibabel.save(nibabel.Nifti1Image(pasted, np.asarray(made["affine"])), folder / "mask_resampled.nii.gz")
     source = nibabel.load(folder / "scan.nii.gz")
-    canonical = nibabel.as_closest_canonical(source)
-    zooms = tuple(float(mm) for mm in canonical.header.get_zooms())
-    coarse = Spacing(zooms, mode="nearest")(MetaTensor(torch.from_numpy(pasted[None]), affine=made["affine"]))
-    turned = nibabel.Nifti1Image(np.asarray(coarse[0]).astype(np.uint8), canonical.affine)
-    there = nibabel.orientations.io_orientation(source.affine)
-    ras = nibabel.orientations.axcodes2ornt("RAS")
-    back = turned.as_reoriented(nibabel.orientations.ornt_transform(ras, there))
+    keys = ["scan", "mask"]
+    steps = [
+        LoadImaged(keys), EnsureChannelFirstd(keys), Orientationd(keys, axcodes="RAS"),
+        Spacingd(["mask"], pixdim=source.header.get_zooms(), mode="nearest"),
+    ]  # fmt: skip
+    loaded = Compose(steps)({"scan": folder / "scan.nii.gz", "mask": folder / "mask_resampled.nii.gz"})
+    coarse = nibabel.Nifti1Image(np.asarray(loaded["mask"][0]).astype(np.uint8), np.asarray(loaded["scan"].affine))
+    back = resample_from_to(coarse, source)
     nibabel.save(back, folder / "scan_SALSA.nii.gz")
     return np.asarray(back.dataobj).transpose(2, 1, 0)

@@ -14,21 +14,23 @@ import numpy as np
 from salsa_node import __version__
 from salsa_node.errors import ConfigError, SeriesRejected
 from salsa_node.models import SALSA, folders_of
-from salsa_node.pipelines import DEMO_NOTICE, Flag, Masks, Observer, PipelineSettings, Provenance, once, unobserved
+from salsa_node.pipelines import (
+    DEMO_NOTICE,
+    Flag,
+    Masks,
+    Observer,
+    PipelineSettings,
+    Provenance,
+    once,
+    salsa_steps,
+    unobserved,
+)
 from salsa_node.pipelines.device import choose_device, libraries
 from salsa_node.pipelines.nnunet import ENGINES, Network
-from salsa_node.pipelines.salsa_steps import (
-    PRESETS,
-    clean_liver,
-    crop,
-    fine_grid,
-    resample_ct,
-    resample_labels,
-    restore_labels,
-)
+from salsa_node.pipelines.salsa_steps import PRESETS, Preset, clean_liver, crop
 from salsa_node.pipelines.totalseg import TotalSegmentatorLiver
 from salsa_node.regrid import onto
-from salsa_node.volume import CtVolume, LabelVolume
+from salsa_node.volume import CtVolume, Grid, LabelVolume
 
 FAST_LIVER_PRESET = "salsa-2024"  # upstream asked TotalSegmentator for its 3 mm liver then, for its 1.5 mm liver since
 
@@ -60,11 +62,28 @@ class LiverFinder(Protocol):
         ...
 
 
+class Resampler(Protocol):
+    """To 1 mm and back: `salsa_steps` or `salsa_upstream`."""
+
+    def resample_ct(self, ct: CtVolume) -> CtVolume:
+        """The CT at 1 mm."""
+        ...
+
+    def resample_labels(self, labels: LabelVolume) -> LabelVolume:
+        """The labels at 1 mm, where the CT lies."""
+        ...
+
+    def restore_labels(self, labels: LabelVolume, grid: Grid) -> LabelVolume:
+        """Labels at 1 mm back on `grid`."""
+        ...
+
+
 class SalsaPipeline:
     """Liver lesions by SALSA's networks, where a site has installed them.
 
     `settings.options`:
-      preset: "salsa" (ours), "salsa-2025" (today's upstream, bit for bit) or "salsa-2024"; see `salsa_steps.PRESETS`.
+      preset: "salsa" (ours), "salsa-2025" (today's upstream, bit for bit, by MONAI: slower, and some gigabytes more)
+      or "salsa-2024" (the cleaning and crop of that time); see `salsa_steps.PRESETS`.
       mirroring (true), tile_step (0.5), precision ("float32"; "auto" and "bfloat16" are faster on CPUs that have
       it), engine ("own" or "reference"): as `Network` has them.
       fast_liver: take TotalSegmentator's 3 mm liver; true for "salsa-2024" alone.
@@ -90,6 +109,7 @@ class SalsaPipeline:
             )
         folders = folders_of(SALSA, settings.models_dir)
         self._preset = PRESETS[str(preset)]
+        self._resampler = _resampler(self._preset)
         self._liver: LiverFinder = liver or TotalSegmentatorLiver(
             settings.models_dir, settings.device, fast=fast_liver, precision=precision
         )
@@ -118,7 +138,7 @@ class SalsaPipeline:
                 "engine": engine,
                 "liver": dict(self._liver.parameters),
             },
-            libraries=libraries("TotalSegmentator"),
+            libraries=libraries("TotalSegmentator", *(["monai"] if self._preset.by_monai else [])),
             device=str(device),
             notice=DEMO_NOTICE if _are_demo_models(hashes) else "",
         )
@@ -139,12 +159,11 @@ class SalsaPipeline:
             raise SeriesRejected("some voxels are not finite numbers; Hounsfield units were expected")
         liver = self._liver.liver(ct)
         observer("liver", liver)
-        grid_fine = fine_grid(ct.grid, self._preset)
-        liver_fine = resample_labels(liver, grid_fine)
+        liver_fine = self._resampler.resample_labels(liver)
         observer("liver_resampled", liver_fine)
         cleaned = clean_liver(liver_fine, self._preset)
         observer("liver_postprocessed", cleaned)
-        fine = resample_ct(ct, grid_fine)
+        fine = self._resampler.resample_ct(ct)
         observer("scan_resampled", fine)
         seen = crop(fine, cleaned, self._preset)
         observer("cropped/scan_0000", seen)
@@ -152,7 +171,7 @@ class SalsaPipeline:
         observer("cropped/mask_0000", found)
         whole = onto(found, cleaned.grid)
         observer("mask_resampled", whole)
-        lesions = (restore_labels(whole, ct.grid, self._preset).labels > 0).astype(np.uint8)
+        lesions = (self._resampler.restore_labels(whole, ct.grid).labels > 0).astype(np.uint8)
         organ = ((liver.labels > 0) | (lesions > 0)).astype(np.uint8)
         return Masks(
             LabelVolume(organ, ct.grid),
@@ -166,6 +185,14 @@ class SalsaPipeline:
         self._liver.unload()
         self._lowres.unload()
         self._cascade.unload()
+
+
+def _resampler(preset: Preset) -> Resampler:
+    if not preset.by_monai:
+        return salsa_steps
+    from salsa_node.pipelines import salsa_upstream  # MONAI takes seconds to import
+
+    return salsa_upstream
 
 
 def _are_demo_models(hashes: Mapping[str, str]) -> bool:

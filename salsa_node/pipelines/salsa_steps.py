@@ -3,15 +3,15 @@
 After radiomicsgroup/liver-SALSA (Balaguer-Montero et al., Cell Reports Medicine 2025, 102032). Every volume here lies
 on a grid whose (slice, row, column) grow to the patient's superior, anterior and right - nibabel's RAS, read from
 the last axis to the first - so that arrays are what upstream's networks see. Where a voxel centre lies exactly
-half-way between two others (slices of 2 or 4 mm), upstream's nearest one is left to rounding errors; here it is the
-one with the even index.
+half-way between two others (with slices of 2 or 2.5 mm, say), upstream's nearest one is left to rounding errors; here
+it is the one with the even index. `salsa_upstream` has the steps for the preset that leaves nothing as it is here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Final, TypeVar
+from dataclasses import dataclass
+from typing import Final, Literal, TypeVar
 
 import cc3d
 import numpy as np
@@ -41,9 +41,8 @@ class Preset:
     fill_holes: what the liver encloses belongs to it.
     open_edge: the liver is not eaten where it reaches the edge of the scan. Upstream closes without room around the
         volume, and loses as many millimetres there as it closes.
-    shifts_oblique: on a grid that is turned against the patient's axes upstream lays the 1 mm grid half the
-        difference of the two extents aside (MONAI's `compute_shape_offset`) and forgets that on the way back: its
-        lesions lie up to (spacing - 1 mm) / 2 off along each axis.
+    touching: 6 or 26, which voxels make one part of the liver, or of what is not liver.
+    by_monai: to 1 mm and back as `salsa_upstream` goes, not as `resample_ct`, `resample_labels`, `restore_labels` do.
     """
 
     closing: int
@@ -52,17 +51,20 @@ class Preset:
     margin: int
     fill_holes: bool
     open_edge: bool
-    shifts_oblique: bool
+    touching: Literal[6, 26]
+    by_monai: bool
 
 
+#: "salsa-2024" has the cleaning and the crop of that time, not its other ways: it went without turning the scan to
+#: RAS, and looked for its 3 mm liver in the whole scan.
 PRESETS: Final[Mapping[str, Preset]] = {
-    "salsa": Preset(10, 2, 18, 0, fill_holes=False, open_edge=True, shifts_oblique=False),
-    "salsa-2025": Preset(10, 2, 18, 0, fill_holes=False, open_edge=False, shifts_oblique=True),
-    "salsa-2024": Preset(0, 15, 6, 10, fill_holes=True, open_edge=True, shifts_oblique=False),
+    "salsa": Preset(10, 2, 18, 0, fill_holes=False, open_edge=True, touching=6, by_monai=False),
+    "salsa-2025": Preset(10, 2, 18, 0, fill_holes=False, open_edge=False, touching=6, by_monai=True),
+    "salsa-2024": Preset(0, 15, 6, 10, fill_holes=True, open_edge=True, touching=26, by_monai=False),
 }
 
 
-def fine_grid(grid: Grid, preset: Preset) -> Grid:
+def fine_grid(grid: Grid) -> Grid:
     """The 1 mm grid over `grid`: turned to RAS by whole axes, the first voxel centre kept.
 
     Sides of round((n - 1) * spacing + 1) voxels, ties to even, as MONAI's Spacing gives them.
@@ -71,17 +73,12 @@ def fine_grid(grid: Grid, preset: Preset) -> Grid:
     shape = tuple(round((n - 1) * mm / SPACING_MM + 1) for n, mm in zip(turned.shape, turned.spacing_mm, strict=True))
     affine = turned.affine_lps_mm.copy()
     affine[:3, :3] *= SPACING_MM / np.array(turned.spacing_mm)
-    if preset.shifts_oblique and _is_oblique(turned):
-        halves = turned.affine_lps_mm[:3, :3] @ np.array(turned.shape) - affine[:3, :3] @ np.array(shape)
-        affine[:3, 3] += halves / 2
     return Grid((shape[0], shape[1], shape[2]), affine, grid.frame_of_reference_uid)
 
 
-def resample_ct(ct: CtVolume, fine: Grid) -> CtVolume:
-    """The CT on `fine`, float32, linear between voxel centres; beyond the first and last centre their values hold.
-
-    fine: of `fine_grid(ct.grid, ...)`.
-    """
+def resample_ct(ct: CtVolume) -> CtVolume:
+    """The CT on its `fine_grid`, float32, linear between centres; beyond the outer centres their values hold."""
+    fine = fine_grid(ct.grid)
     voxels = _oriented(ct.voxels_hu, ct.grid).astype(np.float32)
     for axis, places in enumerate(_places(_turned(ct.grid), fine)):
         at = np.clip(places, 0, voxels.shape[axis] - 1)
@@ -92,18 +89,16 @@ def resample_ct(ct: CtVolume, fine: Grid) -> CtVolume:
     return CtVolume(voxels, fine)
 
 
-def resample_labels(labels: LabelVolume, fine: Grid) -> LabelVolume:
-    """The labels on `fine`, which is of `fine_grid(labels.grid, ...)`: each voxel takes the nearest one."""
+def resample_labels(labels: LabelVolume) -> LabelVolume:
+    """The labels on their `fine_grid`: each voxel takes the nearest one."""
+    fine = fine_grid(labels.grid)
     voxels = _oriented(labels.labels, labels.grid)
     return LabelVolume(_nearest(voxels, _places(_turned(labels.grid), fine)), fine)
 
 
-def restore_labels(labels: LabelVolume, grid: Grid, preset: Preset) -> LabelVolume:
-    """Labels at 1 mm back on `grid`: each voxel takes the nearest one. `labels.grid` is `fine_grid(grid, preset)`."""
-    turned = _turned(grid)
-    unshifted = replace(preset, shifts_oblique=False)
-    from_grid = fine_grid(grid, unshifted) if preset.shifts_oblique else labels.grid
-    voxels = _nearest(labels.labels, _places(from_grid, turned))
+def restore_labels(labels: LabelVolume, grid: Grid) -> LabelVolume:
+    """Labels on the `fine_grid` of `grid` back on `grid`: each voxel takes the nearest one."""
+    voxels = _nearest(labels.labels, _places(labels.grid, _turned(grid)))
     axes, flips = _way(grid)
     back = np.flip(voxels, tuple(n for n in range(3) if flips[n])).transpose(np.argsort(axes))
     return LabelVolume(np.ascontiguousarray(back), grid)
@@ -127,7 +122,7 @@ def _nearest(voxels: npt.NDArray[_Voxel], places: list[npt.NDArray[np.float64]])
 
 
 def clean_liver(liver: LabelVolume, preset: Preset) -> LabelVolume:
-    """The liver closed and widened, its largest 6-connected part alone. Raises OrganNotFound where there is none."""
+    """The liver closed and widened, its largest part alone. Raises OrganNotFound where there is none."""
     mask = liver.labels == 1
     if not mask.any():
         raise OrganNotFound("no voxel was marked as liver; an abdominal CT that shows the liver is expected")
@@ -144,15 +139,15 @@ def clean_liver(liver: LabelVolume, preset: Preset) -> LabelVolume:
     padded = np.zeros_like(padded)
     padded[box] = part
     within = tuple(slice(room, n - room) for n in padded.shape)
-    cleaned = largest(padded[within])
-    if preset.fill_holes:
-        cleaned = ~largest(~cleaned)
+    cleaned = largest(padded[within], preset.touching)
+    if preset.fill_holes and not cleaned.all():
+        cleaned = ~largest(~cleaned, preset.touching)
     return LabelVolume(cleaned.astype(np.uint8), liver.grid)
 
 
-def largest(mask: Mask) -> Mask:
-    """The largest 6-connected part. Raises OrganNotFound where there is none."""
-    parts = cc3d.connected_components(mask, connectivity=6)
+def largest(mask: Mask, touching: Literal[6, 26] = 6) -> Mask:
+    """The largest connected part. Raises OrganNotFound where there is none."""
+    parts = cc3d.connected_components(mask, connectivity=touching)
     sizes = np.bincount(parts.ravel())
     sizes[0] = 0
     if not sizes.any():
@@ -194,11 +189,6 @@ def _way(grid: Grid) -> tuple[tuple[int, int, int], tuple[bool, bool, bool]]:
         left[old, :] = left[:, new] = -1
     flips = tuple(bool(along[old, new] < 0) for new, old in enumerate(axes))
     return (axes[0], axes[1], axes[2]), (flips[0], flips[1], flips[2])
-
-
-def _is_oblique(turned: Grid) -> bool:
-    cosines = turned.affine_lps_mm[:3, :3] / np.array(turned.spacing_mm)
-    return not np.allclose(cosines, _GROWS_TO, rtol=0, atol=1e-6)
 
 
 def _turned(grid: Grid) -> Grid:
