@@ -30,7 +30,8 @@ room imports exactly what stands right of its arrow):
     candidate              <- contrast_phase series slice_geometry
     series_score           <- candidate contrast_phase selection_rules
     selection              <- candidate errors selection_rules series series_score
-    models                 <- errors
+    task_identity          <-
+    models                 <- errors task_identity
     pipelines              <- errors uids volume
     pipelines.plans        <- errors
     pipelines.device       <- errors
@@ -100,7 +101,7 @@ room imports exactly what stands right of its arrow):
     model_manifest         <- durable errors model_cards models
     model_source           <- errors
     model_trial            <- errors models phantom pipelines.nnunet volume
-    model_import           <- errors model_cards model_manifest model_source model_trial models
+    model_import           <- errors model_cards model_manifest model_source model_trial models task_identity
     model_fetch            <- errors model_cards model_import model_manifest models
     cli_series             <- assembly config console options preflight store
     cli_models             <- config console errors model_cards model_fetch model_import model_manifest models options

@@ -8,15 +8,15 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import Final
 
-from salsa_node import model_manifest, model_source, model_trial
+from salsa_node import model_manifest, model_source, model_trial, task_identity
 from salsa_node.errors import ConfigError, ModelRefused, WeightsMissing
-from salsa_node.model_cards import card, name_of_task
+from salsa_node.model_cards import card, name_of_task, task_of
 from salsa_node.model_manifest import Manifest
 from salsa_node.models import CHECKPOINT, SALSA, SALSA_STAGES, TOTALSEGMENTATOR, ModelFolder, task_name
 
@@ -147,6 +147,7 @@ def _install(
             for name in _NEEDED:
                 size += source.copy(folder / name, incoming / folder.name / name)
             folders[stage] = ModelFolder(incoming / folder.name)
+        _check_identity(model, folders)
         files = {f"{f.path.name}/{name}": sha for f in folders.values() for name, sha in f.sha256().items()}
         there = _present(place)
         if there is not None and there.files == files and "changed" not in _states(model.name, place, there):
@@ -167,6 +168,19 @@ def _install(
         return manifest
     finally:
         shutil.rmtree(incoming, ignore_errors=True)
+
+
+def _check_identity(model: Recognised, folders: Mapping[str, ModelFolder]) -> None:
+    """Raises ModelRefused where a task's folder holds another task's network."""
+    if model.name == SALSA:
+        return
+    (folder,) = folders.values()
+    misfit = task_identity.misfit(task_of(model.name), folder.path.name, folder.dataset)
+    if misfit:
+        raise ModelRefused(
+            f"{model.name}: {model.stages['task'].parent} holds another network than its name says: {misfit}; "
+            "give the folder the name that it was handed out with"
+        )
 
 
 def _sweep(models_dir: Path, now: datetime) -> None:

@@ -14,6 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Final
 
+from salsa_node import task_identity
 from salsa_node.errors import WeightsMissing
 
 CHECKPOINT = "checkpoint_final.pth"
@@ -189,7 +190,7 @@ def task_folder(task_id: int, models_dir: Path | None) -> Path:
 def task_model(task_id: int, models_dir: Path | None) -> ModelFolder:
     """The trained configuration of a TotalSegmentator task (fold 0, as TotalSegmentator runs it).
 
-    Raises WeightsMissing where it is absent, incomplete, or more than one lies there.
+    Raises WeightsMissing where it is absent, incomplete, another task's, or more than one lies there.
     """
     folder = task_folder(task_id, models_dir)
     found = sorted(file.parent for file in folder.glob("*__*__*/plans.json"))
@@ -199,7 +200,14 @@ def task_model(task_id: int, models_dir: Path | None) -> ModelFolder:
             "nnUNetTrainer__nnUNetPlans__3d_fullres: "
             f"remove that folder and run: salsa-node models fetch {task_id}"
         )
-    return ModelFolder(found[0])
+    model = ModelFolder(found[0])
+    misfit = task_identity.misfit(task_id, model.path.name, model.dataset)
+    if misfit:
+        raise WeightsMissing(
+            f"{folder} does not hold TotalSegmentator's task {task_id}: {misfit}; "
+            f"run: salsa-node models remove {TOTALSEGMENTATOR}-{task_id}, then salsa-node models fetch {task_id}"
+        )
+    return model
 
 
 def salsa_stages(root: Path) -> dict[str, tuple[Path, ...]]:

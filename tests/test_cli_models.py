@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from salsa_node.models import CHECKPOINT, demo_models_dir
+from salsa_node.models import CHECKPOINT, DEMO_STAGES, demo_models_dir
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
-ROUGH = "Dataset298_TotalSegmentator_total_6mm_1559subj"
+LESIONS = "Dataset591_ct_liver_lesions_842subj"
 
 
 @pytest.fixture(scope="module")
@@ -109,14 +109,15 @@ def test_removing_asks_first(cli: Cli) -> None:
 
 
 def test_a_task_is_removed(cli: Cli, tmp_path: Path) -> None:
-    shutil.copytree(demo_models_dir() / "liver", tmp_path / ROUGH)
-    told = cli("import", tmp_path / ROUGH, "--json")
+    trained = tmp_path / LESIONS / "nnUNetTrainer__nnUNetPlans__3d_fullres_high"
+    shutil.copytree(demo_models_dir() / DEMO_STAGES["liver"], trained)
+    told = cli("import", tmp_path / LESIONS, "--json")
     assert told.returncode == 0, told.stderr
     (manifest,) = json.loads(told.stdout)
-    assert manifest["name"] == "totalsegmentator-298"
-    assert manifest["origin"] == ROUGH
-    told = cli("remove", "totalsegmentator-298")  # nobody answers
+    assert manifest["name"] == "totalsegmentator-591"
+    assert manifest["origin"] == LESIONS
+    told = cli("remove", "totalsegmentator-591")  # nobody answers
     assert told.returncode == 1
-    assert cli("show", "totalsegmentator-298").returncode == 0
-    assert cli("remove", "totalsegmentator-298", "--yes").returncode == 0
-    assert cli("show", "totalsegmentator-298").returncode == 7
+    assert cli("show", "totalsegmentator-591").returncode == 0
+    assert cli("remove", "totalsegmentator-591", "--yes").returncode == 0
+    assert cli("show", "totalsegmentator-591").returncode == 7

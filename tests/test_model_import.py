@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 import torch
+from made_totalseg import make_weights
 
 from salsa_node import model_import, model_manifest, model_source, model_trial
 from salsa_node.errors import ConfigError, ModelRefused
@@ -23,6 +24,7 @@ NOW = datetime(2026, 11, 21, 8, tzinfo=UTC)
 LOWRES = "nnUNetTrainer__nnUNetPlans__3d_lowres"
 CASCADE = "nnUNetTrainer__nnUNetPlans__3d_cascade_fullres"
 LESIONS = "Dataset591_ct_liver_lesions_842subj"
+WHOLE_BODY = "Dataset297_TotalSegmentator_total_3mm_1559subj"
 SALSA = demo_models_dir() / "salsa"  # the demo's cascade has the layout of SALSA's weights
 
 
@@ -47,6 +49,14 @@ def zipped(folder: Path, to: Path, *, top: bool = True) -> Path:
 
 def task_at(folder: Path, name: str = LESIONS, trained: str = "nnUNetTrainer__nnUNetPlans__3d_fullres_high") -> Path:
     shutil.copytree(demo_models_dir() / DEMO_STAGES["liver"], folder / name / trained)
+    return folder / name
+
+
+def whole_body_at(folder: Path, name: str = WHOLE_BODY) -> Path:
+    """Task 297 with the liver as label 5, as TotalSegmentator has it."""
+    given = make_weights(folder / "made") / WHOLE_BODY
+    given.rename(folder / name)
+    shutil.rmtree(folder / "made")
     return folder / name
 
 
@@ -86,7 +96,7 @@ def test_every_layout_of_salsa_is_recognised(tmp_path: Path, within: str, packed
 
 @pytest.mark.usefixtures("untried")
 def test_totalsegmentators_tasks_go_where_it_looks_for_them(tmp_path: Path) -> None:
-    task_at(tmp_path / "results", "Dataset297_TotalSegmentator_total_3mm_1559subj")
+    whole_body_at(tmp_path / "results")
     task_at(tmp_path / "results")
     done = import_model(tmp_path / "results", tmp_path / "models", NOW)
     assert [manifest.card.name for manifest in done] == ["totalsegmentator-297", "totalsegmentator-591"]
@@ -94,6 +104,21 @@ def test_totalsegmentators_tasks_go_where_it_looks_for_them(tmp_path: Path) -> N
     assert task_model(591, tmp_path / "models").path.parent.name == LESIONS
     (again,) = import_model(zipped(task_at(tmp_path), tmp_path / "x.zip", top=True), tmp_path / "models", NOW)
     assert again.origin == "results"  # the same files are there: nothing is done
+
+
+@pytest.mark.usefixtures("untried")
+def test_a_network_under_another_tasks_name_is_refused(tmp_path: Path) -> None:
+    trained = "nnUNetTrainer_4000epochs_NoMirroring__nnUNetPlans__3d_fullres"
+    given = [
+        whole_body_at(tmp_path / "a", LESIONS),
+        task_at(tmp_path / "b", WHOLE_BODY),
+        task_at(tmp_path / "c", WHOLE_BODY, trained),  # its folder is right, its only label is no liver
+    ]
+    expected = ["3d_fullres_high", trained, "expected 5 = liver"]
+    for folder, words in zip(given, expected, strict=True):
+        with pytest.raises(ModelRefused, match=f"holds another network than its name says: .*{words}"):
+            import_model(folder, tmp_path / "models", NOW)
+    assert left_behind(tmp_path / "models") == []
 
 
 @pytest.mark.usefixtures("untried")
@@ -329,7 +354,7 @@ def test_interrupted_renames_leave_the_old_one(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(model_import, "_put_into_place", full)
     other = task_at(tmp_path / "b")
-    next(other.rglob("dataset.json")).write_text('{"labels": {}}')
+    next(other.rglob("dataset.json")).write_text('{"labels": {"lesion": 1}}')
     with pytest.raises(ConfigError, match="No space left"):
         import_model(other, tmp_path / "models", NOW, replace=True)
     assert model_manifest.find("totalsegmentator-591", tmp_path / "models").manifest == before

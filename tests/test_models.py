@@ -12,9 +12,9 @@ from salsa_node.errors import WeightsMissing
 from salsa_node.models import ModelFolder, demo_models_dir, folders_of, require, task_folder, task_model
 
 
-def make_folder(path: Path) -> Path:
+def make_folder(path: Path, labels: str = '{"background": 0}') -> Path:
     (path / "fold_0").mkdir(parents=True)
-    (path / "dataset.json").write_text('{"labels": {"background": 0}}')
+    (path / "dataset.json").write_text(f'{{"labels": {labels}}}')
     (path / "plans.json").write_text("{}")
     (path / "fold_0" / "checkpoint_final.pth").write_bytes(b"weights")
     return path
@@ -74,6 +74,18 @@ LESIONS = "totalsegmentator/Dataset591_ct_liver_lesions_842subj"
 CROP = "totalsegmentator/Dataset297_TotalSegmentator_total_3mm_1559subj"
 LIVER = "totalsegmentator/Dataset291_TotalSegmentator_part1_organs_1559subj"
 ROUGH = "totalsegmentator/Dataset298_TotalSegmentator_total_6mm_1559subj"
+TRAINED = {
+    LESIONS: "nnUNetTrainer__nnUNetPlans__3d_fullres_high",
+    CROP: "nnUNetTrainer_4000epochs_NoMirroring__nnUNetPlans__3d_fullres",
+    LIVER: "nnUNetTrainerNoMirroring__nnUNetPlans__3d_fullres",
+    ROUGH: "nnUNetTrainer_4000epochs_NoMirroring__nnUNetPlans__3d_fullres",
+}
+
+
+def make_task(models_dir: Path, task: str, *, named: str = "") -> Path:
+    """The folder of that task with labels as it has them, under the name of another one if `named` says so."""
+    labels = '{"background": 0, "lesion": 1}' if task == LESIONS else '{"background": 0, "liver": 5}'
+    return make_folder(models_dir / (named or task) / TRAINED[task], labels)
 
 
 @pytest.mark.parametrize("within", ["", "model_weights", "nnUNet_results/Dataset001_TALES"])
@@ -103,16 +115,40 @@ def test_two_folders_for_one_stage_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_task_lies_where_totalsegmentator_puts_it(tmp_path: Path) -> None:
-    path = make_folder(tmp_path / LESIONS / "nnUNetTrainer__nnUNetPlans__3d_fullres_high")
+    path = make_task(tmp_path, LESIONS)
     assert task_folder(591, tmp_path) == tmp_path / LESIONS
     assert task_model(591, tmp_path).path == path
+
+
+@pytest.mark.parametrize(
+    ("task", "named", "words"),
+    [
+        (
+            CROP,
+            LESIONS,
+            r"does not hold TotalSegmentator's task 591: .*models remove totalsegmentator-591, then .* 591",
+        ),
+        (
+            LESIONS,
+            CROP,
+            r"does not hold TotalSegmentator's task 297: .*models remove totalsegmentator-297, then .* 297",
+        ),
+    ],
+)
+def test_a_task_under_anothers_name_is_refused_before_a_scan_is_read(
+    tmp_path: Path, task: str, named: str, words: str
+) -> None:
+    make_task(tmp_path, task, named=named)
+    make_task(tmp_path, task)
+    with pytest.raises(WeightsMissing, match=words):
+        require("totalsegmentator-liver-lesions", tmp_path)
 
 
 def test_a_half_extracted_task_is_not_taken_for_whole(tmp_path: Path) -> None:
     (tmp_path / LESIONS).mkdir(parents=True)
     with pytest.raises(WeightsMissing, match="holds 0 trained configurations"):
         task_model(591, tmp_path)
-    path = make_folder(tmp_path / LESIONS / "nnUNetTrainer__nnUNetPlans__3d_fullres_high")
+    path = make_task(tmp_path, LESIONS)
     (path / "fold_0" / "checkpoint_final.pth").unlink()
     with pytest.raises(WeightsMissing, match="lacks fold_0"):
         task_model(591, tmp_path)
@@ -122,12 +158,12 @@ def test_what_a_pipeline_needs_is_counted_with_totalsegmentators_tasks(tmp_path:
     assert require("given_masks", None) == 0
     assert require("demo", tmp_path) == 3
     for name in (CROP, LESIONS):
-        make_folder(tmp_path / name / "nnUNetTrainer__nnUNetPlans__3d_fullres")
+        make_task(tmp_path, name)
     assert require("totalsegmentator-liver-lesions", tmp_path) == 2
-    make_folder(tmp_path / ROUGH / "nnUNetTrainer__nnUNetPlans__3d_fullres")
+    make_task(tmp_path, ROUGH)
     with pytest.raises(WeightsMissing, match=r"models fetch 291; SALSA's weights are not in .*models import"):
         require("salsa", tmp_path)
-    make_folder(tmp_path / LIVER / "nnUNetTrainer__nnUNetPlans__3d_fullres")
+    make_task(tmp_path, LIVER)
     for stage in ("3d_lowres", "3d_cascade_fullres"):
         make_folder(tmp_path / "salsa" / f"nnUNetTrainer__nnUNetPlans__{stage}")
     assert require("salsa", tmp_path) == 4
