@@ -10,7 +10,7 @@ import torch
 from salsa_node.errors import ModelRefused, PipelineError
 from salsa_node.models import ModelFolder
 from salsa_node.phantom import Recipe, make
-from salsa_node.pipelines.nnunet import Network
+from salsa_node.pipelines.nnunet import MISFITS, Network
 from salsa_node.volume import CtVolume, LabelVolume
 
 _SIDE = 32  # voxels of the network's own size; nnU-Net pads them to one patch
@@ -34,8 +34,9 @@ def run(folders: Mapping[str, ModelFolder]) -> dict[str, str]:
             before = network.predict(shown, before if network.is_cascade else None)
         except ModelRefused:
             raise
-        except (PipelineError, RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError) as exc:
-            raise ModelRefused(f"{folder.path.name}: its first run on a phantom failed ({exc})") from exc
+        except (PipelineError, *MISFITS) as exc:
+            told = str(exc) or type(exc).__name__
+            raise ModelRefused(f"{folder.path.name}: its first run on a phantom failed ({told})") from exc
     return {name: version(name) for name in ("nnunetv2", "torch", "dynamic_network_architectures")}
 
 

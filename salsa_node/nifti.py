@@ -7,6 +7,7 @@ k -> slice, j -> row, i -> column. No axis is flipped; the affine says where eac
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -177,6 +178,8 @@ def _grid_of(affine: Affine, shape: Sequence[int]) -> Grid:
 
 
 def _load(path: Path) -> Nifti1Pair:
+    if path.exists() and not os.access(path, os.R_OK):
+        raise SeriesRejected("this user may not read the file")
     image = nib.load(path)
     if not isinstance(image, Nifti1Pair):
         raise SeriesRejected(f"a {type(image).__name__} file; expected NIfTI (.nii or .nii.gz)")
@@ -186,8 +189,6 @@ def _load(path: Path) -> Nifti1Pair:
 def _damaged(found: Exception) -> SeriesRejected:
     if isinstance(found, FileNotFoundError):
         return SeriesRejected("there is no such file; expected a NIfTI file (.nii or .nii.gz)")
-    if isinstance(found, PermissionError):
-        return SeriesRejected("this user may not read the file")
     return SeriesRejected(f"the file cannot be read as NIfTI ({type(found).__name__}): truncated or damaged")
 
 

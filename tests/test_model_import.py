@@ -214,6 +214,17 @@ def test_weights_that_cannot_work_are_refused(tmp_path: Path, spoil: Callable[..
     assert left_behind(tmp_path / "models") == []
 
 
+def test_plans_that_nnunet_asserts_against_are_refused_with_words(tmp_path: Path) -> None:
+    given = task_at(tmp_path)
+    file = next(given.rglob("plans.json"))
+    plans = json.loads(file.read_text())
+    plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["n_conv_per_stage"] = [2]
+    file.write_text(json.dumps(plans))
+    with pytest.raises(ModelRefused, match=r"its first run on a phantom failed .*do not fit together"):
+        import_model(given, tmp_path / "models", NOW)
+    assert left_behind(tmp_path / "models") == []
+
+
 def test_plans_that_name_foreign_code_are_refused(tmp_path: Path) -> None:
     given = task_at(tmp_path)
     file = next(given.rglob("plans.json"))

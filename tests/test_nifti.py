@@ -267,3 +267,10 @@ def test_a_sheared_scan_is_refused(tmp_path):
 def test_a_file_that_is_not_there_is_not_called_damaged(tmp_path):
     with pytest.raises(SeriesRejected, match="there is no such file"):
         read_ct(tmp_path / "scan.nii.gz")
+
+
+def test_a_file_that_this_user_may_not_read_is_not_called_damaged(tmp_path, monkeypatch):
+    path = saved(tmp_path / "ct.nii.gz", hu())
+    monkeypatch.setattr("salsa_node.nifti.os.access", lambda path, mode: False)
+    with pytest.raises(SeriesRejected, match="this user may not read the file"):
+        read_ct(path)

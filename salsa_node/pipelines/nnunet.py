@@ -33,6 +33,16 @@ from salsa_node.volume import CtVolume, Grid, LabelVolume
 
 log = logging.getLogger(__name__)
 ENGINES: Final = ("own", "reference")  #: who slides the window: `sliding_window`, or nnU-Net's predictor
+#: what nnU-Net and torch raise over plans and weights that do not fit together, as fuzzing found
+MISFITS: Final = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 _Voxel = TypeVar("_Voxel", bound=np.generic)
 
 
@@ -269,7 +279,7 @@ def _build_predictor(folder: ModelFolder, device: torch.device, mirroring: bool,
         )
         weights = [checkpoint["network_weights"] for checkpoint in checkpoints]
         network.load_state_dict(weights[0])
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as exc:
+    except MISFITS as exc:
         raise PipelineError(f"{folder.path.name}: plans and weights do not fit together ({exc})") from exc
     network.eval()
     if device.type == "cpu":

@@ -10,6 +10,7 @@ import math
 import pydoc
 import re
 from collections.abc import Mapping
+from typing import TypeGuard
 
 import torch
 
@@ -19,6 +20,10 @@ _NETWORKS = "dynamic_network_architectures.architectures."
 _LAYERS = ("torch.nn.", "dynamic_network_architectures.building_blocks.")
 _STEPS = "nnunetv2.preprocessing."
 _MAX_PATCH_VOXELS = 64 << 20  # 400 x 400 x 400; nnU-Net's own planning stays ten times below it
+_SPACING_MM = (0.05, 50.0)  # of the network's own voxels; a scan is resampled to them
+_MAX_STAGES = 12
+_MAX_FEATURES = 4096  # of one stage, and layers of one stage; nnU-Net's own planning stays ten times below it
+_SIZES = ("features_per_stage", "n_conv_per_stage", "n_conv_per_stage_decoder", "n_blocks_per_stage")
 _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", re.ASCII)
 
 
@@ -44,6 +49,7 @@ def check(plans: Mapping[str, object], configuration: Mapping[str, object], mode
         if not (isinstance(found, type) and issubclass(found, ImageNormalization)):
             raise _refusal(model, "the normalisation", scheme, "nnU-Net's own schemes are known")
     _check_patch(configuration.get("patch_size"), model)
+    _check_spacing(configuration.get("spacing"), model)
     for kind in ("data", "seg", "probabilities"):
         function = configuration.get(f"resampling_fn_{kind}")
         places = ("default_resampling", "resample_torch", "no_resampling")
@@ -62,11 +68,40 @@ def _check_patch(sides: object, model: str) -> None:
         raise _refusal(model, "a patch of", sides, f"at most {_MAX_PATCH_VOXELS} voxels are taken")
 
 
+def _check_spacing(spacing: object, model: str) -> None:
+    """A scan is resampled to it: too fine fills the memory, too coarse leaves nothing to see."""
+    least, most = _SPACING_MM
+    if not isinstance(spacing, list) or not all(_is_number(mm) and least <= mm <= most for mm in spacing):
+        raise _refusal(model, "a spacing of", spacing, f"a list of millimetres from {least:g} to {most:g} is expected")
+
+
+def _check_sizes(kwargs: Mapping[str, object], model: str) -> None:
+    """What is multiplied into weights before the file with the weights has a say."""
+    stages = kwargs.get("n_stages")
+    if not _is_count(stages, _MAX_STAGES):
+        raise _refusal(model, "a network with n_stages =", stages, f"a count from 1 to {_MAX_STAGES} is expected")
+    for name in _SIZES:
+        sizes = kwargs.get(name, 1)
+        counts = sizes if isinstance(sizes, list) else [sizes]
+        if not all(_is_count(count, _MAX_FEATURES) for count in counts):
+            expected = f"counts from 1 to {_MAX_FEATURES}, one for each stage, are expected"
+            raise _refusal(model, f"a network with {name} =", sizes, expected)
+
+
+def _is_number(found: object) -> TypeGuard[float]:
+    return isinstance(found, int | float) and not isinstance(found, bool)
+
+
+def _is_count(found: object, most: int) -> bool:
+    return isinstance(found, int) and not isinstance(found, bool) and 1 <= found <= most
+
+
 def _check_network(architecture: Mapping[str, object], model: str) -> None:
     name = architecture.get("network_class_name")
     if not _is_module(name, (_NETWORKS,)):
         raise _refusal(model, "the network", name, "only nnU-Net's own are built")
     kwargs = _table(architecture.get("arch_kwargs"), "arch_kwargs", model)
+    _check_sizes(kwargs, model)
     imported = architecture.get("_kw_requires_import")
     if not isinstance(imported, list | tuple):
         raise _refusal(model, "the imports", imported, "a list of names in arch_kwargs is expected")
