@@ -12,7 +12,9 @@ from salsa_node.criteria import Criteria
 from salsa_node.dicom_result import Identity
 from salsa_node.findings import Flag, measure
 from salsa_node.limits import Limits
+from salsa_node.nifti import read_ct, read_labels
 from salsa_node.pipelines import Masks
+from salsa_node.regrid import onto
 from salsa_node.volume import CtVolume, Grid, LabelVolume
 
 IDENTITY = Identity()
@@ -304,3 +306,17 @@ def test_the_side_is_judged_across_the_whole_body_at_the_level_of_the_liver(axes
         ct = CtVolume(np.ascontiguousarray(hu.transpose(axes)), placed)
         flags = flagged(ct, organ.transpose(axes), np.zeros(placed.shape))
         assert ("liver_on_the_left" in flags) == left
+
+
+def test_on_a_real_liver_only_what_is_mirrored_across_or_front_to_back_is_caught(testdata):
+    """In a slab of few slices the liver hardly changes from end to end: reversed slices go unseen, as README says."""
+    folder = testdata / "01_abdomen_ct_siemens_j2k"
+    ct = read_ct(folder / "example_ct_sm.nii.gz")
+    liver = onto(read_labels(folder / "example_seg.nii.gz"), ct.grid).labels == 5
+    assert np.count_nonzero(liver) * ct.grid.voxel_volume_mm3 > 500_000
+    nothing = np.zeros(liver.shape)
+    doubts = {"mirrored", "liver_on_the_left", "not_like_a_liver", "not_an_abdomen"}
+    assert not doubts & set(flagged(ct, liver, nothing))
+    axes = np.argmax(np.abs(ct.grid.affine_lps_mm[:3, :3]), axis=1)  # along x, y and z
+    for axis in axes[:2]:
+        assert flagged(ct, np.flip(liver, axis), nothing)["mirrored"].blocks
