@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import glob
 import json
+import shutil
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -151,7 +152,7 @@ def _one(case: Case, place: Path, pipeline: Pipeline, criteria: Criteria, limits
     if case.refusal:
         raise SeriesRejected(case.refusal)
     key = _key(case, pipeline, criteria, limits, wanted)
-    record_path = place.with_name(place.name.removesuffix(".nii.gz") + ".json")
+    record_path = place.with_name(f"{_stem(place)}.json")
     if not wanted.again:
         there = _record(record_path)
         if there.get("key") == key and place.is_file() and there.get("labels_sha256") == sha256_of(place):
@@ -159,19 +160,22 @@ def _one(case: Case, place: Path, pipeline: Pipeline, criteria: Criteria, limits
         if place.exists() and not _is_ours(place, there):
             raise ConfigError(f"{place.name} is there and is not what a batch wrote; move it away, or add --again")
     place.parent.mkdir(parents=True, exist_ok=True)
-    with _unfinished(place) as labels_file:  # a folder that cannot be written is found before the work
+    with _unfinished(place) as made:  # a folder that cannot be written is found before the work
         ct = cases.read(case).ct
         like = case.path if case.is_nifti else None
-        kept = place.with_name(place.name.removesuffix(".nii.gz"))
+        kept = made / _stem(place)
         masks = pipeline.segment(ct, _Keeper(kept, ct.grid, like) if wanted.keep_intermediates else unobserved)
         findings = measure(ct, masks, criteria)
         findings = replace(findings, flags=once(*guards.flags(ct, findings, limits), *findings.flags))
-        nifti.write_labels(label_map(findings, wanted), labels_file, _description(findings, wanted), like)
+        nifti.write_labels(label_map(findings, wanted), made / place.name, _description(findings, wanted), like)
         overlay = {"gif": film.gif, "png": film.png}.get(wanted.overlay)
         if overlay is not None:
-            durable.write(place.with_name(place.name.removesuffix("nii.gz") + wanted.overlay), [overlay(ct, findings)])
-        record_path.unlink(missing_ok=True)
-        labels_file.replace(place)
+            durable.write(made / f"{_stem(place)}.{wanted.overlay}", [overlay(ct, findings)])
+        _clear(place)
+        for file in [path for path in made.rglob("*") if path.is_file()]:
+            to = place.parent / file.relative_to(made)
+            to.parent.mkdir(parents=True, exist_ok=True)
+            file.replace(to)
     outcome = Outcome.LESIONS if findings.lesions else Outcome.NO_CANDIDATE
     told = summary(Analysis(outcome, (), findings, ct, "", findings.run_digest))
     record = {"scan": case.path.name, "labels": wanted.labels, **told, "labels_sha256": sha256_of(place), "key": key}
@@ -183,38 +187,50 @@ class _Keeper:
     """Writes each intermediate volume where SALSA keeps it, `<stem>_SALSA/<name>.nii.gz`, where it really lies.
 
     grid: the scan's; labels on it are stored as `like`, the scan's file, is.
-    Nothing of an earlier run stays beside this one's.
     """
 
     def __init__(self, folder: Path, grid: Grid, like: Path | None) -> None:
         self._folder, self._grid, self._like = folder, grid, like
-        for name in INTERMEDIATES:
-            self._file(name).unlink(missing_ok=True)
 
     def __call__(self, name: str, volume: CtVolume | LabelVolume) -> None:
-        file = self._file(name)
+        file = self._folder / f"{name}.nii.gz"
         file.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(volume, CtVolume):
             nifti.write_ct(volume, file)
         else:
             nifti.write_labels(volume, file, like=self._like if volume.grid.matches(self._grid) else None)
 
-    def _file(self, name: str) -> Path:
-        return self._folder / f"{name}.nii.gz"
-
 
 @contextmanager
 def _unfinished(place: Path) -> Iterator[Path]:
-    """A file beside `place` while it is written; gone afterwards unless it was renamed, and those of killed batches."""
-    for left in place.parent.glob(f".*.{glob.escape(place.name)}"):
-        if time.time() - left.stat().st_mtime > _STALE_S:
-            left.unlink(missing_ok=True)
-    file = place.with_name(f".{uuid.uuid4().hex}.{place.name}")
-    file.touch()
+    """A folder beside `place` for what is not whole yet; gone afterwards, and so are those of killed batches."""
+    for left in place.parent.glob(f".*.{glob.escape(_stem(place))}"):
+        if left.is_dir() and time.time() - left.stat().st_mtime > _STALE_S:
+            shutil.rmtree(left, ignore_errors=True)
+    folder = place.with_name(f".{uuid.uuid4().hex}.{_stem(place)}")
+    folder.mkdir()
     try:
-        yield file
+        yield folder
     finally:
-        file.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _clear(place: Path) -> None:
+    """Remove the record, the pictures and the intermediate volumes that an earlier run left beside that label map."""
+    kept = place.with_name(_stem(place))
+    for ending in ("json", *OVERLAYS):
+        place.with_name(f"{_stem(place)}.{ending}").unlink(missing_ok=True)
+    if not kept.is_dir():
+        return
+    for name in INTERMEDIATES:
+        (kept / f"{name}.nii.gz").unlink(missing_ok=True)
+    for folder in (kept / "cropped", kept):
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def _stem(place: Path) -> str:
+    return place.name.removesuffix(".nii.gz")
 
 
 def _key(case: Case, pipeline: Pipeline, criteria: Criteria, limits: Limits, wanted: Wanted) -> str:

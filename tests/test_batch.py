@@ -294,12 +294,12 @@ def test_an_odd_scan_gets_labels_or_a_worded_refusal(tmp_path: Path, recipe: pha
 
 def test_what_a_killed_batch_left_is_swept(tmp_path: Path) -> None:
     source = save(tmp_path / "[a].nii.gz")
-    left = [tmp_path / f".{name}.[a]_SALSA.nii.gz" for name in ("old", "new")]
-    for file, age_s in zip(left, (90_000, 60), strict=True):
-        file.touch()
-        os.utime(file, (time.time() - age_s,) * 2)
+    left = [tmp_path / f".{name}.[a]_SALSA" for name in ("old", "new")]
+    for folder, age_s in zip(left, (90_000, 60), strict=True):
+        save(folder / "[a]_SALSA.nii.gz")
+        os.utime(folder, (time.time() - age_s,) * 2)
     run(source)
-    assert [file.exists() for file in left] == [False, True]
+    assert [folder.exists() for folder in left] == [False, True]
     assert [case.path for case in cases.find([str(tmp_path)])] == [source]
 
 
@@ -355,6 +355,35 @@ def test_intermediates_lie_where_they_lie_in_the_patient(tmp_path: Path) -> None
     liver = nifti.read_labels(folder / "liver.nii.gz")
     assert liver.grid.matches(whole.grid)
     assert [case.path for case in cases.find([str(tmp_path)])] == [source]  # they are no scans of the next batch
+
+
+def files_in(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
+def test_nothing_of_an_earlier_run_stays_beside_new_labels(tmp_path: Path) -> None:
+    source = save(tmp_path / "scan.nii.gz")
+    run(source, wanted=Wanted(keep_intermediates=True, overlay="png"))
+    assert {"scan_SALSA.png", "scan_SALSA/liver.nii.gz", "scan_SALSA/cropped"} <= set(files_in(tmp_path))
+    run(source, wanted=Wanted(overlay="gif"))
+    assert files_in(tmp_path) == ["scan.nii.gz", "scan_SALSA.gif", "scan_SALSA.json", "scan_SALSA.nii.gz"]
+
+
+def test_a_scan_that_fails_leaves_nothing_and_changes_nothing(tmp_path: Path) -> None:
+    class Failing(ByDensity):
+        def segment(self, ct: CtVolume, observer: Observer = unobserved) -> Masks:
+            super().segment(ct, observer)
+            raise OrganNotFound("found 0 ml of liver")
+
+    wishes = Wanted(keep_intermediates=True, overlay="png")
+    source = save(tmp_path / "scan.nii.gz")
+    run(source, wanted=wishes, pipeline=Failing())
+    assert files_in(tmp_path) == ["scan.nii.gz"]
+    run(source, wanted=wishes)
+    before = {name: (tmp_path / name).stat().st_mtime_ns for name in files_in(tmp_path)}
+    (result,) = run(source, wanted=replace(wishes, again=True), pipeline=Failing())
+    assert result.state == "failed"
+    assert {name: (tmp_path / name).stat().st_mtime_ns for name in files_in(tmp_path)} == before
 
 
 @pytest.mark.parametrize("kind", ["gif", "png"])
