@@ -103,7 +103,7 @@ room imports exactly what stands right of its arrow):
     model_trial            <- errors models phantom pipelines.nnunet volume
     model_import           <- errors model_cards model_manifest model_source model_trial models task_identity
     model_fetch            <- errors model_cards model_import model_manifest models
-    cli_series             <- assembly config console options preflight store
+    cli_series             <- assembly config console errors nifti options preflight series store upright
     cli_models             <- config console errors model_cards model_fetch model_import model_manifest models options
     cases                  <- candidate errors nifti selection series volume
     film                   <- dicom_result findings picture volume

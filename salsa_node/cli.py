@@ -28,6 +28,7 @@ app.add_typer(config_app, name="config")
 app.add_typer(cli_models.app, name="models")
 app.command()(cli_batch.batch)
 app.command()(cli_series.select)
+app.command()(cli_series.export)
 
 GIVEN_MASKS = "given_masks"
 _EXIT_CODES = (

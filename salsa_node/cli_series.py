@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from salsa_node import config, console
+from salsa_node.errors import ConfigError, SeriesRejected
 from salsa_node.options import AsJson, ConfigFile, StudyName
+
+if TYPE_CHECKING:
+    from salsa_node.store import Store, Study
 
 
 def select(
@@ -39,3 +44,60 @@ def select(
         console.put_scores(scores)
         if run:
             console.put(f"run {run.id} is {run.state.value}; follow it with: salsa-node show {run.study_uid}")
+
+
+def export(
+    study: StudyName,
+    config_file: ConfigFile = None,
+    which: Annotated[
+        str | None, typer.Option("--series", help="Its number or UID; without it the series analysed last.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="File to write, .nii or .nii.gz; by default the series' UID.nii here.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write one CT series of a study as NIfTI, in Hounsfield units, without patient identity."""
+    settings = config.load(config_file)
+    from salsa_node import nifti, series, store
+    from salsa_node.upright import upright
+
+    with store.Store.open(store.StoreSettings(settings.store_url)) as record:
+        wanted = record.study(study)
+        series_uid = _series_uid(record, wanted, which)
+        paths = [settings.node.data_dir / image.path for image in record.instances_of(wanted.study_uid, series_uid)]
+    file = output or Path(f"{series_uid}.nii")
+    if not file.name.endswith((".nii", ".nii.gz")):
+        raise ConfigError(f"--output: expected a name that ends in .nii or .nii.gz, found {file.name}")
+    if file.exists() and not force:
+        raise ConfigError(f"--output: {file} is there already; --force writes over it")
+    ct = series.read_volume(series.inspect(paths, settings.series))
+    resampled = not ct.grid.is_upright
+    if resampled:
+        ct = upright(ct)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        nifti.write_ct(ct, file)
+    except OSError as exc:
+        raise ConfigError(f"--output: {file} cannot be written ({exc.strerror})") from exc
+    if as_json:
+        told = {"file": str(file), "series_uid": series_uid, "shape": ct.grid.shape, "spacing_mm": ct.grid.spacing_mm}
+        console.put_json({**told, "resampled": resampled})
+    else:
+        console.put(f"{file}: {ct.grid}{', resampled: its slices make no regular grid' if resampled else ''}")
+
+
+def _series_uid(record: Store, study: Study, which: str | None) -> str:
+    """The series of that number or UID, or the one of the study's last run. Raises SeriesRejected."""
+    rows = record.series_of(study.study_uid)
+    if which is None:
+        analysed = [run.series_uid for run in record.runs_of(study.study_uid) if run.series_uid]
+        if analysed:
+            return analysed[-1]
+        raise SeriesRejected("no series of this study was analysed; name one with --series")
+    found = [row.series_uid for row in rows if which in (row.series_uid, str(row.series_number))]
+    if len(found) != 1:
+        there = ", ".join(str(row.series_number or row.series_uid) for row in rows)
+        raise SeriesRejected(f"{len(found)} series are called {which!r}; the study holds {there}; name one by its UID")
+    return found[0]

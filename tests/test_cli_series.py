@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import numpy as np
 import pydicom
 import pytest
+import SimpleITK
 from typer.testing import CliRunner
 
-from salsa_node import assembly, phantom
+from salsa_node import assembly, nifti, phantom
 from salsa_node.cli import app
+from salsa_node.errors import SalsaNodeError
+from salsa_node.series import inspect, read_volume
 from salsa_node.settings import PipelineChoice
 from salsa_node.store import NewInstance, Store, StoreSettings
 
@@ -96,3 +101,57 @@ def test_show_prints_the_scores_of_the_latest_look(config: Path, study: phantom.
     assert page["looks"][0]["scores"][0]["series_number"] == 2
     shown = _called("show", study.study_uid, "--config", config)
     assert "series 3: passed over for series 2" in shown
+
+
+def test_export_writes_the_analysed_series_voxel_for_voxel_and_nobodys_name(
+    config: Path, study: phantom.Study, tmp_path: Path
+) -> None:
+    file = tmp_path / "out" / "ct.nii.gz"
+    told = json.loads(_called("export", study.study_uid, "--config", config, "--output", file, "--json"))
+    assert (told["series_uid"], told["resampled"]) == ("2.25.5.2", False)
+    expected = read_volume(inspect(sorted((tmp_path / "data").glob("2-*"))))
+    written = nifti.read_ct(file)
+    assert written.grid.matches(expected.grid)
+    assert np.array_equal(written.voxels_hu, expected.voxels_hu)
+    image = SimpleITK.ReadImage(str(file))  # another reader finds the same number at the same place
+    at = image.TransformPhysicalPointToIndex(expected.grid.to_lps_mm((9, 20, 12)))
+    assert image.GetPixel(*at) == expected.voxels_hu[9, 20, 12]
+    name = str(pydicom.dcmread(study.axial[0]).PatientName)
+    assert name
+    assert name.encode() not in gzip.decompress(file.read_bytes())
+
+
+def test_export_takes_a_series_by_number_and_says_what_is_in_the_way(
+    config: Path, study: phantom.Study, tmp_path: Path
+) -> None:
+    file = tmp_path / "three.nii"
+    assert "three.nii: a grid of 14 x 32 x 32" in _called(
+        "export", study.study_uid, "--config", config, "--series", 3, "--output", file
+    ).replace("\n", "")
+    for wrong, words in (
+        (["--series", 3, "--output", file], "is there already; --force writes over it"),
+        (["--series", 4], "0 series are called '4'; the study holds"),
+        (["--series", 1, "--output", tmp_path / "scout.nii"], "image(s)"),
+        (["--output", tmp_path / "ct.mha"], "ends in .nii or .nii.gz"),
+    ):
+        result = CliRunner().invoke(app, ["export", study.study_uid, "--config", str(config), *map(str, wrong)])
+        assert isinstance(result.exception, SalsaNodeError)
+        assert words in str(result.exception)
+    _called("export", study.study_uid, "--config", config, "--series", 3, "--output", file, "--force")
+
+
+def test_export_resamples_tilted_slices_where_the_rules_say_so(
+    config: Path, study: phantom.Study, tmp_path: Path
+) -> None:
+    for n, path in enumerate(sorted((tmp_path / "data").glob("2-*"))):
+        ds = pydicom.dcmread(path)
+        x, y, z = (float(mm) for mm in ds.ImagePositionPatient)
+        ds.ImagePositionPatient = [x, y + n * 5, z]
+        ds.save_as(path)
+    file = tmp_path / "ct.nii"
+    result = CliRunner().invoke(app, ["export", study.study_uid, "--config", str(config), "--output", str(file)])
+    assert "gantry tilt" in str(result.exception)
+    config.write_text(config.read_text() + '[series]\ntilt = "resample"\n')
+    told = json.loads(_called("export", study.study_uid, "--config", config, "--output", file, "--json"))
+    assert told["resampled"]
+    assert nifti.read_ct(file).grid.spacing_mm == pytest.approx(told["spacing_mm"])
