@@ -252,7 +252,7 @@ def test_a_resend_says_whose_result_it_sends(cli, tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--pipeline", "nosuch"), ["nosuch", "demo, given_masks"]),
+        (("--pipeline", "nosuch"), ["nosuch", "demo, salsa, given_masks"]),
         (("--pipeline", "given_masks"), ["--masks FILE"]),
         (("--lesion-label", "1"), ["--masks FILE"]),
         (("--masks", "MASKS", "--pipeline", "demo"), ["--masks goes with"]),
