@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
+from math import ceil
 from typing import Final
 
 import numpy as np
@@ -33,6 +34,9 @@ BETTER_BY: Final = 0.15  # so much better must a mirrored mask fit (phantoms: 0.
 ENOUGH_VOXELS: Final = 300  # of a liver on the sparse grid, to tell by their attenuation how it lies
 FITS: Final = 0.3  # so well must it fit then (livers of phantoms and of real CT: 0.57 and more)
 FITS_NOWHERE: Final = 0.1  # what fits no better than that, as it is, was not drawn along a liver
+OUTLINES_FIT: Final = 0.35  # what outlines of a liver come to (phantoms and real CT: 0.39 and more)
+_OUTLINE_MM: Final = 4.0  # on both sides of an outline
+_OUTLINES: Final = 24  # slices whose outlines are looked at
 _SHELL_MM: Final = (3.0, 10.0)  # around the liver: what looks like liver there speaks against the mask
 _NAMED: Final = 5  # lesions that a flag names at most
 _COARSE_MM: Final = 2.0  # steps of the grid that distances are judged on
@@ -124,6 +128,8 @@ def _of_liver(ct: CtVolume, organ: Mask, findings: Findings, limits: Limits) -> 
 
 def _of_place(ct: CtVolume, organ: Mask, limits: Limits) -> Iterable[Flag]:
     fit, mirrored = _fit(ct, organ)
+    if not mirrored and _outlines_run_backwards(ct, organ):
+        mirrored = _AXES[0]
     if mirrored:
         yield Flag(
             "mirrored",
@@ -243,6 +249,32 @@ def _fit(ct: CtVolume, organ: Mask) -> tuple[float, str]:
     if fits[best] < FITS or fits[best] - as_it_is < BETTER_BY:
         return as_it_is, ""
     return as_it_is, " and ".join(name for name, reversed_ in zip(_AXES, best, strict=True) if reversed_)
+
+
+def _outlines_run_backwards(ct: CtVolume, organ: Mask) -> bool:
+    """Whether the mask's outlines follow the images far better with the slices in reverse order.
+
+    What `_fit` does not tell where a liver changes little from slice to slice: only what lies a few millimetres inside
+    and outside of each outline is looked at, in some slices.
+    """
+    filled = np.flatnonzero(organ.any(axis=(1, 2)))
+    slices = filled[np.unique(np.linspace(0, len(filled) - 1, _OUTLINES).astype(int))]
+    reach = [ceil(_OUTLINE_MM / mm) + 1 for mm in ct.grid.spacing_mm[1:]]
+    inside: list[Indices] = []
+    outside: list[Indices] = []
+    for k in slices:
+        (box,) = find_objects(organ[k].astype(np.uint8))
+        window = tuple(slice(max(0, part.start - by), part.stop + by) for part, by in zip(box, reach, strict=True))
+        mask = organ[k][window]
+        corner = [k, window[0].start, window[1].start]
+        for part, found in ((mask, inside), (~mask, outside)):
+            near = part & (distance_transform_edt(part, sampling=ct.grid.spacing_mm[1:]) <= _OUTLINE_MM)
+            found.append(np.insert(np.argwhere(near), 0, 0, axis=1) + corner)
+    bands = np.concatenate(inside), np.concatenate(outside)
+    as_it_is = [ct.voxels_hu[tuple(voxels.T)] for voxels in bands]
+    backwards = [ct.voxels_hu[(len(organ) - 1 - voxels[:, 0], voxels[:, 1], voxels[:, 2])] for voxels in bands]
+    fits, fit = (_looks_like_liver(hu[0], hu[0]) - _looks_like_liver(hu[0], hu[1]) for hu in (backwards, as_it_is))
+    return fits >= OUTLINES_FIT and fits - fit >= BETTER_BY
 
 
 def _looks_like_liver(liver_hu: Hu, voxels_hu: Hu) -> float:

@@ -6,6 +6,7 @@ from itertools import permutations
 import made_findings as made
 import numpy as np
 import pytest
+from scipy.ndimage import binary_dilation, gaussian_filter
 
 from salsa_node import guards, phantom
 from salsa_node.criteria import Criteria
@@ -53,6 +54,21 @@ def test_a_mirrored_mask_is_caught_and_blocks(patient, axes):
         np.flip(patient.lesion_labels.labels, axes),
         mirrored="flag",
     )["mirrored"].blocks
+
+
+@pytest.mark.parametrize(("seed", "first"), [(0, 18), (1, 17), (3, 17)])
+def test_the_order_of_ten_slices_is_told_by_the_outlines(seed, first):
+    """Fifty millimetres of liver change little: the whole mask fits about as well backwards."""
+    patient = phantom.make(phantom.Recipe(seed, shape=(40, 128, 160), spacing_mm=(5.0, 2.0, 1.6)))
+    part = slice(first, first + 10)
+    slab = CtVolume(patient.ct.voxels_hu[part].copy(), Grid((10, 128, 160), patient.ct.grid.affine_lps_mm))
+    liver, nothing = patient.liver.labels[part] == 1, np.zeros(slab.grid.shape)
+    assert guards._fit(slab, liver[::-1])[1] == ""
+    assert "order of their slices" in flagged(slab, liver[::-1], nothing)["mirrored"].text
+    rough = gaussian_filter(liver.astype(np.float32), (1, 3, 3)) > 0.5
+    beside, larger = np.roll(liver, (6, -6), (1, 2)), binary_dilation(liver, iterations=2)
+    for mask in (liver, rough, larger, beside, liver & (slab.voxels_hu > 80)):
+        assert "mirrored" not in flagged(slab, mask, nothing)
 
 
 @pytest.mark.parametrize("middle", [(16, 60, 48), (16, 36, 64)])
