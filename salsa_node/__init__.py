@@ -32,7 +32,8 @@ room imports exactly what stands right of its arrow):
     selection              <- candidate errors selection_rules series series_score
     task_identity          <-
     models                 <- errors task_identity
-    pipelines              <- errors uids volume
+    pipelines.options      <- errors
+    pipelines              <- errors pipelines.options uids volume
     pipelines.plans        <- errors
     pipelines.device       <- errors
     pipelines.sliding_window <- errors pipelines.device

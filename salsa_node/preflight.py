@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib import metadata
@@ -14,6 +16,7 @@ from salsa_node.config import Config
 from salsa_node.errors import ConfigError, PipelineError
 from salsa_node.settings import AUTO, SENDER
 
+_COUNT_GPUS = "import torch; print(torch.cuda.device_count())"
 log = logging.getLogger(__name__)
 
 
@@ -32,7 +35,13 @@ class Check:
 
 def checks(config: Config) -> tuple[Check, ...]:
     """Every check, failed ones included; quick, and beside a running node without harm."""
-    return (_data_dir(config.node.data_dir), _pipeline(config), _libraries(config), _destinations(config))
+    return (
+        _data_dir(config.node.data_dir),
+        _pipeline(config),
+        *_device(config.pipeline.device),
+        _libraries(config),
+        _destinations(config),
+    )
 
 
 def require(config: Config) -> None:
@@ -79,17 +88,20 @@ def ready(config: Config, pipeline: str = "", device: str = "") -> Config:
     if config.pipeline.name == "given_masks":
         raise ConfigError("the pipeline given_masks needs a mask for each scan: use salsa-node run --masks FILE")
     require_pipeline(config.pipeline.name, config)
-    pipelines.check_options(config.pipeline.name, config.pipeline.options)
     return config
 
 
 def require_pipeline(name: str, config: Config) -> int:
-    """How many model folders that pipeline needs, all complete. Raises ConfigError, WeightsMissing."""
+    """How many model folders that pipeline needs, all complete. Raises ConfigError, WeightsMissing.
+
+    The settings that are checked with it are the configured pipeline's own; another one has its defaults.
+    """
     if name not in pipelines.names():
         raise ConfigError(f"no pipeline is called {name!r}; there are {', '.join(pipelines.names())}")
     if config.pipeline.models_dir and not config.models_dir.is_dir():
         raise ConfigError(f"pipeline.models_dir: there is no folder {config.models_dir}")
     options = config.pipeline.options if name == config.pipeline.name else {}
+    pipelines.options.check(name, options)
     return models.require(name, config.models_dir, options)
 
 
@@ -103,10 +115,27 @@ def _pipeline(config: Config) -> Check:
         return Check(name, ok=False, detail=detail)
     try:
         count = require_pipeline(chosen, config)
-        pipelines.check_options(chosen, config.pipeline.options)
     except (ConfigError, PipelineError) as error:
         return Check(name, ok=False, detail=str(error))
     return Check(name, ok=True, detail=f"{count} model folders are complete")
+
+
+def _device(device: str) -> tuple[Check, ...]:
+    """Whether the GPU that is named is there, as torch counts them; "auto" and "cpu" need no question.
+
+    Torch is asked in a process of its own: a parent that has seen a GPU cannot pass it on.
+    """
+    kind, _, number = device.partition(":")
+    if kind != "cuda":
+        return ()
+    count = subprocess.run([sys.executable, "-c", _COUNT_GPUS], capture_output=True, text=True, check=False)
+    if not count.stdout.strip().isdecimal():
+        return (Check("pipeline.device", ok=False, detail="torch cannot be imported, so no GPU can be counted"),)
+    there = int(count.stdout)
+    if int(number or 0) >= there:
+        detail = f"{device} was asked for, but torch sees {there} CUDA devices; choose auto, cpu or one that is there"
+        return (Check("pipeline.device", ok=False, detail=detail),)
+    return (Check("pipeline.device", ok=True, detail=f"{device} is one of {there}"),)
 
 
 def known_faults(versions: Mapping[str, str]) -> tuple[str, ...]:

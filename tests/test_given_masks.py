@@ -397,7 +397,7 @@ def test_a_file_that_changes_under_the_run_stops_it(ct, tmp_path):
 )
 def test_options_that_mean_nothing_are_refused(options, tmp_path):
     path = nifti(tmp_path, np.zeros((2, 2, 2), np.uint8), Grid((2, 2, 2), np.eye(4)))
-    with pytest.raises(ConfigError, match=r"organ_labels|lesion_labels"):
+    with pytest.raises(ConfigError, match=r"organ_labels|lesion_labels|lesion_per_label"):
         given(path, **options)
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from salsa_node import preflight
+from salsa_node import pipelines, preflight
 from salsa_node.config import Config, parse
 from salsa_node.errors import ConfigError, WeightsMissing
+from salsa_node.pipelines.nnunet import ENGINES
+from salsa_node.pipelines.options import OPTIONS
+from salsa_node.pipelines.salsa_steps import PRESETS
 from salsa_node.settings import NodeSettings, PipelineChoice
 
 
@@ -36,6 +40,45 @@ def test_an_option_that_the_pipeline_does_not_have_is_named(config):
     (told,) = failed(replace(config, pipeline=PipelineChoice(options={"mirorring": True})))
     assert "mirorring" in told
     assert "mirroring" in told
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("demo", {"precision": "bogus"}, "demo takes one of auto, float32, bfloat16; found 'bogus'"),
+        ("demo", {"mirroring": "yes"}, "demo takes true or false; found 'yes'"),
+        ("salsa", {"preset": "salsa-2026"}, "salsa takes one of salsa, salsa-2025, salsa-2024"),
+        ("salsa", {"engine": "fast"}, "salsa takes one of own, reference"),
+        ("salsa", {"tile_step": True}, "above 0 and at most 1; found True"),
+        ("salsa", {"tile_step": 1.5}, "above 0 and at most 1; found 1.5"),
+        ("salsa", {"fast_liver": 1}, "pipeline.options.fast_liver: salsa takes true or false"),
+        ("totalsegmentator-liver-lesions", {"couinaud": "on"}, "takes true or false; found 'on'"),
+    ],
+)
+def test_a_value_that_every_run_would_fail_on_stops_the_start(config, name, options, words):
+    choice = replace(config, pipeline=PipelineChoice(name, options=options))
+    (told,) = failed(choice)
+    assert words in told
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        preflight.require(choice)
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        preflight.ready(choice)
+
+
+def test_the_values_that_pipelines_know_are_those_that_are_let_through():
+    salsa = OPTIONS["salsa"]
+    assert salsa["preset"].expected == f"one of {', '.join(PRESETS)}"
+    assert salsa["engine"].expected == f"one of {', '.join(ENGINES)}"
+    assert all(salsa["precision"].fits(word) for word in ("auto", "float32", "bfloat16"))
+    assert all(salsa["tile_step"].fits(share) for share in (1, 0.5))
+    assert all(OPTIONS["given_masks"]["organ_labels"].fits(labels) for labels in (1, [1, 2]))
+    assert set(OPTIONS) == set(pipelines.names())
+
+
+def test_a_gpu_that_is_not_there_stops_the_start(config):
+    (told,) = failed(replace(config, pipeline=PipelineChoice(device="cuda:99")))
+    assert "cuda:99 was asked for, but torch sees" in told
+    assert not [check for check in preflight.checks(config) if check.name == "pipeline.device"]
 
 
 def test_a_models_folder_that_is_not_there_is_named(config, tmp_path):

@@ -280,9 +280,9 @@ def test_the_contrast_phase_without_xgboost_is_refused_before_the_start(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"couinaud": "yes"}, "couinaud must be true or false"),
-        ({"precision": 16}, "precision must be a word"),
-        ({"precision": "half"}, "precision must be auto"),
+        ({"couinaud": "yes"}, "options.couinaud: .* takes true or false"),
+        ({"precision": 16}, "options.precision: .* takes one of auto"),
+        ({"precision": "half"}, "options.precision: .* found .half."),
         ({"mirroring": True}, "options.mirroring"),
     ],
 )

@@ -1,14 +1,12 @@
 """From a CT volume to masks: the Pipeline protocol, what it returns, and the table of those at hand.
 
-A pipeline is one file in this folder with a class that obeys `Pipeline` and one line in `_TABLE`.
-Files are imported on `load`, so that listing names costs nothing and torch stays out of the
-command line.
+A pipeline is one file in this folder with a class that obeys `Pipeline`, one line in `_TABLE` and its own settings in
+`options`. Files are imported on `load`, so that listing names costs nothing and torch stays out of the command line.
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +14,7 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from salsa_node.errors import ConfigError
+from salsa_node.pipelines import options
 from salsa_node.uids import digest
 from salsa_node.volume import CtVolume, LabelVolume
 
@@ -143,32 +142,11 @@ class PipelineSettings:
     options: Mapping[str, object] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    """Where a pipeline's class is, and what its own settings are called.
-
-    needs: setting -> the module and the extra of this package that it needs where it is on.
-    """
-
-    target: str
-    options: tuple[str, ...] = ()
-    needs: Mapping[str, tuple[str, str]] = field(default_factory=dict)
-
-
 _TABLE = {
-    "demo": _Entry("salsa_node.pipelines.demo:DemoPipeline", ("mirroring", "precision")),
-    "salsa": _Entry(
-        "salsa_node.pipelines.salsa:SalsaPipeline",
-        ("preset", "mirroring", "tile_step", "precision", "engine", "fast_liver"),
-    ),
-    "given_masks": _Entry(
-        "salsa_node.pipelines.given_masks:GivenMasksPipeline", ("organ_labels", "lesion_labels", "lesion_per_label")
-    ),
-    "totalsegmentator-liver-lesions": _Entry(
-        "salsa_node.pipelines.totalsegmentator:LiverLesionsPipeline",
-        ("body_region", "contrast_phase", "couinaud", "precision"),
-        {"contrast_phase": ("xgboost", "phase")},
-    ),
+    "demo": "salsa_node.pipelines.demo:DemoPipeline",
+    "salsa": "salsa_node.pipelines.salsa:SalsaPipeline",
+    "given_masks": "salsa_node.pipelines.given_masks:GivenMasksPipeline",
+    "totalsegmentator-liver-lesions": "salsa_node.pipelines.totalsegmentator:LiverLesionsPipeline",
 }
 
 
@@ -177,31 +155,14 @@ def names() -> tuple[str, ...]:
     return tuple(_TABLE)
 
 
-def check_options(name: str, options: Mapping[str, object]) -> None:
-    """Raises ConfigError for a setting that the pipeline of that name does not have, or that needs more than there is.
-
-    Imports neither the pipeline nor what it needs.
-    """
-    entry = _TABLE[name]
-    for option, value in options.items():
-        if option not in entry.options:
-            raise ConfigError(f"pipeline.options.{option}: the pipeline {name} has {', '.join(entry.options)}")
-        module, extra = entry.needs.get(option, ("", ""))
-        if module and value and importlib.util.find_spec(module) is None:
-            raise ConfigError(
-                f"pipeline.options.{option}: needs the package {module}, which is not installed; "
-                f"run: pip install 'salsa_node[{extra}]'"
-            )
-
-
 def load(name: str, settings: PipelineSettings) -> Pipeline:
     """The pipeline of that name with its weights in memory.
 
-    Raises ConfigError for an unknown name, WeightsMissing where a model folder is absent.
+    Raises ConfigError for an unknown name or a setting that cannot be, WeightsMissing where a model folder is absent.
     """
     if name not in _TABLE:
         raise ConfigError(f"no pipeline is called {name!r}; there are {', '.join(_TABLE)}")
-    check_options(name, settings.options)
-    module, _, attribute = _TABLE[name].target.partition(":")
+    options.check(name, settings.options)
+    module, _, attribute = _TABLE[name].partition(":")
     pipeline: Pipeline = getattr(importlib.import_module(module), attribute)(settings)
     return pipeline
