@@ -78,7 +78,8 @@ room imports exactly what stands right of its arrow):
     fast_receive           <- instance_header intake
     pacs_count             <- association settings
     commitment             <- association errors settings store
-    listener               <- association commitment errors fast_receive instance_header intake notes settings store
+    tls                    <- errors settings
+    listener               <- association commitment errors fast_receive instance_header intake notes settings store tls
     delivery               <- association errors log settings store
 
   where they meet

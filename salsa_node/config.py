@@ -209,6 +209,14 @@ def _check_together(config: Config) -> None:
     wrong = invalid_peer(config.listener.allowed)
     if wrong:
         raise ConfigError(wrong)
+    tls = config.listener.tls
+    absent = [name for name in ("certificate", "key", "authorities") if not getattr(tls, name)]
+    if tls.port and absent:
+        raise ConfigError(
+            f"listener.tls.{absent[0]}: expected a PEM file, found none; with a port all three are needed"
+        )
+    if tls.port == config.listener.port:
+        raise ConfigError(f"listener.tls.port: {tls.port} is the port of the plain door; each needs its own")
     if config.node.store_url and not config.node.store_url.startswith("sqlite:///"):
         raise ConfigError('node.store_url: expected sqlite:///FILE, or "" for a file in node.data_dir')
     try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ipaddress
 import logging
 import shutil
+import ssl
 import tempfile
 import threading
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from pynetdicom.dimse_primitives import C_STORE, N_ACTION
 from pynetdicom.pdu_primitives import A_ASSOCIATE
 from pynetdicom.transport import ThreadedAssociationServer
 
-from salsa_node import commitment
+from salsa_node import commitment, tls
 from salsa_node.association import VERIFICATION, without_delay
 from salsa_node.errors import ConfigError, DeliveryError, StoreError
 from salsa_node.fast_receive import Connection, SharedContexts
@@ -46,7 +47,7 @@ _GIB = 1 << 30
 
 
 class Listener:
-    """A C-ECHO and C-STORE provider on one port; a context manager, or `start` and `stop`.
+    """A C-ECHO, C-STORE and storage commitment provider on one port, or two; a context manager, or `start` and `stop`.
 
     data_dir: images go below its folder `studies`, made when absent.
     clock: the time that rows and events get.
@@ -62,7 +63,7 @@ class Listener:
         self._settings = settings
         self._data_dir = data_dir
         self._ae: AE | None = None
-        self._server: ThreadedAssociationServer | None = None
+        self._servers: list[ThreadedAssociationServer] = []
         self._asked: WeakKeyDictionary[Association, Commitment] = WeakKeyDictionary()
         self._connections: WeakKeyDictionary[Association, Connection] = WeakKeyDictionary()
         self._store = store
@@ -75,9 +76,9 @@ class Listener:
     @property
     def port(self) -> int:
         """The TCP port that is listened on; where the settings say 0, the one that the system gave."""
-        if self._server is None:
+        if not self._servers:
             raise ConfigError("the listener has no port before it is started")
-        return int(self._server.server_address[1])
+        return int(self._servers[0].server_address[1])
 
     def start(self) -> None:
         """Listen. Raises ConfigError where the port is taken or the folder cannot be written."""
@@ -101,18 +102,38 @@ class Listener:
             (evt.EVT_N_ACTION, self._on_action),
             (evt.EVT_PDU_SENT, self._on_pdu_sent),
         ]
+        self._ae = ae
         try:
-            server = ae.start_server((settings.host, settings.port), block=False, evt_handlers=handlers)
+            self._listen(ae, "listener", settings.host, settings.port, handlers)
+            if settings.tls.port:
+                secure = tls.server_context(settings.tls)
+                self._listen(ae, "listener.tls", settings.tls.host, settings.tls.port, handlers, secure)
+        except ConfigError:
+            self.stop()
+            raise
+
+    def _listen(
+        self,
+        ae: AE,
+        section: str,
+        host: str,
+        port: int,
+        handlers: list[evt.EventHandlerType],
+        secure: ssl.SSLContext | None = None,
+    ) -> None:
+        try:
+            server = ae.start_server((host, port), block=False, ssl_context=secure, evt_handlers=handlers)
         except OSError as error:
             raise ConfigError(
-                f"cannot listen on {settings.host} port {settings.port}: {error.strerror or error}; stop the program "
-                "that uses this port, or set listener.port (and listener.host) to a free one"
+                f"cannot listen on {host} port {port}: {error.strerror or error}; stop the program that uses this "
+                f"port, or set {section}.port (and {section}.host) to a free one"
             ) from error
         if server is None:
             raise ConfigError("pynetdicom gave no server, though it was asked not to wait for its end")
         server.contexts = SharedContexts(server.contexts)
-        self._ae, self._server = ae, server
-        log.info("listening", extra={"event": "node.listening", "host": settings.host, "port": self.port})
+        self._servers.append(server)
+        extra = {"event": "node.listening", "host": host, "port": server.server_address[1], "tls": secure is not None}
+        log.info("listening", extra=extra)
 
     def stop(self) -> None:
         """Stop listening and end every association; what is being received is not acknowledged any more.
@@ -120,8 +141,9 @@ class Listener:
         An association is aborted; a connection that is none, not yet or no more, is closed: there is nothing to abort
         (PS3.8 9.2.3, states 2 and 13), and pynetdicom's thread would fail in the attempt.
         """
-        if self._ae is not None and self._server is not None:
-            self._server.shutdown()
+        if self._ae is not None:
+            for server in self._servers:
+                server.shutdown()
             for connection in list(self._connections.values()):
                 connection.interrupt()
             for association in self._ae.active_associations:
@@ -129,7 +151,8 @@ class Listener:
                     association.dul.socket.close()
                     association.kill()
             self._ae.shutdown()
-        self._ae = self._server = None
+        self._ae = None
+        self._servers.clear()
 
     def __enter__(self) -> Listener:
         self.start()

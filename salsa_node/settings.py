@@ -53,6 +53,21 @@ def invalid_peer(peers: Iterable[Peer]) -> str | None:
 
 
 @dataclass(frozen=True, slots=True)
+class TlsSettings:
+    """The door behind TLS, beside the plain one: both sides show a certificate.
+
+    port: 0 for no such door.
+    certificate, key: our own, as PEM files; authorities: who may have signed a peer's certificate.
+    """
+
+    host: str = field(default="127.0.0.1", metadata={"pattern": r"\S+"})
+    port: int = field(default=0, metadata={"max": 65535})
+    certificate: str = ""
+    key: str = ""
+    authorities: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class ListenerSettings:
     """The door.
 
@@ -72,6 +87,7 @@ class ListenerSettings:
     idle_timeout_s: float = field(default=60.0, metadata={"above": 0})
     fast: bool = True
     min_free_gib: float = 1.0
+    tls: TlsSettings = field(default_factory=TlsSettings)
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,8 +27,8 @@ def test_the_shipped_file_holds_every_key_with_a_comment():
             continue
         assert f"[{section.name}]" in lines
         for key in fields(values):
-            if key.name == "options":
-                assert f"[{section.name}.options]" in SHIPPED.read_text()
+            if key.name in ("options", "tls"):
+                assert f"[{section.name}.{key.name}]" in SHIPPED.read_text()
                 continue
             line = next((text for text in lines if text.startswith(f"{key.name} = ")), None)
             assert line is not None, f"{section.name}.{key.name} is not in the shipped file"

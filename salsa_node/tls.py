@@ -1,0 +1,56 @@
+"""TLS for the door: both sides show a certificate, and a peer that is slow about it holds up nobody else."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+
+from salsa_node.errors import ConfigError
+from salsa_node.settings import TlsSettings
+
+
+class _LateHandshake(ssl.SSLContext):
+    """A context whose accepted sockets shake hands when they are first read, in the thread of their connection.
+
+    pynetdicom wraps them in the one thread that accepts connections.
+    """
+
+    def wrap_socket(
+        self,
+        sock: socket.socket,
+        server_side: bool = False,
+        do_handshake_on_connect: bool = True,  # noqa: ARG002 - that is what this class is for
+        suppress_ragged_eofs: bool = True,
+        server_hostname: str | bytes | None = None,
+        session: ssl.SSLSession | None = None,
+    ) -> ssl.SSLSocket:
+        return super().wrap_socket(sock, server_side, False, suppress_ragged_eofs, server_hostname, session)
+
+
+def server_context(settings: TlsSettings) -> ssl.SSLContext:
+    """TLS 1.2 or newer (BCP 195), peers' certificates required. Raises ConfigError naming the file that is wrong."""
+    context = _LateHandshake(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.verify_mode = ssl.CERT_REQUIRED
+    try:
+        context.load_cert_chain(settings.certificate, settings.key, password=_no_password)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"listener.tls: {settings.certificate} and {settings.key} are not a certificate and its key without "
+            f"a password, as PEM files ({_why(error)})"
+        ) from error
+    try:
+        context.load_verify_locations(settings.authorities)
+    except OSError as error:
+        raise ConfigError(
+            f"listener.tls.authorities: {settings.authorities} holds no certificate as a PEM file ({_why(error)})"
+        ) from error
+    return context
+
+
+def _no_password() -> str:
+    raise ValueError("the key asks for a password; give it without one, readable by this user alone")
+
+
+def _why(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or error)
