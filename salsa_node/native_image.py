@@ -117,6 +117,8 @@ class NativePixels:
             if int(stored.max()) - lowest >> self.bits_stored or (self.signed and int(stored.min()) < lowest):
                 np.left_shift(stored, 16 - self.bits_stored, out=stored)  # the other bits are none of the value
                 np.right_shift(stored, 16 - self.bits_stored, out=stored)
+        if not self.signed and self.intercept >= 0 and int(stored.max()) >> (self.bits_stored - 1):
+            return False  # perhaps signed after all
         no_image = None
         if self.padding is not None:
             no_image = (stored >= self.padding[0]) & (stored <= self.padding[1])

@@ -76,6 +76,7 @@ _TAGS = [
 _ONE_SERIES = {**WHOSE, "SeriesInstanceUID": "series"}
 _ONE_VOLUME = {"FrameOfReferenceUID": "frames of reference", "Rows": "row counts", "Columns": "column counts"}
 _NATIVE = (ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian)
+_UPPER_HALF = 0.1  # of the pixels: metal fills less, air in two's complement more
 _READERS = 2  # threads; copying from the page cache keeps two busy, and hardly more
 _PADDING = {"PixelPaddingValue": "Pixel Padding Value", "PixelPaddingRangeLimit": "Pixel Padding Range Limit"}
 _COUNTS = ("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "BitsAllocated")
@@ -376,6 +377,13 @@ def _read_slice(
             f"{which} holds {beyond} pixels beyond 16 bits, from {hu.min():.0f} to {hu.max():.0f} HU, which is no CT; "
             f"its pixels are declared {kind} (Pixel Representation {ds.PixelRepresentation}): declared wrongly?"
         )
+    if ds.PixelRepresentation == 0 and intercept >= 0:
+        share = float((hu >= slope * (1 << (ds.BitsStored - 1)) + intercept).mean())
+        if share > _UPPER_HALF:
+            raise SeriesRejected(
+                f"{which} has {share:.0%} of its pixels in the upper half of {ds.BitsStored} bits and can have none "
+                "below 0 HU: its pixels are declared unsigned (Pixel Representation 0), and seem to be signed"
+            )
     return hu.astype(np.int16) if np.array_equal(hu, np.rint(hu)) else hu.astype(np.float32)
 
 

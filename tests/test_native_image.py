@@ -174,6 +174,41 @@ def test_a_value_beyond_16_bits_is_a_verdict_from_both(tmp_path):
             read()
 
 
+@pytest.mark.parametrize("bits", [12, 16])
+def test_signed_pixels_declared_unsigned_are_a_verdict_from_both(bits, tmp_path):
+    _, paths = made(tmp_path)
+    for path in paths:
+        edit(
+            path,
+            stored(
+                lambda v: v.view(np.uint16) & ((1 << bits) - 1),
+                PixelRepresentation=0,
+                BitsStored=bits,
+                HighBit=bits - 1,
+            ),
+        )
+    words = (
+        r"^image 1 of 6 has 3\d% of its pixels in the upper half of 12 bits and can have none below 0 HU: .* unsigned"
+        if bits == 12
+        else r"^image 1 of 6 holds \d+ pixels beyond 16 bits, from \d+ to 65\d+ HU"
+    )
+    for read in (lambda: read_volume(inspect(paths)), lambda: by_pydicom(paths)):
+        with pytest.raises(SeriesRejected, match=words):
+            read()
+
+
+def test_metal_in_unsigned_pixels_is_no_verdict(tmp_path):
+    _, paths = made(tmp_path)
+
+    def metal(values: np.ndarray) -> np.ndarray:
+        out = np.abs(values)
+        out[3, 2:9] = 3000
+        return out
+
+    edit(paths[2], stored(metal, PixelRepresentation=0, BitsStored=12, HighBit=11))
+    assert same(paths)[1].voxels_hu[2].max() == 3000
+
+
 def test_a_file_cut_after_inspection_is_a_verdict(tmp_path):
     _, paths = made(tmp_path)
     series = inspect(paths)
