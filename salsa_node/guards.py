@@ -193,7 +193,8 @@ def _sparse(grid: Grid) -> Box:
 class _Near:
     """How far from a liver that is there, on the sparse grid.
 
-    apart_mm: (slices, rows, columns) of the sparse grid. stride: voxels of the CT a step.
+    apart_mm: (slices, rows, columns) of the sparse grid; inf beyond the box around liver and shell.
+    stride: voxels of the CT a step.
     """
 
     apart_mm: npt.NDArray[np.float64]
@@ -203,13 +204,25 @@ class _Near:
     def of(cls, organ: Mask, grid: Grid) -> _Near:
         places = _sparse(grid)
         stride = np.array([place.step for place in places])
-        apart_mm: npt.NDArray[np.float64] = distance_transform_edt(~organ[places], sampling=stride * grid.spacing_mm)
+        sparse, step_mm = organ[places], stride * grid.spacing_mm
+        apart_mm = np.full(sparse.shape, np.inf)
+        around = tuple(
+            slice(max(0, int(there[0]) - margin), int(there[-1]) + margin + 1)
+            for there, margin in zip(_projected(sparse), (int(_SHELL_MM[1] / mm) + 1 for mm in step_mm), strict=True)
+        )
+        apart_mm[around] = distance_transform_edt(~sparse[around], sampling=step_mm)
         return cls(apart_mm, stride)
 
     def between(self, more_than_mm: float, at_most_mm: float) -> Indices:
         """(n, 3) indices of the CT's grid that lie so far from the liver; from -1 on, those inside it."""
         found: Indices = np.argwhere((self.apart_mm > more_than_mm) & (self.apart_mm <= at_most_mm)) * self.stride
         return found
+
+
+def _projected(mask: Mask) -> Iterable[Indices]:
+    """Along each axis, the indices where anything of the mask lies."""
+    for axis in range(mask.ndim):
+        yield np.flatnonzero(mask.any(axis=tuple(other for other in range(mask.ndim) if other != axis)))
 
 
 def _share_near(labels: Labels, number: int, box: Box, organ: Mask, grid: Grid, near_mm: float) -> float:

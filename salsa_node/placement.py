@@ -83,6 +83,8 @@ def _check(objects: Sequence[Dataset], source: Sequence[Dataset], findings: Find
                 raise GuardFailed(str(exc)) from exc
     _check_references(objects, source)
     if findings is None:
+        if any(obj.SOPClassUID in _SEGMENTATIONS for obj in objects):
+            raise GuardFailed("a segmentation, though nothing was analysed")
         return
     beside = _Beside.of(source, findings)
     segments: Segments = {}
@@ -108,9 +110,12 @@ def _check_references(objects: Sequence[Dataset], source: Sequence[Dataset]) -> 
 
 
 def _references(ds: Dataset) -> Iterator[Dataset]:
-    """Every item within that names an instance, but for those that name another study's or an earlier result's."""
+    """Every item within that names an instance, but for those that name another study's or an earlier result's.
+
+    Not those of frames: `_check_frame` looks at each.
+    """
     for element in ds:
-        if element.VR == "SQ" and element.keyword not in _OF_OTHERS:
+        if element.VR == "SQ" and element.keyword not in (*_OF_OTHERS, "PerFrameFunctionalGroupsSequence"):
             for item in element.value:
                 if "ReferencedSOPInstanceUID" in item:
                     yield item
@@ -210,7 +215,9 @@ def _check_segmentation(seg: Dataset, beside: _Beside) -> dict[int, frozenset[in
 
 def _check_frame(item: Dataset, shared: Dataset, beside: _Beside) -> int:
     """The slice index that a frame shows, once it lies like the image that it names."""
-    named = _group(item, shared, "DerivationImageSequence").SourceImageSequence[0].ReferencedSOPInstanceUID
+    (derived,) = (item if "DerivationImageSequence" in item else shared).DerivationImageSequence
+    (drawn_on,) = derived.SourceImageSequence
+    named = drawn_on.ReferencedSOPInstanceUID
     if named not in beside.images:
         raise GuardFailed(f"a frame of the segmentation names image {named}, which is not of its series")
     image = beside.images[named]

@@ -204,6 +204,12 @@ def test_lesions_without_a_segmentation_are_kept_here(case):
         placement.check([as_written(selection)], source, findings)
 
 
+def test_a_segmentation_where_nothing_was_analysed_is_kept_here(case):
+    _, source, seg = case
+    with pytest.raises(GuardFailed, match="though nothing was analysed"):
+        placement.check([seg], source, None)
+
+
 def test_two_lesions_that_changed_names_are_kept_here(case):
     findings, source, _ = case
     (alone,) = map(as_written, dicom_seg.build_lesions(findings, source, IDENTITY, made.PRODUCED_AT))
