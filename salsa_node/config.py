@@ -206,6 +206,9 @@ def _check_together(config: Config) -> None:
             f"selection.thick_mm: expected more than selection.thin_mm ({config.selection.thin_mm:g}), "
             f"found {config.selection.thick_mm:g}"
         )
+    for title in config.worker.stat_ae_titles:
+        if not _is_ae_title(title):
+            raise ConfigError(f"worker.stat_ae_titles: expected AE titles of 1 to 16 characters, found {title!r}")
     wrong = invalid_peer(config.listener.allowed)
     if wrong:
         raise ConfigError(wrong)

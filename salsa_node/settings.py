@@ -173,6 +173,7 @@ class WorkerSettings:
     max_attempts: after so many the run fails and waits for a person.
     retry_s: the wait before a retryable failure is tried again, doubled each time.
     stop_grace_s: how long a stopping node waits for its worker before it kills it.
+    stat_ae_titles: calling AE titles, such as those of an emergency room's scanners, whose studies go first.
     """
 
     lease_s: float = field(default=60.0, metadata={"above": 0})
@@ -181,3 +182,4 @@ class WorkerSettings:
     retry_s: float = 30.0
     stop_grace_s: float = 15.0
     poll_s: float = field(default=0.5, metadata={"above": 0})
+    stat_ae_titles: tuple[str, ...] = ()

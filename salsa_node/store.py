@@ -211,13 +211,14 @@ class Store(Arrivals, Commitments, Deliveries, Looks):
                     t.become_run(older, RunState.CANCELLED, now, f"run {run.id} takes its place", finished_at=now)
             return run
 
-    def claim_run(self, owner: str, lease_s: float, now: datetime) -> Run | None:
+    def claim_run(self, owner: str, lease_s: float, now: datetime, stat_ae_titles: Sequence[str] = ()) -> Run | None:
         """The run that has waited longest, now RUNNING and leased to `owner`; a lease that ran out counts as waiting.
 
         No run, a forced one neither, is claimed while a series of its study is RECEIVING, or while images
         came after it that assembly has not looked at: an outdated refusal must not go out.
 
         owner: unique to this process. Counts an attempt; how many are allowed is the caller's to say.
+        stat_ae_titles: runs of studies that one of these sent go before all others.
         """
         due = sa.or_(
             sa.and_(RUNS.c.state == RunState.QUEUED, sa.or_(RUNS.c.not_before.is_(None), RUNS.c.not_before <= now)),
@@ -229,10 +230,10 @@ class Store(Arrivals, Commitments, Deliveries, Looks):
             STUDIES.c.instances > STUDIES.c.assembled_instances,
             STUDIES.c.last_at > RUNS.c.queued_at,
         )
+        stat = sa.exists().where(STUDIES.c.study_uid == RUNS.c.study_uid, STUDIES.c.calling_ae.in_(stat_ae_titles))
+        order = (sa.case((stat, 0), else_=1), RUNS.c.queued_at, RUNS.c.id)
         with transaction(self._writer) as t:
-            run = t.one(
-                Run, sa.select(RUNS).where(due, ~receiving, ~not_looked_at).order_by(RUNS.c.queued_at, RUNS.c.id)
-            )
+            run = t.one(Run, sa.select(RUNS).where(due, ~receiving, ~not_looked_at).order_by(*order))
             if run is None:
                 return None
             if run.state is RunState.RUNNING:

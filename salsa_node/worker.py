@@ -67,7 +67,7 @@ class Worker:
         A failure is written against the run, never raised; SystemExit and the like give the run back first.
         """
         settings = self._config.worker
-        run = self._store.claim_run(self._owner, settings.lease_s, now)
+        run = self._store.claim_run(self._owner, settings.lease_s, now, settings.stat_ae_titles)
         if run is None:
             return None
         if run.attempt > settings.max_attempts:

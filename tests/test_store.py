@@ -296,6 +296,17 @@ def test_a_changed_input_is_work_even_where_it_changed_back(store: Store) -> Non
     assert queued(store, "d1").id not in {first.id, second.id}
 
 
+def test_a_stat_study_goes_first_and_the_rest_in_the_order_of_their_waiting(store: Store) -> None:
+    for number, sender in enumerate(("CT1", "CT2", "CT_ER"), start=1):
+        study, uid = f"7.{number}", f"7.{number}.1"
+        image = an_instance(study_uid=study, series_uid=uid, sop_instance_uid=f"{uid}.1", calling_ae=sender)
+        store.add_instance(image, after(number))
+        looked_at(store, study, after(number))
+        store.queue_run(study, "demo", "d", after(number), series_uid=uid)
+    claimed = [store.claim_run("w", 60, after(9), ["CT_ER"]) for _ in range(4)]
+    assert [run and run.study_uid for run in claimed] == ["7.3", "7.1", "7.2", None]
+
+
 def test_a_newer_run_cancels_what_waits_and_what_runs(store: Store) -> None:
     arrived(store)
     waiting = queued(store, "d1")
