@@ -8,7 +8,7 @@ import shutil
 import sys
 import uuid
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Final
@@ -16,9 +16,9 @@ from typing import Final
 from salsa_node import model_manifest
 from salsa_node.errors import ConfigError, ModelRefused, WeightsMissing
 from salsa_node.model_cards import download_url
-from salsa_node.model_import import INCOMING, import_model
+from salsa_node.model_import import import_model
 from salsa_node.model_manifest import Manifest
-from salsa_node.models import TOTALSEGMENTATOR, task_folder, task_model, task_name
+from salsa_node.models import INCOMING, TOTALSEGMENTATOR, command, task_folder, task_model, task_name
 
 _REACH_S: Final = 30.0
 _ROOM_FOR: Final = 3  # times the download: packed, unpacked, and copied into place
@@ -39,7 +39,7 @@ def fetch(
     if not url:
         raise ModelRefused(
             f"TotalSegmentator gives out task {task_id} ({name}) by licence number only; get it with "
-            "totalseg_set_license and totalseg_download_weights, then run: salsa-node models import FOLDER"
+            "totalseg_set_license and totalseg_download_weights, then run: " + command("import FOLDER", models_dir)
         )
     import requests
 
@@ -53,7 +53,7 @@ def fetch(
     except (requests.RequestException, zipfile.BadZipFile) as exc:
         raise WeightsMissing(
             f"{url} could not be downloaded ({type(exc).__name__}). By hand: download it where there is a network, "
-            f"carry {name}.zip over (the name as it is), then run: salsa-node models import {name}.zip"
+            f"carry {name}.zip over (the name as it is), then run: {command(f'import {name}.zip', models_dir)}"
         ) from exc
     except OSError as exc:
         raise ConfigError(f"{models_dir} cannot take the model ({exc.strerror}); see pipeline.models_dir") from exc
@@ -61,6 +61,12 @@ def fetch(
         return manifest
     finally:
         shutil.rmtree(incoming, ignore_errors=True)
+
+
+def not_tried(task_ids: Iterable[int], models_dir: Path) -> str:
+    """What to say of further tasks where one could not be downloaded: their addresses; "" where they are all there."""
+    urls = [download_url(task_id) for task_id in task_ids if not _is_whole(task_id, models_dir)]
+    return f". Not tried; they come the same way: {', '.join(filter(None, urls))}" if any(urls) else ""
 
 
 def _is_whole(task_id: int, models_dir: Path) -> bool:

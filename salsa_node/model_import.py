@@ -18,9 +18,8 @@ from salsa_node import model_manifest, model_source, model_trial, task_identity
 from salsa_node.errors import ConfigError, ModelRefused, WeightsMissing
 from salsa_node.model_cards import card, name_of_task, task_of
 from salsa_node.model_manifest import Manifest
-from salsa_node.models import CHECKPOINT, SALSA, SALSA_STAGES, TOTALSEGMENTATOR, ModelFolder, task_name
+from salsa_node.models import CHECKPOINT, INCOMING, SALSA, SALSA_STAGES, TOTALSEGMENTATOR, ModelFolder, task_name
 
-INCOMING: Final = ".incoming-"  # what is not whole yet; such folders mean nothing and may be removed
 _STALE_S: Final = 86_400.0
 _NEEDED: Final = ("dataset.json", "plans.json", f"fold_0/{CHECKPOINT}")
 _LAYOUTS: Final = (

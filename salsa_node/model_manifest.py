@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
+import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -10,9 +13,9 @@ from pathlib import Path
 from typing import Final
 
 from salsa_node import durable
-from salsa_node.errors import ModelRefused, WeightsMissing
+from salsa_node.errors import ConfigError, ModelRefused, WeightsMissing
 from salsa_node.model_cards import Card, card, name_of_task
-from salsa_node.models import SALSA, TOTALSEGMENTATOR, demo_models_dir, sha256_of, task_name
+from salsa_node.models import INCOMING, SALSA, TOTALSEGMENTATOR, command, demo_models_dir, sha256_of, task_name
 
 FILE: Final = "manifest.json"
 _FORMAT = 1
@@ -120,6 +123,28 @@ def read(folder: Path) -> Manifest | None:
         raise _unreadable(folder, exc) from exc
 
 
+def remove(model: Installed) -> None:
+    """Take a model out of the models folder and delete its files.
+
+    Raises ConfigError: where it cannot be taken out, nothing of it was touched.
+    """
+    gone = model.path.with_name(f"{INCOMING}{uuid.uuid4().hex}")
+    try:
+        model.path.rename(gone)
+    except OSError as exc:
+        raise ConfigError(
+            f"{model.path} cannot be removed ({exc.strerror}); nothing of it was touched: {model.path.parent} must be "
+            "a folder that this user may write"
+        ) from exc
+    try:
+        shutil.rmtree(gone)
+    except OSError as exc:
+        raise ConfigError(
+            f"{model.name} is no longer installed, but its files could not all be deleted ({exc.strerror}); "
+            f"delete {gone} by hand"
+        ) from exc
+
+
 def verify(model: Installed) -> dict[str, str]:
     """File -> "ok", "changed", "missing", of every file in the manifest; reads each of them whole.
 
@@ -128,7 +153,7 @@ def verify(model: Installed) -> dict[str, str]:
     if model.manifest is None:
         raise WeightsMissing(
             f"{model.name} has no {FILE}: somebody put its files there by hand; "
-            f"run: salsa-node models import {model.path} to check and record them"
+            f"run: {_import_again(model.path)} to check and record them"
         )
     told = {}
     for name, sha256 in model.manifest.files.items():
@@ -146,6 +171,10 @@ def _is_task(number: int, folder: str) -> bool:
 
 def _unreadable(folder: Path, exc: Exception) -> ModelRefused:
     return ModelRefused(
-        f"{folder / FILE} cannot be read ({type(exc).__name__}); remove that file and run: "
-        f"salsa-node models import {folder}"
+        f"{folder / FILE} cannot be read ({type(exc).__name__}); remove that file and run: {_import_again(folder)}"
     )
+
+
+def _import_again(folder: Path) -> str:
+    models_dir = folder.parent if folder.name == SALSA else folder.parent.parent
+    return command(f"import {shlex.quote(str(folder))}", models_dir)

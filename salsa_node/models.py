@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -26,6 +27,7 @@ DEMO_STAGES = {
 
 SALSA: Final = "salsa"
 TOTALSEGMENTATOR: Final = "totalsegmentator"
+INCOMING: Final = ".incoming-"  #: begins the names of folders that are not whole, or going; they may be removed
 #: stage -> how the name of its folder ends, as nnU-Net writes it: TRAINER__PLANS__CONFIGURATION
 SALSA_STAGES: Final[Mapping[str, str]] = {"lowres": "__3d_lowres", "cascade": "__3d_cascade_fullres"}
 #: TotalSegmentator's tasks that a pipeline runs, by number, the first one first: 298 and 297 find where the liver is.
@@ -163,6 +165,11 @@ def preferred(models_dir: Path | None) -> str:
     return "demo"
 
 
+def command(words: str, models_dir: Path | None) -> str:
+    """`salsa-node models WORDS` for that models folder, as a person types it."""
+    return f"salsa-node models {words}" + (f" --models-dir {shlex.quote(str(models_dir))}" if models_dir else "")
+
+
 def task_name(task_id: int) -> str:
     """The folder of a TotalSegmentator task, such as "Dataset591_ct_liver_lesions_842subj".
 
@@ -182,7 +189,7 @@ def task_folder(task_id: int, models_dir: Path | None) -> Path:
     if models_dir is None or not path.is_dir():
         raise WeightsMissing(
             f"TotalSegmentator's task {task_id} ({name}) is not in {models_dir or 'any models folder'}; "
-            f"run: salsa-node models fetch {task_id}"
+            f"run: {command(f'fetch {task_id}', models_dir)}"
         )
     return path
 
@@ -198,14 +205,15 @@ def task_model(task_id: int, models_dir: Path | None) -> ModelFolder:
         raise WeightsMissing(
             f"{folder} holds {len(found)} trained configurations; expected one, such as "
             "nnUNetTrainer__nnUNetPlans__3d_fullres: "
-            f"remove that folder and run: salsa-node models fetch {task_id}"
+            f"remove that folder and run: {command(f'fetch {task_id}', models_dir)}"
         )
     model = ModelFolder(found[0])
     misfit = task_identity.misfit(task_id, model.path.name, model.dataset)
     if misfit:
         raise WeightsMissing(
             f"{folder} does not hold TotalSegmentator's task {task_id}: {misfit}; "
-            f"run: salsa-node models remove {TOTALSEGMENTATOR}-{task_id}, then salsa-node models fetch {task_id}"
+            f"run: {command(f'remove {TOTALSEGMENTATOR}-{task_id}', models_dir)}, "
+            f"then {command(f'fetch {task_id}', models_dir)}"
         )
     return model
 
@@ -223,14 +231,14 @@ def _salsa_folders(models_dir: Path | None) -> dict[str, ModelFolder]:
     if models_dir is None or not root.is_dir():
         raise WeightsMissing(
             f"SALSA's weights are not in {models_dir or 'any models folder'}; VHIO gives them out on request "
-            "(https://github.com/radiomicsgroup/liver-SALSA); then run: salsa-node models import FOLDER-OR-ZIP"
+            "(https://github.com/radiomicsgroup/liver-SALSA); then run: " + command("import FOLDER-OR-ZIP", models_dir)
         )
     folders = {}
     for stage, paths in salsa_stages(root).items():
         if len(paths) != 1:
             raise WeightsMissing(
                 f"{root} holds {len(paths)} folders named ...{SALSA_STAGES[stage]} with a plans.json; expected one: "
-                "run salsa-node models remove salsa, then salsa-node models import FOLDER-OR-ZIP"
+                f"run {command('remove salsa', models_dir)}, then {command('import FOLDER-OR-ZIP', models_dir)}"
             )
         folders[stage] = ModelFolder(paths[0])
     return folders

@@ -54,10 +54,13 @@ def test_the_list_tells_what_is_there_and_what_is_not(cli: Cli, salsa: Path) -> 
     assert rows["demo"]["state"] == "installed"
     assert rows["salsa"]["state"] == "installed"
     assert rows["salsa"]["commercial_use"] is False
-    assert rows["totalsegmentator-591"]["state"] == "absent: models fetch 591"
+    assert rows["totalsegmentator-591"]["state"] == "absent"
+    mend = rows["totalsegmentator-591"]["mend"]
+    assert mend == f"salsa-node models fetch 591 --models-dir {salsa.parent}"  # as typed, it goes to this folder
     told = cli("list")
     assert told.returncode == 0
     assert "CC BY-NC-SA 4.0" in told.stdout
+    assert f"totalsegmentator-591: {mend}" in told.stdout
 
 
 def test_show_tells_licence_and_hashes(cli: Cli, salsa: Path) -> None:
@@ -68,9 +71,10 @@ def test_show_tells_licence_and_hashes(cli: Cli, salsa: Path) -> None:
     shown = json.loads(cli("show", "salsa", "--json").stdout)
     assert len(shown["files"]) == 6
     assert json.loads(cli("show", "demo", "--json").stdout)["manifest"] is None
-    told = cli("show", "totalsegmentator-591")
-    assert told.returncode == 7
-    assert "is not installed" in told.stderr
+    for name in ("totalsegmentator-591", "591"):
+        told = cli("show", name)
+        assert told.returncode == 7
+        assert "is not installed" in told.stderr
     assert cli("show", "sala").returncode == 3
 
 
@@ -116,6 +120,8 @@ def test_a_task_is_removed(cli: Cli, tmp_path: Path) -> None:
     (manifest,) = json.loads(told.stdout)
     assert manifest["name"] == "totalsegmentator-591"
     assert manifest["origin"] == LESIONS
+    listed = cli("list", "--json", "--models-dir", tmp_path)
+    assert "installed" not in {row["state"] for row in json.loads(listed.stdout)[1:]}
     told = cli("remove", "totalsegmentator-591")  # nobody answers
     assert told.returncode == 1
     assert cli("show", "totalsegmentator-591").returncode == 0

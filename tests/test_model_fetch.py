@@ -16,7 +16,7 @@ import pytest
 import requests
 from totalsegmentator import libs
 
-from salsa_node import model_cards, model_fetch, model_manifest, model_trial
+from salsa_node import cli_models, model_cards, model_fetch, model_manifest, model_trial
 from salsa_node.errors import ConfigError, ModelRefused, WeightsMissing
 from salsa_node.models import CHECKPOINT, DEMO_STAGES, demo_models_dir, task_model
 
@@ -119,8 +119,23 @@ def test_without_a_network_the_way_by_hand_is_told(tmp_path: Path, monkeypatch: 
     words = str(told.value)
     name = "Dataset291_TotalSegmentator_part1_organs_1559subj"
     assert f"{model_cards.RELEASES}/v2.0.0-weights/{name}.zip" in words
-    assert f"salsa-node models import {name}.zip" in words
+    assert f"salsa-node models import {name}.zip --models-dir {tmp_path / 'models'}" in words
     assert list((tmp_path / "models").iterdir()) == []
+
+
+def test_without_a_network_everything_that_was_asked_for_is_told_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unreachable(url: str, **options: object) -> None:
+        raise requests.ConnectionError(url)
+
+    monkeypatch.setattr(requests, "head", unreachable)
+    with pytest.raises(WeightsMissing) as told:
+        cli_models.fetch(["salsa", "591"], folder=tmp_path / "models")
+    for task in (298, 291, 591):
+        assert model_cards.download_url(task) in str(told.value)
+    assert "VHIO gives them out on request" in str(told.value)
+    assert capsys.readouterr().out == ""
 
 
 def test_a_task_that_needs_a_licence_number_is_not_fetched(tmp_path: Path) -> None:

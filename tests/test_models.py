@@ -107,6 +107,15 @@ def test_absent_weights_name_the_command_that_installs_them(tmp_path: Path) -> N
         task_folder(7, tmp_path)
 
 
+def test_the_command_that_mends_it_goes_to_the_folder_that_was_looked_in(tmp_path: Path) -> None:
+    models_dir = tmp_path / "of the site"
+    for pipeline, task in (("salsa", 298), ("totalsegmentator-liver-lesions", 591)):
+        with pytest.raises(WeightsMissing, match=f"salsa-node models fetch {task} --models-dir '{models_dir}'"):
+            require(pipeline, models_dir)
+    with pytest.raises(WeightsMissing, match=f"models import FOLDER-OR-ZIP --models-dir '{models_dir}'"):
+        folders_of("salsa", models_dir)
+
+
 def test_two_folders_for_one_stage_are_refused(tmp_path: Path) -> None:
     for copy in ("a", "b"):
         make_folder(tmp_path / "salsa" / copy / "nnUNetTrainer__nnUNetPlans__3d_lowres")
@@ -126,12 +135,12 @@ def test_a_task_lies_where_totalsegmentator_puts_it(tmp_path: Path) -> None:
         (
             CROP,
             LESIONS,
-            r"does not hold TotalSegmentator's task 591: .*models remove totalsegmentator-591, then .* 591",
+            r"does not hold TotalSegmentator's task 591: .*models remove totalsegmentator-591 .*, then .* fetch 591",
         ),
         (
             LESIONS,
             CROP,
-            r"does not hold TotalSegmentator's task 297: .*models remove totalsegmentator-297, then .* 297",
+            r"does not hold TotalSegmentator's task 297: .*models remove totalsegmentator-297 .*, then .* fetch 297",
         ),
     ],
 )
@@ -161,7 +170,9 @@ def test_what_a_pipeline_needs_is_counted_with_totalsegmentators_tasks(tmp_path:
         make_task(tmp_path, name)
     assert require("totalsegmentator-liver-lesions", tmp_path) == 2
     make_task(tmp_path, ROUGH)
-    with pytest.raises(WeightsMissing, match=r"models fetch 291; SALSA's weights are not in .*models import"):
+    with pytest.raises(
+        WeightsMissing, match=r"models fetch 291 --models-dir .*; SALSA's weights are not in .*models import"
+    ):
         require("salsa", tmp_path)
     make_task(tmp_path, LIVER)
     for stage in ("3d_lowres", "3d_cascade_fullres"):
