@@ -26,7 +26,7 @@ from salsa_node.models import CHECKPOINT, ModelFolder, demo_models_dir
 from salsa_node.models import DEMO_STAGES as STAGES
 from salsa_node.phantom import Phantom, Recipe, make
 from salsa_node.pipelines import nnunet, sliding_window
-from salsa_node.pipelines.device import Placement, choose_device, placements
+from salsa_node.pipelines.device import Placement, choose_device, is_exhaustion, placements
 from salsa_node.pipelines.nnunet import Network, Turn
 from salsa_node.volume import CtVolume, Grid, LabelVolume
 
@@ -230,6 +230,135 @@ def test_exhausted_memory_steps_down_once_and_says_so(
     assert liver.flags == ()
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "CUDA out of memory. Tried to allocate 2 GiB",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "std::bad_alloc",
+        "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory",
+    ],
+)
+def test_memory_that_ran_out_is_known_by_its_words(words: str) -> None:
+    assert is_exhaustion(RuntimeError(words))
+    assert not is_exhaustion(RuntimeError("CUDNN_STATUS_NOT_SUPPORTED"))
+
+
+GPU = torch.device("cuda", 1)
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> tuple[Network, list[torch.device], list[torch.device]]:
+    """A network that believes it lies on a GPU, where its module was sent, and which devices were emptied."""
+    sent: list[torch.device] = []
+    emptied: list[torch.device] = []
+    monkeypatch.setattr(nnunet, "release", emptied.append)
+    liver = network("liver")
+    liver.device = GPU
+    monkeypatch.setattr(liver.module, "to", lambda device: sent.append(device) or liver.module)
+    return liver, sent, emptied
+
+
+@pytest.mark.parametrize(
+    ("times", "sent_to", "ran_on"),
+    [
+        (0, [GPU], "cuda:1"),
+        (1, [GPU, GPU], "cuda:1 with results on cpu"),
+        (2, [GPU, GPU, CPU, GPU], "cpu"),
+    ],
+)
+def test_what_did_not_fit_is_emptied_and_the_network_comes_back(
+    on_a_gpu: tuple[Network, list[torch.device], list[torch.device]],
+    monkeypatch: pytest.MonkeyPatch,
+    times: int,
+    sent_to: list[torch.device],
+    ran_on: str,
+) -> None:
+    liver, sent, emptied = on_a_gpu
+    failures = iter([OUT_OF_MEMORY[0]] * times)
+
+    def slide(*_: Any, **__: Any) -> torch.Tensor:
+        for failure in failures:
+            raise failure
+        return torch.ones(2)
+
+    monkeypatch.setattr(sliding_window, "logits", slide)
+    assert torch.equal(liver.logits(torch.zeros(1)), torch.ones(2))
+    assert sent == sent_to
+    assert emptied == [GPU] * times
+    assert liver.ran_on == ran_on
+    assert len(liver.flags) == min(times, 1)
+    liver.forget()
+    assert (liver.flags, liver.ran_on) == ((), "cuda:1")
+
+
+def test_a_finished_answer_outlives_a_network_that_cannot_come_back(
+    on_a_gpu: tuple[Network, list[torch.device], list[torch.device]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    liver, _, _ = on_a_gpu
+
+    def full(device: torch.device) -> torch.nn.Module:
+        if device == GPU:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return liver.module
+
+    monkeypatch.setattr(liver.module, "to", full)
+    monkeypatch.setattr(sliding_window, "logits", lambda *_, **__: torch.ones(2))
+    assert torch.equal(liver.logits(torch.zeros(1)), torch.ones(2))
+    assert liver.ran_on == "cpu"
+    assert "no room for the network yet" in caplog.text
+
+
+def test_a_device_without_room_for_the_weights_is_retryable(monkeypatch: pytest.MonkeyPatch) -> None:
+    emptied: list[torch.device] = []
+
+    def full(*_: object, **__: object) -> torch.nn.Module:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(nnunet, "release", emptied.append)
+    monkeypatch.setattr(torch.nn.Module, "to", full)
+    with pytest.raises(DeviceExhausted, match="ran out of memory for the weights of nnUNetTrainer"):
+        network("liver")
+    assert emptied == [CPU]
+
+
+def test_nnunets_own_step_down_is_told_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = ModelFolder(demo_models_dir() / STAGES["liver"])
+    liver = Network(folder, CPU, precision="float32", reference=True)
+    answers = iter([OUT_OF_MEMORY[0], torch.ones(2, 1, 1, 1)])
+
+    def predict(*_: object) -> torch.Tensor:
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(liver._predictor, "_internal_predict_sliding_window_return_logits", predict)
+    monkeypatch.setattr(liver._predictor, "perform_everything_on_device", True)
+    with contextlib.redirect_stdout(io.StringIO()):
+        liver.logits(torch.zeros(1, 4, 4, 4))
+    assert [flag.name for flag in liver.flags] == ["device_exhausted"]
+
+
+def test_loading_a_network_leaves_cudnns_choice_of_algorithms_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nnunetv2.inference import predict_from_raw_data
+
+    class OnGpu(predict_from_raw_data.nnUNetPredictor):
+        """Does what nnU-Net's does for a GPU."""
+
+        def __init__(self, *arguments: Any, **settings: Any) -> None:
+            super().__init__(*arguments, **settings)
+            torch.backends.cudnn.benchmark = True
+
+    monkeypatch.setattr(predict_from_raw_data, "nnUNetPredictor", OnGpu)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    assert isinstance(network("liver")._predictor, OnGpu)
+    assert torch.backends.cudnn.benchmark is False
+
+
 def test_another_error_of_the_network_is_not_taken_for_exhaustion(
     phantom: Phantom, exhausting: Callable[[Exception, int], None]
 ) -> None:
@@ -306,7 +435,11 @@ def as_classes(design: dict[str, Any]) -> dict[str, Any]:
     return design | named | {"dropout_op": None, "deep_supervision": False}
 
 
-def test_an_unloaded_network_keeps_no_weights(phantom: Phantom, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unloaded_network_keeps_no_weights(
+    phantom: Phantom, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    emptied: list[torch.device] = []
+    monkeypatch.setattr(nnunet, "release", emptied.append)
     caplog.set_level("INFO", "salsa_node.pipelines.nnunet")
     liver = network("liver")
     weights = weakref.ref(next(liver.module.parameters()))
@@ -314,6 +447,7 @@ def test_an_unloaded_network_keeps_no_weights(phantom: Phantom, caplog: pytest.L
     liver.unload()
     liver.unload()
     assert weights() is None
+    assert emptied == [CPU]
     with pytest.raises(PipelineError, match="was unloaded"):
         liver.predict(phantom.ct)
     assert [record.event for record in caplog.records] == ["network.loaded", "network.unloaded"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -40,13 +40,15 @@ class KnownLiver:
     weights_sha256: Mapping[str, str]
     parameters: Mapping[str, object]
     flags: tuple[Flag, ...] = ()
+    ran_on: str = "cpu"
+    unloaded: list[str] = field(default_factory=list)
 
     def liver(self, ct: CtVolume) -> LabelVolume:
         assert ct.grid.matches(self.labels.grid)
         return self.labels
 
     def unload(self) -> None:
-        """Nothing is kept."""
+        self.unloaded.append("liver")
 
 
 def known(labels: LabelVolume) -> LiverFinder:
@@ -220,6 +222,42 @@ def test_a_second_case_loads_nothing_and_unload_frees(models_dir: Path, caplog: 
     assert [r for r in caplog.records if getattr(r, "event", "") == "network.loaded"] == loads
     salsa.unload()
     assert caplog.text.count("network unloaded") == 2
+
+
+def test_unloading_lets_go_of_the_liver_too(models_dir: Path) -> None:
+    finder = KnownLiver(make(SMALL).liver, {"liver": "0" * 64}, {})
+    SalsaPipeline(PipelineSettings("cpu", models_dir), finder).unload()
+    assert finder.unloaded == ["liver"]
+
+
+@pytest.mark.parametrize(
+    ("options", "mirroring", "tile_step"),
+    [({}, True, 0.5), ({"mirroring": False, "tile_step": 1}, False, 1.0)],
+)
+def test_both_stages_slide_as_upstream_does_unless_told_otherwise(
+    models_dir: Path, options: dict[str, object], mirroring: bool, tile_step: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("salsa_node.pipelines.nnunet.cpu_has_bfloat16", lambda: True)
+    settings = PipelineSettings("cpu", models_dir, options=options)
+    salsa = SalsaPipeline(settings, known(make(SMALL).liver))
+    for network in (salsa._lowres, salsa._cascade):
+        assert network._predictor.use_mirroring is mirroring
+        assert network._predictor.tile_step_size == tile_step
+        assert network.precision == "float32"
+    told = salsa.provenance.parameters
+    assert (told["mirroring"], told["tile_step"], told["precision"]) == (mirroring, tile_step, "float32")
+
+
+@pytest.mark.usefixtures("by_attenuation")
+def test_what_befell_any_of_its_networks_is_told(models_dir: Path) -> None:
+    case = make(SMALL)
+    flags = [Flag("device_exhausted", f"of the {name}") for name in ("liver", "first stage", "second stage")]
+    finder = replace(KnownLiver(case.liver, {"liver": "0" * 64}, {}), flags=(flags[0],), ran_on="cuda:0")
+    salsa = SalsaPipeline(PipelineSettings("cpu", models_dir), finder)
+    salsa._lowres.flags, salsa._cascade.flags = (flags[1],), (flags[2],)
+    masks = salsa.segment(case.ct)
+    assert masks.flags == tuple(flags)
+    assert masks.provenance.device == "cuda:0; cpu"
 
 
 @pytest.mark.usefixtures("by_attenuation")

@@ -159,3 +159,27 @@ def test_the_box_around_the_liver_is_totalsegmentators(spacing_mm: float) -> Non
     assert [[one.start, one.stop] for one in box] == bounds
     assert np.array_equal(ours.affine, expected.affine)
     assert np.array_equal(ours.dataobj, expected.dataobj)
+
+
+def test_each_task_slides_its_window_as_totalsegmentator_does() -> None:
+    assert totalseg.task_of("total").tile_step == 0.8
+    assert totalseg.task_of("total", "fast").tile_step == 0.8
+    assert totalseg.task_of("liver_lesions").tile_step == 0.5
+
+
+def test_a_crop_is_in_whole_hounsfield_units() -> None:
+    voxels = np.array([[[10.7, -3.9]]], dtype=np.float32)
+    image = nib.nifti1.Nifti1Image(voxels, np.eye(4))
+    crop = np.asarray(totalseg._cropped(image, (slice(0, 1), slice(0, 1), slice(0, 2))).dataobj)
+    assert crop.dtype == np.int32
+    assert crop.tolist() == [[[10, -3]]]
+
+
+@pytest.mark.parametrize("bare", [True, False])
+def test_a_case_without_a_place_to_look_at_tells_nothing_of_the_one_before(models_dir: Path, bare: bool) -> None:
+    network = totalseg.TaskNetwork(totalseg.task_of("liver_lesions"), models_dir, "cpu")
+    network._network.flags = (pipelines.Flag("device_exhausted", "of the case before"),)
+    network._network.ran_on = "cpu, of the case before"
+    image = nib.nifti1.Nifti1Image(np.zeros((4, 4, 4), np.int16), np.eye(4))
+    network.look(image, np.zeros((4, 4, 4), np.uint8) if bare else np.ones((4, 4, 4), np.uint8))
+    assert (network.flags, network.ran_on) == ((), "cpu")

@@ -23,7 +23,7 @@ from salsa_node.errors import ConfigError, OrganNotFound, PipelineError, SeriesR
 from salsa_node.findings import measure
 from salsa_node.models import TOTALSEGMENTATOR, ModelFolder
 from salsa_node.phantom import Recipe, make
-from salsa_node.pipelines import PipelineSettings, phase, totalseg
+from salsa_node.pipelines import Flag, PipelineSettings, phase, totalseg
 from salsa_node.pipelines.totalsegmentator import NAME, LiverLesionsPipeline, field_of_view
 from salsa_node.settings import PipelineChoice
 from salsa_node.volume import CtVolume, Grid, LabelVolume
@@ -43,10 +43,14 @@ class Threshold:
     """A network that knows its task by its folder and sees by Hounsfield units: its right answer is geometry."""
 
     precision = "float32"
-    flags = ()
+    flags: tuple[Flag, ...] = ()
+    ran_on = "cpu"
 
     def __init__(self, folder: ModelFolder, device: torch.device, *, tile_step: float, precision: str) -> None:
         self.dataset = folder.path.parent.name
+
+    def forget(self) -> None:
+        """There is nothing to forget."""
 
     def predict(self, ct: CtVolume) -> LabelVolume:
         inside = ct.voxels_hu < (LIVER_HU + OUTSIDE_HU) / 2
@@ -113,6 +117,19 @@ def test_labels_lie_where_the_liver_and_its_lesion_lie(
     assert dice(masks.organ.labels == 1, liver) >= 0.94  # seen at 3 mm
     assert dice(masks.lesions.labels == 1, lesion) >= 0.95  # seen at 0.75 x 0.75 x 1 mm
     assert masks.flags == ()
+
+
+@pytest.mark.usefixtures("thresholds")
+def test_what_befell_a_network_is_told(models_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = LiverLesionsPipeline(PipelineSettings("cpu", models_dir))
+    flags = [Flag("device_exhausted", "of the liver's"), Flag("device_exhausted", "of the lesions'")]
+    for network, flag, place in zip(pipeline._networks, flags, ("cuda:0", "cpu"), strict=True):
+        monkeypatch.setattr(network._network, "flags", (flag,))
+        monkeypatch.setattr(network._network, "ran_on", place)
+    masks = pipeline.segment(balls(Recipe(1, (24, 48, 48), (4.0, 2.0, 2.0)), 36.0)[0])
+    assert masks.flags == tuple(flags)
+    assert masks.provenance.device == "cuda:0; cpu"
+    assert masks.provenance.digest == pipeline.provenance.digest
 
 
 @pytest.mark.usefixtures("thresholds")

@@ -28,7 +28,7 @@ class Provenance:
     weights_sha256: file name -> SHA-256, of every file that decided the outcome.
     parameters: JSON-able settings that change the outcome.
     libraries: distribution -> version, of those whose arithmetic decides the outcome.
-    device: where it ran; not part of the digest.
+    device: where it ran, several places where memory ran out on the way; not part of the digest.
     notice: words that every object made from these masks must carry; empty for released models.
     by_person: a person drew the masks; the objects then say so instead of naming an algorithm.
     """

@@ -6,6 +6,8 @@ means nothing, and every object made from it says so.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import cc3d
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +17,7 @@ from salsa_node import __version__
 from salsa_node.errors import ConfigError, OrganNotFound
 from salsa_node.models import folders_of
 from salsa_node.pipelines import DEMO_NOTICE, Masks, Observer, PipelineSettings, Provenance, once, unobserved
-from salsa_node.pipelines.device import choose_device, libraries
+from salsa_node.pipelines.device import all_places, choose_device, libraries
 from salsa_node.pipelines.nnunet import Network
 from salsa_node.volume import CtVolume, Grid, LabelVolume
 
@@ -88,10 +90,11 @@ class DemoPipeline:
         lesions = np.zeros(ct.grid.shape, dtype=np.uint8)
         lesions[box] = plausible(found.labels == 1, liver[box], ct.grid)
         organ = liver | (lesions > 0)
+        ran_on = all_places(self._liver.ran_on, self._lowres.ran_on, self._cascade.ran_on)
         return Masks(
             LabelVolume(organ.astype(np.uint8), ct.grid),
             LabelVolume(lesions, ct.grid),
-            self._provenance,
+            replace(self._provenance, device=ran_on),
             flags=once(*self._liver.flags, *self._lowres.flags, *self._cascade.flags),
         )
 

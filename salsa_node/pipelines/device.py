@@ -12,6 +12,15 @@ from salsa_node.errors import ConfigError
 
 os.environ.setdefault("nnUNet_def_n_proc", str(max(1, min(8, os.cpu_count() or 1))))  # nnU-Net reads it at import
 
+_EXHAUSTED = (  # of torch's CPU allocator and of the libraries below it, which have no type of their own for it
+    "out of memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+    "cublas_status_alloc_failed",
+    "cudnn_status_alloc_failed",
+    "bad_alloc",
+)
 _LIBRARIES = ("torch", "nnunetv2", "dynamic_network_architectures")
 
 
@@ -50,6 +59,11 @@ def placements(device: torch.device) -> tuple[Placement, ...]:
     return (Placement(device, device), Placement(device, cpu), Placement(cpu, cpu))
 
 
+def all_places(*places: str) -> str:
+    """Where the networks of one run were computed, each place once, in words."""
+    return "; ".join(dict.fromkeys(places))
+
+
 def cpu_has_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 in hardware; elsewhere it is slower than float32, not faster."""
     probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
@@ -57,10 +71,11 @@ def cpu_has_bfloat16() -> bool:
 
 
 def is_exhaustion(error: RuntimeError | MemoryError) -> bool:
-    """Whether this error says that memory ran out; on a CPU torch has no type of its own for it."""
+    """Whether this error says that memory ran out."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return "can't allocate memory" in str(error) or "out of memory" in str(error).lower()
+    told = str(error).lower()
+    return any(words in told for words in _EXHAUSTED)
 
 
 def release(device: torch.device) -> None:

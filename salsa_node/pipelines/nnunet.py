@@ -86,7 +86,11 @@ class Network:
     precision: "auto" takes bfloat16 on CPUs that have it; "float32" never. A GPU always runs mixed precision.
     reference: let nnU-Net's own predictor slide the window, instead of `sliding_window`; the labels are the same.
 
-    Raises WeightsMissing where the folder is incomplete, PipelineError where it cannot be used.
+    On a GPU cuDNN's `benchmark`, which nnU-Net switches on for the whole process, stays as it was: off, unless somebody
+    else wants it, so that each run of a case multiplies by the same algorithms.
+
+    Raises WeightsMissing where the folder is incomplete, PipelineError where it cannot be used, DeviceExhausted where
+    the device has no memory for it.
     """
 
     def __init__(
@@ -108,10 +112,20 @@ class Network:
         self.folder = folder
         self.device = device
         self.flags: tuple[Flag, ...] = ()  #: what went otherwise than asked in the last prediction
+        self.ran_on = ""  #: where the last prediction was computed, in words
+        self.forget()
         self._reference = reference
         with _quiet():
             _define_missing_torchvision_operators()
-            self._built: Any = _build_predictor(folder, device, mirroring, tile_step)
+            try:
+                self._built: Any = _build_predictor(folder, device, mirroring, tile_step)
+            except (MemoryError, RuntimeError) as exc:
+                if not is_exhaustion(exc):
+                    raise
+                release(device)
+                raise DeviceExhausted(
+                    f"{device} ran out of memory for the weights of {folder.path.name}: {exc}"
+                ) from exc
         log.info("network loaded", extra={"event": "network.loaded", "folder": folder.path.name, "device": str(device)})
 
     @property
@@ -149,6 +163,11 @@ class Network:
             gc.collect()  # nnU-Net's predictor and its plans hold one another
             release(self.device)
             log.info("network unloaded", extra={"event": "network.unloaded", "folder": self.folder.path.name})
+
+    def forget(self) -> None:
+        """Let `flags` and `ran_on` say nothing of the last prediction, for a case that needs none."""
+        self.flags = ()
+        self.ran_on = str(self.device)
 
     @property
     def spacing_mm(self) -> tuple[float, float, float]:
@@ -218,12 +237,9 @@ class Network:
 
     def logits(self, channels: torch.Tensor) -> torch.Tensor:
         """(classes, z, y, x) of (channels, z, y, x) as `preprocess` leaves them, in half precision."""
-        predictor = self._predictor
-        self.flags = ()
+        self.forget()
         if self._reference:
-            with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.bfloat16):
-                answer: torch.Tensor = predictor.predict_sliding_window_return_logits(channels)
-            return answer
+            return self._by_nnunet(channels)
         *roomy, last = placements(self.device)
         for placement in roomy:
             try:
@@ -231,17 +247,55 @@ class Network:
             except (MemoryError, RuntimeError) as exc:
                 if not is_exhaustion(exc):
                     raise
+            self._tell_step_down()
             release(self.device)
-            text = f"The memory of {self.device} ran out; the network's window was slid again with less of it."
-            self.flags = (Flag("device_exhausted", text),)
-            log.warning(text, extra={"event": "network.stepped_down", "folder": self.folder.path.name})
         try:
             return self._slide(channels, last)
         finally:
-            predictor.network.to(self.device)
+            self._move_back()
+
+    def _by_nnunet(self, channels: torch.Tensor) -> torch.Tensor:
+        """By nnU-Net's own predictor, which slides a second time, with results off the GPU, where the first fails."""
+        predictor = self._predictor
+        slide, tries = predictor._internal_predict_sliding_window_return_logits, 0
+
+        def counted(*arguments: Any) -> torch.Tensor:
+            nonlocal tries
+            tries += 1
+            answer: torch.Tensor = slide(*arguments)
+            return answer
+
+        predictor._internal_predict_sliding_window_return_logits = counted
+        try:
+            with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.bfloat16):
+                answer: torch.Tensor = predictor.predict_sliding_window_return_logits(channels)
+        finally:
+            predictor._internal_predict_sliding_window_return_logits = slide
+        self.ran_on = str(Placement(self.device, answer.device))
+        if tries > 1:
+            self._tell_step_down()
+        return answer
+
+    def _tell_step_down(self) -> None:
+        text = f"The memory of {self.device} ran out; the network's window was slid again with less of it."
+        self.flags = (Flag("device_exhausted", text),)
+        log.warning(text, extra={"event": "network.stepped_down", "folder": self.folder.path.name})
+
+    def _move_back(self) -> None:
+        """After the CPU has helped out; where the device is still full, the next prediction tries again."""
+        try:
+            self._predictor.network.to(self.device)
+        except (MemoryError, RuntimeError) as exc:
+            if not is_exhaustion(exc):
+                raise
+            log.warning(
+                f"{self.device} has no room for the network yet",
+                extra={"event": "network.kept_off", "folder": self.folder.path.name},
+            )
 
     def _slide(self, channels: torch.Tensor, placement: Placement) -> torch.Tensor:
         predictor = self._predictor
+        self.ran_on = str(placement)
         return sliding_window.logits(
             predictor.network.to(placement.compute),
             channels,
@@ -280,10 +334,13 @@ def _build_predictor(folder: ModelFolder, device: torch.device, mirroring: bool,
         weights = [checkpoint["network_weights"] for checkpoint in checkpoints]
         network.load_state_dict(weights[0])
     except MISFITS as exc:
+        if isinstance(exc, RuntimeError) and is_exhaustion(exc):
+            raise
         raise PipelineError(f"{folder.path.name}: plans and weights do not fit together ({exc})") from exc
     network.eval()
     if device.type == "cpu":
         network = network.to(memory_format=torch.channels_last_3d)
+    benchmarks = torch.backends.cudnn.benchmark
     predictor = nnUNetPredictor(
         tile_step_size=tile_step,
         use_mirroring=mirroring,
@@ -291,6 +348,7 @@ def _build_predictor(folder: ModelFolder, device: torch.device, mirroring: bool,
         device=device,
         allow_tqdm=False,
     )
+    torch.backends.cudnn.benchmark = benchmarks
     axes = checkpoints[0].get("inference_allowed_mirroring_axes")
     predictor.manual_initialization(
         network, plans, configuration, weights, dataset, checkpoints[0].get("trainer_name", "nnUNetTrainer"), axes
@@ -311,6 +369,8 @@ def _read_checkpoint(file: Path) -> dict[str, Any]:
         with torch.serialization.safe_globals(allowed):
             found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as exc:
+        if isinstance(exc, RuntimeError) and is_exhaustion(exc):
+            raise
         raise PipelineError(
             f"{file.parent.parent.name}/{file.parent.name}/{file.name} cannot be read as plain tensors; a checkpoint "
             f"that carries code, or is damaged, is refused ({str(exc).splitlines()[0]})"

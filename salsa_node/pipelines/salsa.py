@@ -7,6 +7,7 @@ volume to the labels. The networks are loaded once and stay.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -25,7 +26,7 @@ from salsa_node.pipelines import (
     salsa_steps,
     unobserved,
 )
-from salsa_node.pipelines.device import choose_device, libraries
+from salsa_node.pipelines.device import all_places, choose_device, libraries
 from salsa_node.pipelines.nnunet import ENGINES, Network
 from salsa_node.pipelines.salsa_steps import PRESETS, Preset, clean_liver, crop
 from salsa_node.pipelines.totalseg import TotalSegmentatorLiver
@@ -51,6 +52,11 @@ class LiverFinder(Protocol):
     @property
     def flags(self) -> tuple[Flag, ...]:
         """What went otherwise than asked the last time."""
+        ...
+
+    @property
+    def ran_on(self) -> str:
+        """Where it was computed the last time, in words."""
         ...
 
     def liver(self, ct: CtVolume) -> LabelVolume:
@@ -173,10 +179,11 @@ class SalsaPipeline:
         observer("mask_resampled", whole)
         lesions = (self._resampler.restore_labels(whole, ct.grid).labels > 0).astype(np.uint8)
         organ = ((liver.labels > 0) | (lesions > 0)).astype(np.uint8)
+        ran_on = all_places(self._liver.ran_on, self._lowres.ran_on, self._cascade.ran_on)
         return Masks(
             LabelVolume(organ, ct.grid),
             LabelVolume(lesions, ct.grid),
-            self._provenance,
+            replace(self._provenance, device=ran_on),
             flags=once(*self._liver.flags, *self._lowres.flags, *self._cascade.flags),
         )
 

@@ -24,7 +24,7 @@ from nibabel.nifti1 import Nifti1Image
 from salsa_node.errors import SeriesRejected
 from salsa_node.models import task_model
 from salsa_node.pipelines import Flag, once
-from salsa_node.pipelines.device import choose_device
+from salsa_node.pipelines.device import all_places, choose_device
 from salsa_node.pipelines.nnunet import Network
 from salsa_node.volume import CtVolume, Grid, LabelVolume
 
@@ -110,6 +110,11 @@ class TaskNetwork:
         return self._network.flags
 
     @property
+    def ran_on(self) -> str:
+        """Where the last prediction was computed, in words."""
+        return self._network.ran_on
+
+    @property
     def precision(self) -> str:
         """In what numbers it multiplies, in a word."""
         return self._network.precision
@@ -133,6 +138,7 @@ class TaskNetwork:
         from totalsegmentator.alignment import undo_canonical
         from totalsegmentator.resampling import change_spacing
 
+        self._network.forget()
         labels = np.zeros(image.shape, dtype=np.uint8, order="F")  # slices lie together, as in a CT of ours
         box = (slice(None), slice(None), slice(None)) if near is None else _box(near, image)
         if box is None:
@@ -233,6 +239,11 @@ class TotalSegmentatorLiver:
     def flags(self) -> tuple[Flag, ...]:
         """What went otherwise than asked in the last prediction."""
         return once(*self._rough.flags, *self._fine.flags)
+
+    @property
+    def ran_on(self) -> str:
+        """Where the last prediction was computed, in words."""
+        return all_places(self._rough.ran_on, self._fine.ran_on)
 
     def liver(self, ct: CtVolume) -> LabelVolume:
         """1 = liver, on `ct.grid`; all 0 where none was found. Raises SeriesRejected, DeviceExhausted."""

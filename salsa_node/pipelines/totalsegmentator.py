@@ -10,6 +10,7 @@ the liver lies wholly in the field of view.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Final
 
 import numpy as np
@@ -18,7 +19,7 @@ from salsa_node import __version__
 from salsa_node.errors import ConfigError, OrganNotFound
 from salsa_node.models import task_model
 from salsa_node.pipelines import Flag, Masks, Observer, PipelineSettings, Provenance, once, unobserved
-from salsa_node.pipelines.device import choose_device, libraries
+from salsa_node.pipelines.device import all_places, choose_device, libraries
 from salsa_node.pipelines.phase import PhaseEstimator
 from salsa_node.pipelines.totalseg import (
     CROP_MARGIN_MM,
@@ -96,7 +97,7 @@ class LiverLesionsPipeline:
         return Masks(
             organ,
             labels_of(found.astype(np.uint8), ct.grid),
-            self._provenance,
+            replace(self._provenance, device=all_places(*(network.ran_on for network in self._networks))),
             segments=parts[0] if parts else None,
             flags=once(*self._told(body, organ, total.task.classes), *odd),
         )
