@@ -11,6 +11,7 @@ import csv
 import glob
 import json
 import shutil
+import tempfile
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -112,6 +113,24 @@ def run(
             yield _failed(case, place, f"cannot be read or written ({error.strerror}){where}")
         except Exception as error:  # noqa: BLE001 - one bad case is told and the rest go on
             yield _failed(case, place, unforeseen(error))
+
+
+def tables_folder(output: Path | None, table: Path | None) -> Path:
+    """Where the tables can be written: `output`, else beside the table of paths, else here; made when absent.
+
+    Raises ConfigError where none of these can be written.
+    """
+    beside = [table.parent] if table is not None and table.is_file() else []
+    folders = [output] if output is not None else [*beside, Path()]
+    for folder in folders:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                return folder
+        except OSError:
+            continue
+    told = " and ".join(str(folder.absolute()) for folder in folders)
+    raise ConfigError(f"{told} cannot be written, where the tables go; give --output a folder that this user may write")
 
 
 def write_tables(results: Sequence[Result], folder: Path) -> tuple[Path, ...]:

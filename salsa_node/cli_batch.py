@@ -63,21 +63,26 @@ def batch(
     wanted = batches.Wanted(recist, instances, keep_intermediates, overlay, again)
     listed = cases.listed(input_csv) if input_csv else []
     placed = cases.placed(cases.find([*listed, *(paths or [])]), output)
+    folder = batches.tables_folder(output, input_csv)  # before the work
     choice = settings.pipeline
     console.note(f"loading the pipeline {choice.name} ...")
     loaded = pipelines.load(
         choice.name, pipelines.PipelineSettings(choice.device, settings.models_dir, options=choice.options)
     )
     done: list[Result] = []
+    tables: Sequence[Path] = ()
     try:
         with _progress(len(placed)) as bar:
             for result in batches.run(placed, loaded, criteria, settings.guards, wanted):
                 done.append(result)
                 bar(f"{result.case.path}: {'FAILED: ' if result.state == 'failed' else ''}{result.told}")
     finally:
-        tables = batches.write_tables(done, output or (input_csv.parent if input_csv else Path()))
+        try:
+            tables = batches.write_tables(done, folder)
+        except errors.ConfigError as error:  # what ended the loop, if anything did, is told as well
+            console.note(str(error))
     _tell(done, tables, as_json)
-    if any(result.state == "failed" for result in done):
+    if not tables or any(result.state == "failed" for result in done):
         raise SystemExit(EXIT_NO)
 
 
@@ -135,7 +140,7 @@ def _tell(done: Sequence[Result], tables: Sequence[Path], as_json: bool) -> None
         f"{counts['done']} done, {counts['there']} finished before, {counts['failed']} failed; "
         f"{lesions} candidate lesion{'' if lesions == 1 else 's'}"
     )
-    console.put(f"tables: {', '.join(map(str, tables))}")
+    console.put(f"tables: {', '.join(map(str, tables)) or 'none could be written'}")
     for result in done:
         if result.state == "failed":
             console.put(f"FAILED  {result.case.path}: {result.told}")

@@ -8,8 +8,10 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from io import BytesIO
 from itertools import permutations
 from pathlib import Path
+from typing import IO
 
 import nibabel as nib
 import numpy as np
@@ -480,3 +482,27 @@ def test_salsas_own_result_comes_out_of_salsas_own_mask(tmp_path: Path, testdata
     numbered = labels(demo / "scan1_GT.nii.gz") > 0
     assert np.array_equal(written > 0, numbered)
     assert (written == 2).sum() == result.lesions[2]["voxels"]
+
+
+def test_tables_go_where_they_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    table = tmp_path / "data" / "paths.csv"
+    table.parent.mkdir()
+    table.write_text("PATHS\n")
+    assert batch.tables_folder(None, table) == table.parent
+    assert batch.tables_folder(tmp_path / "new" / "folder", table) == tmp_path / "new" / "folder"
+    assert (tmp_path / "new" / "folder").is_dir()
+    os.mkfifo(tmp_path / "data" / "pipe")
+    assert batch.tables_folder(None, tmp_path / "data" / "pipe") == Path()  # nothing lies beside a pipe
+    locked = [table.parent]
+
+    def probe(*, dir: Path) -> IO[bytes]:  # noqa: A002 - tempfile's own word
+        if dir in locked:
+            raise PermissionError(13, "Permission denied")
+        return BytesIO()
+
+    monkeypatch.setattr(batch.tempfile, "TemporaryFile", probe)
+    assert batch.tables_folder(None, table) == Path()
+    locked.append(Path())
+    with pytest.raises(ConfigError, match=r"data and .* cannot be written, where the tables go; give --output"):
+        batch.tables_folder(None, table)

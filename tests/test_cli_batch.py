@@ -81,3 +81,17 @@ def test_what_cannot_be_done_says_what_to_give(cli: Cli, arguments: tuple[str, .
     assert told.returncode == 3
     assert words in told.stderr
     assert "Traceback" not in told.stderr
+
+
+def test_tables_that_cannot_be_written_are_told_before_the_work_or_after_the_summary(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    before = cli("absent.nii", "--output", "taken")
+    assert before.returncode == 3
+    assert "taken cannot be written, where the tables go; give --output" in before.stderr
+    assert "loading" not in before.stderr
+    (tmp_path / "salsa_lesions.csv").mkdir()
+    after = cli("absent.nii")
+    assert after.returncode == 1
+    assert "the tables cannot be written to" in after.stderr
+    assert "1 scan: 0 done, 0 finished before, 1 failed" in after.stdout
+    assert "tables: none could be written" in after.stdout
