@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import random
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 import pydicom
 import pytest
+from pydicom.uid import CTImageStorage
+from pynetdicom import AE, evt
 
-from salsa_node import phantom
+from salsa_node import assembly, phantom
+from salsa_node.association import without_delay
 from salsa_node.candidate import BodyPart, Kernel, by_series, read_candidate
 from salsa_node.contrast_phase import Phase
+from salsa_node.listener import Listener
 from salsa_node.selection import choose_volume
+from salsa_node.settings import ListenerSettings, PipelineChoice
+from salsa_node.store import Store, StoreSettings
+
+T0 = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
 
 PHASES = {
     "Abdomen nativ": "120000",
@@ -106,6 +117,47 @@ def test_the_thin_portal_venous_soft_axial_series_is_chosen_in_any_order_of_arri
     assert told[1].reason == "Image Type LOCALIZER: no slices of a volume"
     assert told[99].score.faults[0].startswith("1 image(s)")
     assert {n for n, verdict in told.items() if not verdict.accepted} == {1, 30, 31, 99}
+
+
+def test_ten_associations_at_once_with_duplicates_make_one_run_of_that_series(
+    hospital: list[Path], tmp_path: Path
+) -> None:
+    chance = random.Random(11)
+    shuffled = chance.sample(hospital, len(hospital))
+    again = chance.sample(hospital, 40)
+    shares = [[*shuffled[n::10], *again[n::10]] for n in range(10)]
+    data_dir = tmp_path / "data"
+    with (
+        Store.open(StoreSettings(f"sqlite:///{tmp_path / 'record.sqlite'}"), create=True) as record,
+        Listener(ListenerSettings(port=0, min_free_gib=0.0), record, data_dir, clock=lambda: T0) as door,
+    ):
+        with ThreadPoolExecutor(10) as senders:
+            answers = [status for sent in senders.map(partial(_sent, door.port), shares) for status in sent]
+        assert answers == [0] * (len(hospital) + 40)
+        [study] = record.studies()
+        assert study.instances == len(hospital)
+        assert sum(series.duplicates for series in record.series_of(study.study_uid)) == 40
+        later = T0 + timedelta(minutes=1)
+        while assembly.step(record, data_dir, PipelineChoice("demo"), later) is not None:
+            pass
+        [run] = record.runs_of(study.study_uid)
+        [look] = record.looks_of(study.study_uid)
+    assert (run.series_uid, run.refusal) == ("2.25.77.16", None)
+    assert str(look.scores[0]["reason"]).startswith("chosen: 145.56 points: portal venous +40")
+    of_chosen = {line["kind"]: line["weight"] for line in look.evidence if line["about"] == "2.25.77.16"}
+    assert of_chosen == {"quiet": "weak", "numbers": "weak", "positions": "weak"}
+
+
+def _sent(port: int, paths: list[Path]) -> list[int]:
+    """The statuses of one association that sends these files."""
+    ae = AE("CT1")
+    ae.add_requested_context(CTImageStorage)
+    assoc = ae.associate("127.0.0.1", port, ae_title="SALSA_NODE", evt_handlers=[(evt.EVT_CONN_OPEN, without_delay)])
+    assert assoc.is_established
+    try:
+        return [assoc.send_c_store(path).Status for path in paths]
+    finally:
+        assoc.release()
 
 
 def test_without_the_portal_venous_series_the_next_best_is_chosen(hospital: list[Path]) -> None:
