@@ -27,7 +27,7 @@ room imports exactly what stands right of its arrow):
     native_image           <-
     series                 <- errors native_image series_rules slice_geometry uids volume
     contrast_phase         <-
-    candidate              <- contrast_phase series slice_geometry
+    candidate              <- contrast_phase native_image series slice_geometry
     series_score           <- candidate contrast_phase selection_rules
     selection              <- candidate errors selection_rules series series_score
     task_identity          <-

@@ -20,6 +20,7 @@ import pydicom
 from pydicom.multival import MultiValue
 from pydicom.uid import CTImageStorage, MediaStorageDirectoryStorage
 
+from salsa_node import native_image
 from salsa_node.contrast_phase import UNKNOWN_PHASE, ContrastPhase
 from salsa_node.contrast_phase import read as read_phase
 from salsa_node.series import UNREADABLE, convert
@@ -217,8 +218,7 @@ def _reach(paths: Sequence[Path], normal: tuple[float, float, float]) -> _Reach:
     along, numbers = [], []
     for path in paths:
         try:
-            ds = _header(path, ["ImagePositionPatient", "InstanceNumber"])
-            at, number = _numbers(ds, "ImagePositionPatient"), _number(ds.get("InstanceNumber"))
+            at, number = _place(path)
         except UNREADABLE:
             continue
         if number is not None:
@@ -233,6 +233,15 @@ def _reach(paths: Sequence[Path], normal: tuple[float, float, float]) -> _Reach:
     usual = median(steps)
     wide = sum(step > _WIDE * usual for step in steps)
     return _Reach(usual, along[-1] - along[0], wide, tuple(numbers))
+
+
+def _place(path: Path) -> tuple[Sequence[float], float | None]:
+    """Image Position (Patient) and Instance Number of one image. Raises one of UNREADABLE."""
+    image = native_image.read_header(path)
+    if image is not None:
+        return image.position_lps_mm, image.number
+    ds = _header(path, ["ImagePositionPatient", "InstanceNumber"])
+    return _numbers(ds, "ImagePositionPatient"), _number(ds.get("InstanceNumber"))
 
 
 def _fault(ds: pydicom.Dataset) -> str | None:

@@ -45,6 +45,7 @@ _WANTED: Final[Mapping[int, tuple[str, bytes]]] = {
         (0x0010, 0x0030, "PatientBirthDate", b"DA"),
         (0x0020, 0x000D, "StudyInstanceUID", b"UI"),
         (0x0020, 0x000E, "SeriesInstanceUID", b"UI"),
+        (0x0020, 0x0013, "InstanceNumber", b"IS"),
         (0x0020, 0x0032, "ImagePositionPatient", b"DS"),
         (0x0020, 0x0037, "ImageOrientationPatient", b"DS"),
         (0x0020, 0x0052, "FrameOfReferenceUID", b"UI"),
@@ -143,12 +144,14 @@ class NativeImage:
     """What one uncompressed image says about itself.
 
     alike: raw values that are the same in every image of one series. shape: (rows, columns).
+    number: Instance Number; None where it has none.
     position_lps_mm, cosines, spacing_mm: Image Position and Image Orientation (Patient), Pixel Spacing.
     """
 
     sop_instance_uid: str
     alike: tuple[bytes, ...]
     shape: tuple[int, int]
+    number: int | None
     position_lps_mm: tuple[float, ...]
     cosines: tuple[float, ...]
     spacing_mm: tuple[float, ...]
@@ -330,6 +333,7 @@ def _image(values: Mapping[str, bytes], offset: int, length: int, file: FileIO) 
         sop_instance_uid,
         tuple(get(keyword, b"").rstrip(_BLANK) for keyword in _ALIKE),
         (rows, columns),
+        _number(get("InstanceNumber", b"").strip(_BLANK)),
         _decimals(values, "ImagePositionPatient", 3),
         _decimals(values, "ImageOrientationPatient", 6),
         _decimals(values, "PixelSpacing", 2),
@@ -341,6 +345,12 @@ def _unsigned(value: bytes) -> int:
     if len(value) != 2:
         raise _NotPlain
     return value[0] | value[1] << 8
+
+
+def _number(text: bytes) -> int | None:
+    if text and not text.lstrip(b"+-").isdigit():
+        raise _NotPlain
+    return int(text) if text else None
 
 
 def _decimals(values: Mapping[str, bytes], keyword: str, count: int) -> tuple[float, ...]:

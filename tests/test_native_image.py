@@ -21,6 +21,7 @@ from pydicom.uid import (
 )
 
 from salsa_node import native_image
+from salsa_node.candidate import read_candidate
 from salsa_node.errors import SeriesRejected
 from salsa_node.series import Series, inspect, read_volume
 from salsa_node.volume import CtVolume
@@ -172,6 +173,20 @@ def test_a_value_beyond_16_bits_is_a_verdict_from_both(tmp_path):
     for read in (lambda: read_volume(inspect(paths)), lambda: by_pydicom(paths)):
         with pytest.raises(SeriesRejected, match=words):
             read()
+
+
+@pytest.mark.parametrize("number", ["7", " +7 ", "-3", "", "seven", "1.5"])
+def test_what_a_series_says_of_itself_is_the_same_by_both(number, tmp_path):
+    _, paths = made(tmp_path)
+    edit(paths[1], lambda ds: ds.add_new("InstanceNumber", "SH", number))
+    data = paths[1].read_bytes()
+    at = data.index(b"\x20\0\x13\0SH")
+    paths[1].write_bytes(data[: at + 4] + b"IS" + data[at + 6 :])
+    quick = read_candidate(paths)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native_image, "read_header", lambda _path: None)
+        assert read_candidate(paths) == quick
+    assert len(quick.image_numbers) in (5, 6)
 
 
 @pytest.mark.parametrize("bits", [12, 16])
