@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from salsa_node.pipelines.nnunet import ENGINES
 from salsa_node.pipelines.options import OPTIONS
 from salsa_node.pipelines.salsa_steps import PRESETS
 from salsa_node.settings import NodeSettings, PipelineChoice
+
+REPOSITORY = Path(__file__).parent.parent
 
 
 def failed(config: Config) -> list[str]:
@@ -73,6 +76,28 @@ def test_the_values_that_pipelines_know_are_those_that_are_let_through():
     assert all(salsa["tile_step"].fits(share) for share in (1, 0.5))
     assert all(OPTIONS["given_masks"]["organ_labels"].fits(labels) for labels in (1, [1, 2]))
     assert set(OPTIONS) == set(pipelines.names())
+
+
+def test_every_setting_of_a_pipeline_stands_in_the_config_and_in_the_readme():
+    shipped = (REPOSITORY / "config" / "salsa_node.toml").read_text()
+    block = shipped.partition("[pipeline.options]")[2].partition("[criteria]")[0]
+    told: dict[str, str] = {}
+    for line in block.splitlines()[1:]:
+        heading = re.fullmatch(r"# ([a-z-]+):", line)
+        if heading:
+            told[heading[1]] = ""
+        elif told:
+            told[list(told)[-1]] += line.removeprefix("# ") + "\n"
+    readme = (REPOSITORY / "README.md").read_text()
+    for name, known in OPTIONS.items():
+        if name != "given_masks":
+            defaults = tomllib.loads(told[name])
+            assert set(defaults) == set(known)
+            pipelines.options.check(name, {key: defaults[key] for key in known if key != "contrast_phase"})
+            assert [key for key in known if f"`{key}`" not in readme] == []
+    for preset in PRESETS:
+        assert f"`{preset}`" in readme
+        assert preset in block
 
 
 def test_a_gpu_that_is_not_there_stops_the_start(config):
