@@ -75,7 +75,7 @@ room imports exactly what stands right of its arrow):
     notes                  <- errors store
     instance_header        <-
     intake                 <- durable errors instance_header log notes store
-    fast_receive           <- instance_header intake
+    fast_receive           <- association instance_header intake
     pacs_count             <- association settings
     commitment             <- association errors settings store
     tls                    <- errors settings

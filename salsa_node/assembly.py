@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TypeVar
 
 from pydicom.uid import CTImageStorage, EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage
@@ -77,9 +78,11 @@ def step(
     pipeline: PipelineChoice,
     now: datetime,
     rules: Rules = DEFAULT_RULES,
+    profiles: Mapping[str, PipelineChoice] = MappingProxyType({}),
 ) -> store.Series | Study | None:
     """Complete one quiet series, or look at one whole study; what was done, or None when there is nothing to do.
 
+    profiles: AE title of ours -> what looks at the studies that came to that, in place of `pipeline`.
     A file that cannot be read is a verdict on its series, never an error here; only StoreError is raised.
     """
     quiet_since, overdue_since = (now - timedelta(seconds=s) for s in (rules.whole.quiet_s, rules.whole.max_wait_s))
@@ -96,6 +99,7 @@ def step(
     found = examine(record, data_dir, study, rules)
     if found is None:
         return record.study_assembled(study, "no CT image in this study; nothing to analyse", now)
+    pipeline = profiles.get(study.called_ae, pipeline)
     run = _queue(record, study, found, pipeline, now, rules)
     if run.masks_path is not None:
         told = store.KEPT

@@ -7,6 +7,8 @@ import socket
 from typing import Final
 
 from pynetdicom import evt
+from pynetdicom.association import Association
+from pynetdicom.pdu_primitives import A_ASSOCIATE
 
 VERIFICATION: Final = "1.2.840.10008.1.1"  # the SOP class of C-ECHO (PS3.4 annex A)
 
@@ -19,3 +21,9 @@ def without_delay(event: evt.Event) -> None:
     connection = event.assoc.dul.socket
     if connection is not None and connection.socket is not None:
         connection.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def called_by(assoc: Association) -> str:
+    """The AE title by which the requestor of an association calls its acceptor."""
+    request = assoc.requestor.primitive
+    return request.called_ae_title.strip() if isinstance(request, A_ASSOCIATE) else ""

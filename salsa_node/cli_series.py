@@ -33,7 +33,8 @@ def select(
         if dry_run:
             found, run = assembly.examine(record, data_dir, wanted, rules), None
         else:
-            pipeline = preflight.settled(settings).pipeline
+            ready = preflight.settled(settings)
+            pipeline = ready.profile_pipelines.get(wanted.called_ae, ready.pipeline)
             found, run = assembly.select(record, data_dir, wanted, pipeline, datetime.now(UTC), rules)
     scores = list(found.scores) if found else []
     if as_json:

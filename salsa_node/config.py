@@ -13,7 +13,7 @@ import tomllib
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
 from enum import Enum
 from pathlib import Path
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
@@ -32,6 +32,7 @@ from salsa_node.settings import (
     ListenerSettings,
     NodeSettings,
     PipelineChoice,
+    Profile,
     QuerySettings,
     WorkerSettings,
     invalid_peer,
@@ -57,6 +58,20 @@ class Config:
     worker: WorkerSettings = field(default_factory=WorkerSettings)
     delivery: DeliverySettings = field(default_factory=DeliverySettings)
     destination: tuple[Destination, ...] = ()
+    profile: tuple[Profile, ...] = ()
+
+    @property
+    def profile_pipelines(self) -> Mapping[str, PipelineChoice]:
+        """AE title of ours -> what looks at the studies that come to it, where that is not `pipeline`."""
+        return {
+            profile.ae_title: replace(self.pipeline, name=profile.pipeline, options=profile.options)
+            for profile in self.profile
+            if profile.pipeline
+        }
+
+    def destinations_for(self, called_ae: str) -> tuple[str, ...]:
+        """Names of the destinations that results of such studies go to."""
+        return next((p.to for p in self.profile if p.ae_title == called_ae and p.to), self.delivery.to)
 
     @property
     def store_url(self) -> str:
@@ -233,12 +248,24 @@ def _check_together(config: Config) -> None:
     for name in names:
         if names.count(name) > 1 or name == SENDER:
             raise ConfigError(f"destination: the name {name!r} is taken; each needs its own")
-    for name in config.delivery.to:
-        if config.delivery.to.count(name) > 1:
-            raise ConfigError(f"delivery.to: {name!r} stands there twice; each destination once")
+    _check_destinations("delivery.to", config.delivery.to, names)
+    titles = [config.listener.ae_title]
+    for number, profile in enumerate(config.profile):
+        if profile.ae_title in titles:
+            raise ConfigError(f"profile[{number}].ae_title: {profile.ae_title!r} is taken; each needs its own")
+        titles.append(profile.ae_title)
+        if profile.options and not profile.pipeline:
+            raise ConfigError(f"profile[{number}].options: name the pipeline that they belong to")
+        _check_destinations(f"profile[{number}].to", profile.to, names)
+
+
+def _check_destinations(key: str, to: tuple[str, ...], names: list[str]) -> None:
+    for name in to:
+        if to.count(name) > 1:
+            raise ConfigError(f"{key}: {name!r} stands there twice; each destination once")
         if name != SENDER and name not in names:
             there = ", ".join([*names, SENDER])
-            raise ConfigError(f"delivery.to: no [[destination]] is called {name!r}; there are: {there}")
+            raise ConfigError(f"{key}: no [[destination]] is called {name!r}; there are: {there}")
 
 
 def _is_ae_title(text: str) -> bool:

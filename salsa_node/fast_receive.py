@@ -25,6 +25,7 @@ from pynetdicom.presentation import PresentationContext
 from pynetdicom.service_class import StorageServiceClass
 from pynetdicom.sop_class import uid_to_service_class
 
+from salsa_node.association import called_by
 from salsa_node.instance_header import SUCCESS, uid_or_nothing
 from salsa_node.intake import Incoming, Intake, Request
 
@@ -87,6 +88,10 @@ class Connection:
         self._plain_action = self._dul.state_machine.do_action
         self._dul.state_machine.do_action = self._act  # type: ignore[method-assign] # for this one connection
 
+    def is_of(self, assoc: Association) -> bool:
+        """Whether this is the connection of that association."""
+        return self._assoc is assoc
+
     def interrupt(self) -> None:
         """Wait no longer for the rest of an instance: the connection ends where it has come in part."""
         if self._incoming is not None:
@@ -96,6 +101,8 @@ class Connection:
     def close(self) -> None:
         """Close it in deed: where the peer went first pynetdicom lets go of the connection and leaves it open."""
         self._socket.close()
+        if self._assoc.requestor.primitive is None:  # nobody will ask any more: do not keep a place for it
+            self._dul.to_user_queue.put(None)  # what a timeout looks like
 
     # ---- for pynetdicom -------------------------------------------------------------------------
 
@@ -125,6 +132,7 @@ class Connection:
         except Exception as error:  # noqa: BLE001 - whatever a peer sends may end its own connection alone
             log.info("connection dropped", extra={"event": "connection.dropped", "error": type(error).__name__})
             self._drop()
+            self.close()
             self._dul.kill_dul()
             self._assoc._reactor_checkpoint.set()
 
@@ -273,6 +281,7 @@ class Connection:
                 context_sop_class_uid=sop_class,
                 transfer_syntax=context.transfer_syntax[0],
                 sender=str(self._assoc.requestor.ae_title).strip(),
+                called=called_by(self._assoc),
             )
         )
         return True

@@ -51,7 +51,7 @@ _COMMIT_S = 120.0  # a disk that takes longer is one that cannot write
 class Request:
     """What a C-STORE request says of the instance that follows.
 
-    context_sop_class_uid: the abstract syntax under which it comes; sender: the calling AE title.
+    context_sop_class_uid: the abstract syntax under which it comes; sender, called: the calling and called AE titles.
     """
 
     sop_class_uid: str
@@ -59,6 +59,7 @@ class Request:
     context_sop_class_uid: str
     transfer_syntax: UID
     sender: str
+    called: str
 
 
 class Incoming:
@@ -140,6 +141,7 @@ def _row(request: Request, header: Header, digest: str, size_bytes: int) -> NewI
         digest=digest,
         size_bytes=size_bytes,
         calling_ae=request.sender,
+        called_ae=request.called,
         modality=header.modality,
         series_number=header.series_number,
         accession_number=header.accession_number,

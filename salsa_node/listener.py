@@ -12,12 +12,12 @@ import shutil
 import ssl
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import TracebackType
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 from pydicom.dataset import Dataset
 from pynetdicom import AE, ALL_TRANSFER_SYNTAXES, AllStoragePresentationContexts, evt
@@ -27,7 +27,7 @@ from pynetdicom.pdu_primitives import A_ASSOCIATE
 from pynetdicom.transport import ThreadedAssociationServer
 
 from salsa_node import commitment, tls
-from salsa_node.association import VERIFICATION, without_delay
+from salsa_node.association import VERIFICATION, called_by, without_delay
 from salsa_node.errors import ConfigError, DeliveryError, StoreError
 from salsa_node.fast_receive import Connection, SharedContexts
 from salsa_node.instance_header import SUCCESS
@@ -51,6 +51,7 @@ class Listener:
 
     data_dir: images go below its folder `studies`, made when absent.
     clock: the time that rows and events get.
+    also_called: AE titles of ours beside the settings'; which one a sender calls is kept with the study.
     """
 
     def __init__(
@@ -59,13 +60,15 @@ class Listener:
         store: Store,
         data_dir: Path,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+        also_called: Iterable[str] = (),
     ) -> None:
         self._settings = settings
         self._data_dir = data_dir
         self._ae: AE | None = None
         self._servers: list[ThreadedAssociationServer] = []
         self._asked: WeakKeyDictionary[Association, Commitment] = WeakKeyDictionary()
-        self._connections: WeakKeyDictionary[Association, Connection] = WeakKeyDictionary()
+        self._connections: WeakSet[Connection] = WeakSet()
+        self._titles = {title.strip() for title in (settings.ae_title, *also_called)}
         self._store = store
         self._clock = clock
         self._notes = Notes(store, clock)
@@ -144,7 +147,7 @@ class Listener:
         if self._ae is not None:
             for server in self._servers:
                 server.shutdown()
-            for connection in list(self._connections.values()):
+            for connection in list(self._connections):
                 connection.interrupt()
             for association in self._ae.active_associations:
                 if not association.is_established and association.dul.socket is not None:
@@ -182,12 +185,12 @@ class Listener:
             intake = self._intake if self._settings.fast else None
             settings = self._settings
             connection = Connection(event.assoc, intake, settings.max_pdu_bytes, settings.idle_timeout_s)
-            self._connections[event.assoc] = connection
+            self._connections.add(connection)
 
     def _on_closed(self, event: evt.Event) -> None:
-        connection = self._connections.pop(event.assoc, None)
-        if connection is not None:
+        for connection in [one for one in list(self._connections) if one.is_of(event.assoc)]:
             connection.close()
+            self._connections.discard(connection)
 
     def _on_requested(self, event: evt.Event) -> None:
         """Reject an association that the settings do not allow (pynetdicom lets EVT_REQUESTED do so)."""
@@ -196,7 +199,7 @@ class Listener:
         calling, called = request.calling_ae_title.strip(), request.called_ae_title.strip()
         if not any(_is_from(peer, calling, address) for peer in self._settings.allowed):
             answer, why = _CALLING_NOT_RECOGNISED, "not in listener.allowed"
-        elif called != self._settings.ae_title.strip() and not self._settings.any_called_ae_title:
+        elif called not in self._titles and not self._settings.any_called_ae_title:
             answer, why = _CALLED_NOT_RECOGNISED, f"it called {called!r}, we are {self._settings.ae_title!r}"
         elif sum(assoc.is_acceptor for assoc in event.assoc.ae.active_associations) > self._settings.max_associations:
             answer, why = _TOO_MANY, f"more than {self._settings.max_associations} associations at once"
@@ -221,6 +224,7 @@ class Listener:
                 context_sop_class_uid=str(event.context.abstract_syntax),
                 transfer_syntax=event.context.transfer_syntax,
                 sender=str(event.assoc.requestor.ae_title).strip(),
+                called=called_by(event.assoc),
             )
         )
         incoming.write(request.DataSet.getbuffer() if request.DataSet else b"")

@@ -62,7 +62,8 @@ def serve(config: Config, config_path: Path | None) -> None:
         worker = WorkerProcess(store, config, _own_copy(config, config_path))
         loops = _loops(store, config, worker)
         host = socket.gethostname()
-        with Listener(config.listener, store, config.node.data_dir) as listener:
+        titles = [profile.ae_title for profile in config.profile]
+        with Listener(config.listener, store, config.node.data_dir, also_called=titles) as listener:
             for loop in loops:
                 loop.start()
             store.add_event("node", host, "node.started", f"port {listener.port}", _now())
@@ -94,7 +95,7 @@ def _loops(store: Store, config: Config, worker: WorkerProcess) -> tuple[Loop, .
     rules = assembly.Rules(config.selection, config.series, config.assembly, config.query)
 
     def assemble(now: datetime) -> object | None:
-        return assembly.step(store, data_dir, config.pipeline, now, rules)
+        return assembly.step(store, data_dir, config.pipeline, now, rules, config.profile_pipelines)
 
     def deliver(now: datetime) -> object | None:
         return delivery.step(store, config.delivery, config.destination, data_dir, owner, now)

@@ -38,6 +38,7 @@ def checks(config: Config) -> tuple[Check, ...]:
     return (
         _data_dir(config.node.data_dir),
         _pipeline(config),
+        *(_pipeline(replace(config, pipeline=choice)) for choice in config.profile_pipelines.values()),
         *_device(config.pipeline.device),
         _libraries(config),
         _destinations(config),
@@ -69,9 +70,12 @@ def settled(config: Config) -> Config:
 
     Call it once, at the start: models installed later count from the next start on.
     """
-    if config.pipeline.name != AUTO:
+    if AUTO not in (config.pipeline.name, *(profile.pipeline for profile in config.profile)):
         return config
-    return replace(config, pipeline=replace(config.pipeline, name=models.preferred(config.models_dir)))
+    best = models.preferred(config.models_dir)
+    pipeline = replace(config.pipeline, name=best) if config.pipeline.name == AUTO else config.pipeline
+    profiles = tuple(replace(one, pipeline=best) if one.pipeline == AUTO else one for one in config.profile)
+    return replace(config, pipeline=pipeline, profile=profiles)
 
 
 def ready(config: Config, pipeline: str = "", device: str = "") -> Config:

@@ -166,6 +166,21 @@ class PipelineChoice:
 
 
 @dataclass(frozen=True, slots=True)
+class Profile:
+    """What is done with the studies that come to another AE title of ours.
+
+    ae_title: by which a sender calls the node, beside listener.ae_title.
+    pipeline: "" for pipeline.name and its options, else that one with these options.
+    to: as delivery.to, which an empty list leaves in force.
+    """
+
+    ae_title: str
+    pipeline: str = ""
+    options: Mapping[str, object] = field(default_factory=dict)
+    to: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerSettings:
     """How runs are carried.
 

@@ -40,7 +40,12 @@ _NEW_INSTANCES = sa.insert(INSTANCES)
 _GROWN_STUDY = (
     sa.update(STUDIES)
     .where(STUDIES.c.study_uid == sa.bindparam("uid"))
-    .values({name: sa.bindparam(f"new_{name}") for name in ("last_at", "calling_ae", "patient_id", "instances")})
+    .values(
+        {
+            name: sa.bindparam(f"new_{name}")
+            for name in ("last_at", "calling_ae", "called_ae", "patient_id", "instances")
+        }
+    )
 )
 _GROWN_SERIES = (
     sa.update(SERIES)
@@ -238,6 +243,7 @@ class _Batch:
                         "uid": uid,
                         "new_last_at": self._now,
                         "new_calling_ae": last.calling_ae,
+                        "new_called_ae": last.called_ae,
                         "new_patient_id": known.patient_id,
                         "new_instances": known.instances + growth.instances,
                     },
@@ -253,6 +259,7 @@ class _Batch:
                 last_at=self._now,
                 instances=growth.instances,
                 assembled_instances=0,
+                called_ae=last.called_ae,
             )
             self._t.execute(sa.insert(STUDIES).values(**columns(study)))
             self._t.event(self._now, uid, "study", uid, "study.new", f"from {first.calling_ae}")

@@ -83,6 +83,7 @@ class Study:
     """One study as it arrived.
 
     calling_ae: the AE title that sent the newest instance; "sender" destinations go back there.
+    called_ae: the AE title of ours that its sender called, "" where that was not noted.
     study_date: as in the data set (YYYYMMDD), "" where absent.
     instances: how many instances are stored; assembled_instances: how many there were when the
         study was last looked at for something to analyse.
@@ -97,6 +98,7 @@ class Study:
     last_at: datetime
     instances: int
     assembled_instances: int
+    called_ae: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +157,7 @@ class NewInstance:
     accession_number: str = ""
     patient_id: str = ""
     study_date: str = ""
+    called_ae: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -348,6 +351,7 @@ STUDIES = sa.Table(
     sa.Column("last_at", UtcDateTime, nullable=False, index=True),
     sa.Column("instances", sa.Integer, nullable=False),
     sa.Column("assembled_instances", sa.Integer, nullable=False),
+    sa.Column("called_ae", sa.String(16), nullable=False, server_default=""),
 )
 
 SERIES = sa.Table(

@@ -105,7 +105,7 @@ class Worker:
             run.id,
             self._owner,
             objects,
-            self._config.delivery.to,
+            self._config.destinations_for(self._store.study(run.study_uid).called_ae),
             result.outcome.value,
             findings,
             result.run_digest,

@@ -125,6 +125,17 @@ def test_a_series_is_whole_when_it_is_quiet_and_then_goes_to_the_pipeline(
     assert assembly.step(store, data_dir, DEMO, after(31), QUIET) is None
 
 
+def test_a_study_goes_to_the_pipeline_of_the_profile_that_it_came_to(
+    store: Store, data_dir: Path, ct: Files, receive: Receive
+) -> None:
+    receive(ct())
+    profiles = {"": PipelineChoice("other", options={"b": 2}), "ELSEWHERE": PipelineChoice("no")}
+    assert store.study(STUDY).called_ae == ""
+    for _ in range(2):
+        assembly.step(store, data_dir, DEMO, after(30), QUIET, profiles)
+    assert (only_run(store).pipeline, only_run(store).options) == ("other", {"b": 2})
+
+
 def test_the_axial_series_of_a_phantom_study_goes_and_its_localizer_does_not(
     store: Store, tmp_path: Path, receive: Receive, settle: Settle
 ) -> None:

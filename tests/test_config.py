@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 
@@ -131,3 +132,45 @@ def test_the_environment_names_the_file(tmp_path, monkeypatch):
     monkeypatch.setenv("SALSA_NODE_CONFIG", str(file))
     assert load().listener.port == 4242
     assert load(SHIPPED).listener.port == 11112
+
+
+def test_a_profile_has_its_own_pipeline_and_destinations() -> None:
+    config = parse(
+        """
+        [pipeline]
+        device = "cpu"
+        [delivery]
+        to = ["pacs"]
+        [[destination]]
+        name = "pacs"
+        ae_title = "PACS"
+        host = "192.0.2.1"
+        port = 104
+        [[profile]]
+        ae_title = "SALSA_TEST"
+        pipeline = "demo"
+        to = ["sender"]
+        [[profile]]
+        ae_title = "SALSA_MORE"
+        """
+    )
+    (choice,) = config.profile_pipelines.items()
+    assert (choice[0], choice[1].name, choice[1].device) == ("SALSA_TEST", "demo", "cpu")
+    assert [config.destinations_for(title) for title in ("SALSA_TEST", "SALSA_MORE", "SALSA_NODE", "")] == [
+        ("sender",), ("pacs",), ("pacs",), ("pacs",)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[[profile]]\nae_title = 'SALSA_NODE'", "profile[0].ae_title: 'SALSA_NODE' is taken"),
+        ("[[profile]]\nae_title = 'A'\n[[profile]]\nae_title = 'A'", "profile[1].ae_title: 'A' is taken"),
+        ("[[profile]]\nae_title = 'A'\nto = ['pacs']", "profile[0].to: no [[destination]] is called 'pacs'"),
+        ("[[profile]]\nae_title = 'A'\noptions = { b = 1 }", "profile[0].options: name the pipeline"),
+        ("[[profile]]\npipeline = 'demo'", "profile[0].ae_title: missing"),
+    ],
+)
+def test_a_profile_that_cannot_be_used_is_refused(text: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        parse(text)

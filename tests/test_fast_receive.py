@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import socket
 import struct
 import threading
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import raw_scu
+from pynetdicom.association import Association as PynetdicomAssociation
 from raw_scu import Association, Image, p_data
 from told import events
 
@@ -290,3 +292,19 @@ def test_what_comes_at_the_wrong_moment_ends_its_connection_and_no_thread(tmp_pa
                     assert ended(raw)
             with Association(listener.port) as after:
                 assert after.echo() == SUCCESS
+
+
+def test_connections_that_go_wrong_leave_nothing_in_memory(tmp_path: Path) -> None:
+    asked = raw_scu.request("SALSA_NODE", "RAW", (raw_scu.CT,))
+    with door(tmp_path / "one") as (listener, _):
+        for noise in (b"", b"GET / HTTP/1.1\r\n\r\n", asked[:40], asked + asked, asked + bytes(9)) * 4:
+            with socket.create_connection(("127.0.0.1", listener.port)) as raw:
+                raw.sendall(noise)
+                raw.shutdown(socket.SHUT_WR)
+                assert ended(raw)
+        for thread in threading.enumerate():
+            if isinstance(thread, PynetdicomAssociation):
+                thread.join(20)
+        gc.collect()
+        left = [each for each in gc.get_objects() if isinstance(each, fast_receive.Connection)]
+        assert len(left) <= 2, "what is still in some frame"

@@ -528,6 +528,19 @@ def test_a_caller_must_call_us_by_our_name_unless_any_will_do(store: Store, data
         assert assoc.is_established is any_title
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_study_keeps_the_name_by_which_its_sender_called_us(store: Store, data_dir: Path, fast: bool) -> None:
+    settings = ListenerSettings(port=0, min_free_gib=0.0, fast=fast)
+    with Listener(settings, store, data_dir, clock=lambda: T0, also_called=["SALSA_TEST"]) as door:
+        with associated(door.port, called="SALSA_TEST") as assoc:
+            assert assoc.send_c_store(a_slice()).Status == SUCCESS
+        assert store.study(STUDY).called_ae == "SALSA_TEST"
+        assert sent(door.port, a_slice(2)) == [SUCCESS]
+        assert store.study(STUDY).called_ae == "SALSA_NODE"
+        with associated(door.port, called="OTHER") as assoc:
+            assert assoc.is_rejected
+
+
 def test_bare_connections_give_their_places_back_soon(
     store: Store, data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
