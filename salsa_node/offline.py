@@ -109,17 +109,25 @@ def run(
         told = f"[{number}/{len(paths)}] {path}"
         folder = wanted.output if len(paths) == 1 else wanted.output / f"{number:03d}-{_stem(path)}"
         try:
-            for case in _cases(path, folder, config):
-                progress(f"{told}: {len(case.paths)} images ...")
+            cases = _cases(path, folder, config)
+        except Exception as error:  # noqa: BLE001 - one bad path is told and the rest go on
+            results.append(Result(path, folder, analysed=False, told=_fault(error)))
+            continue
+        for case in cases:
+            progress(f"{told}: {len(case.paths)} images ...")
+            try:
                 results.append(_one(path, case, pipeline, criteria, config))
-        except SalsaNodeError as error:
-            results.append(Result(path, folder, analysed=False, told=str(error)))
-        except OSError as error:
-            reason = f"cannot be read or written ({error.strerror})"
-            results.append(Result(path, folder, analysed=False, told=reason))
-        except Exception as error:  # noqa: BLE001 - one bad case is told and the rest go on
-            results.append(Result(path, folder, analysed=False, told=unforeseen(error)))
+            except Exception as error:  # noqa: BLE001 - one bad study is told and the rest go on
+                results.append(Result(path, case.folder, analysed=False, told=_fault(error)))
     return results
+
+
+def _fault(error: Exception) -> str:
+    if isinstance(error, SalsaNodeError):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"cannot be read or written ({error.strerror})"
+    return unforeseen(error)
 
 
 def _pipeline(wanted: Wanted, config: Config) -> Pipeline:

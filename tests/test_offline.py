@@ -14,7 +14,7 @@ import pytest
 
 from salsa_node import offline, phantom
 from salsa_node.config import Config
-from salsa_node.errors import ConfigError
+from salsa_node.errors import ConfigError, PipelineError
 from salsa_node.nifti import read_labels, write_labels
 from salsa_node.uids import derive
 from salsa_node.volume import LabelVolume
@@ -190,6 +190,28 @@ def test_what_nobody_foresaw_in_one_case_is_told_and_the_rest_go_on(study, tmp_p
     assert "Doe" not in first.told
     assert second.analysed
     assert first.folder != second.folder
+
+
+def test_a_study_that_fails_leaves_the_others_of_its_folder_their_answer(study, tmp_path, monkeypatch):
+    monkeypatch.setattr(offline, "_one", failing_once(offline._one))
+    both = tmp_path / "both"
+    for name in ("a", "b"):
+        copied(study.axial, both / name, name)
+    first, second = offline.run([both], wanted(tmp_path / "out", study.truth_labels), Config())
+    assert (first.analysed, first.told, first.folder.name) == (False, "no such luck", "study-1")
+    assert (second.analysed, second.folder.name) == (True, "study-2")
+
+
+def failing_once(work):
+    calls: list[int] = []
+
+    def once(*arguments: object) -> object:
+        calls.append(1)
+        if len(calls) == 1:
+            raise PipelineError("no such luck")
+        return work(*arguments)
+
+    return once
 
 
 def test_a_rule_that_does_not_exist_is_refused_before_anything_is_read(study, tmp_path):
