@@ -15,13 +15,13 @@ from salsa_node.store_transaction import transaction, writer
 
 
 def _waiting(since: datetime) -> sa.ColumnElement[bool]:
-    """Of a row of STUDIES: whether the first image after the last look came at `since` or before."""
-    looked = sa.select(sa.func.max(LOOKS.c.at)).where(LOOKS.c.study_uid == STUDIES.c.study_uid).scalar_subquery()
-    return sa.exists().where(
-        INSTANCES.c.study_uid == STUDIES.c.study_uid,
-        INSTANCES.c.received_at <= since,
-        sa.or_(looked.is_(None), INSTANCES.c.received_at > looked),
+    """Of a row of STUDIES: whether more images had come at `since` than have been looked at by now."""
+    come = (
+        sa.select(sa.func.count())
+        .where(INSTANCES.c.study_uid == STUDIES.c.study_uid, INSTANCES.c.received_at <= since)
+        .scalar_subquery()
     )
+    return come > STUDIES.c.assembled_instances
 
 
 class Looks(Queries):

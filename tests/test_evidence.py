@@ -180,6 +180,24 @@ def test_a_series_that_never_rests_is_looked_at_in_the_end_and_its_late_image_ma
     assert told(store)[SERIES, "quiet"][0] == "weak"
 
 
+def test_images_of_another_day_do_not_hurry_a_series(store, files, tmp_path):
+    ds = pydicom.dcmread(files[0])
+    ds.SOPInstanceUID, ds.SeriesInstanceUID, ds.Modality = "2.25.80", "2.25.81", "MR"
+    ds.SOPClassUID = "1.2.840.10008.5.1.4.1.1.4"
+    ds.save_as(tmp_path / "studies" / "mr.dcm")
+    receive(store, [tmp_path / "studies" / "mr.dcm"], T0)
+    assert steps(store, tmp_path, after(31), assembly.DEFAULT_RULES)
+    assert store.runs_of(STUDY) == ()
+    a_day = 86400
+    receive(store, files[:4], after(a_day))
+    assert steps(store, tmp_path, after(a_day + 1), assembly.DEFAULT_RULES) == []
+    receive(store, files[4:], after(a_day + 20))
+    assert steps(store, tmp_path, after(a_day + 49), assembly.DEFAULT_RULES) == []
+    steps(store, tmp_path, after(a_day + 50), assembly.DEFAULT_RULES)
+    [run] = store.runs_of(STUDY)
+    assert run.refusal is None
+
+
 def test_holes_and_gaps_speak_against_a_series(store, files, tmp_path):
     receive(store, [*files[:3], *files[4:]], T0)
     steps(store, tmp_path, after(31), assembly.DEFAULT_RULES)
