@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -57,8 +58,7 @@ class ModelFolder:
         if missing:
             raise WeightsMissing(
                 f"the model folder {self.path} lacks {', '.join(missing)}; an nnU-Net v2 model folder holds "
-                f"dataset.json, plans.json and {self._fold_file(self.folds[0])}: install the model there, or set "
-                "models_dir to the folder that holds it"
+                f"dataset.json, plans.json and {self._fold_file(self.folds[0])}"
             )
         for name in ("dataset.json", "plans.json"):
             _read_json(self.path / name)
@@ -117,7 +117,8 @@ def folders_of(pipeline: str, models_dir: Path | None) -> dict[str, ModelFolder]
     root = demo_models_dir()
     if models_dir is not None and (models_dir / "demo").is_dir():
         root = models_dir / "demo"
-    return {stage: ModelFolder(root / name) for stage, name in DEMO_STAGES.items()}
+    mend = f"put the model back there, or take {root} away: the package has its own"
+    return {stage: _whole(root / name, mend) for stage, name in DEMO_STAGES.items()}
 
 
 def require(pipeline: str, models_dir: Path | None, options: Mapping[str, object] | None = None) -> int:
@@ -207,14 +208,14 @@ def task_model(task_id: int, models_dir: Path | None) -> ModelFolder:
             "nnUNetTrainer__nnUNetPlans__3d_fullres: "
             f"remove that folder and run: {command(f'fetch {task_id}', models_dir)}"
         )
-    model = ModelFolder(found[0])
+    again = (
+        f"run: {command(f'remove {TOTALSEGMENTATOR}-{task_id}', models_dir)}, "
+        f"then {command(f'fetch {task_id}', models_dir)}"
+    )
+    model = _whole(found[0], again)
     misfit = task_identity.misfit(task_id, model.path.name, model.dataset)
     if misfit:
-        raise WeightsMissing(
-            f"{folder} does not hold TotalSegmentator's task {task_id}: {misfit}; "
-            f"run: {command(f'remove {TOTALSEGMENTATOR}-{task_id}', models_dir)}, "
-            f"then {command(f'fetch {task_id}', models_dir)}"
-        )
+        raise WeightsMissing(f"{folder} does not hold TotalSegmentator's task {task_id}: {misfit}; {again}")
     return model
 
 
@@ -233,15 +234,35 @@ def _salsa_folders(models_dir: Path | None) -> dict[str, ModelFolder]:
             f"SALSA's weights are not in {models_dir or 'any models folder'}; VHIO gives them out on request "
             "(https://github.com/radiomicsgroup/liver-SALSA); then run: " + command("import FOLDER-OR-ZIP", models_dir)
         )
+    again = f"run {command('remove salsa', models_dir)}, then {command('import FOLDER-OR-ZIP', models_dir)}"
     folders = {}
     for stage, paths in salsa_stages(root).items():
         if len(paths) != 1:
             raise WeightsMissing(
                 f"{root} holds {len(paths)} folders named ...{SALSA_STAGES[stage]} with a plans.json; expected one: "
-                f"run {command('remove salsa', models_dir)}, then {command('import FOLDER-OR-ZIP', models_dir)}"
+                f"{again}"
             )
-        folders[stage] = ModelFolder(paths[0])
+        folders[stage] = _whole(paths[0], again)
     return folders
+
+
+def _whole(path: Path, mend: str) -> ModelFolder:
+    """The model folder, none of its checkpoints cut off. Raises WeightsMissing with what mends it."""
+    try:
+        folder = ModelFolder(path)
+    except WeightsMissing as exc:
+        raise WeightsMissing(f"{exc}; {mend}") from exc
+    for file in folder.checkpoints:
+        if _is_cut_off(file):
+            raise WeightsMissing(f"{file} is cut off after {file.stat().st_size} bytes; {mend}")
+    return folder
+
+
+def _is_cut_off(checkpoint: Path) -> bool:
+    """Whether it begins as torch's zip and does not end as one; reads its two ends alone."""
+    with checkpoint.open("rb") as stream:
+        begins = stream.read(2) == b"PK"
+    return begins and not zipfile.is_zipfile(checkpoint)
 
 
 def _has_content(file: Path) -> bool:
@@ -252,7 +273,7 @@ def _read_json(file: Path) -> dict[str, object]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as exc:
-        raise WeightsMissing(f"{file} is not JSON ({exc}); install the model again") from exc
+        raise WeightsMissing(f"{file} is not JSON ({exc})") from exc
     if not isinstance(found, dict):
         raise WeightsMissing(
             f"{file} holds a {type(found).__name__} where an object was expected; install the model again"

@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 
 from salsa_node.errors import WeightsMissing
-from salsa_node.models import ModelFolder, demo_models_dir, folders_of, require, task_folder, task_model
+from salsa_node.models import (
+    DEMO_STAGES,
+    ModelFolder,
+    demo_models_dir,
+    folders_of,
+    require,
+    task_folder,
+    task_model,
+)
 
 
 def make_folder(path: Path, labels: str = '{"background": 0}') -> Path:
@@ -161,6 +169,27 @@ def test_a_half_extracted_task_is_not_taken_for_whole(tmp_path: Path) -> None:
     (path / "fold_0" / "checkpoint_final.pth").unlink()
     with pytest.raises(WeightsMissing, match="lacks fold_0"):
         task_model(591, tmp_path)
+
+
+def test_a_broken_model_names_the_commands_that_put_a_whole_one_there(tmp_path: Path) -> None:
+    task, salsa = make_task(tmp_path, LESIONS), tmp_path / "salsa" / "nnUNetTrainer__nnUNetPlans__3d_lowres"
+    make_task(tmp_path, CROP)
+    (task / "fold_0" / "checkpoint_final.pth").unlink()
+    with pytest.raises(WeightsMissing, match=r"lacks fold_0.* models remove totalsegmentator-591 .*models fetch 591"):
+        require("totalsegmentator-liver-lesions", tmp_path)
+    make_folder(salsa)
+    (salsa / "dataset.json").unlink()
+    with pytest.raises(WeightsMissing, match=r"lacks dataset.json.* models remove salsa .*models import FOLDER-OR-ZIP"):
+        folders_of("salsa", tmp_path)
+
+
+def test_a_checkpoint_that_is_cut_off_is_noticed_without_reading_it(tmp_path: Path) -> None:
+    shutil.copytree(demo_models_dir(), tmp_path / "demo")
+    assert require("demo", tmp_path) == 3
+    checkpoint = tmp_path / "demo" / DEMO_STAGES["cascade"] / "fold_0" / "checkpoint_final.pth"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-100])
+    with pytest.raises(WeightsMissing, match=r"cascade_fullres/fold_0/checkpoint_final.pth is cut off after \d+ bytes"):
+        require("demo", tmp_path)
 
 
 def test_what_a_pipeline_needs_is_counted_with_totalsegmentators_tasks(tmp_path: Path) -> None:
