@@ -91,7 +91,9 @@ def import_models(
         return
     for manifest in done:
         _put_card(manifest.card)
-        console.put(f"{manifest.card.name} is installed in {model_manifest.folder_of(manifest.card.name, models_dir)}")
+        name = manifest.card.name
+        how = "is installed" if manifest.installed_at == now else "was there already, the same file for file,"
+        console.put(f"{name} {how} in {model_manifest.folder_of(name, models_dir)}")
 
 
 @app.command()

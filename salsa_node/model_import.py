@@ -22,6 +22,7 @@ from salsa_node.models import CHECKPOINT, INCOMING, SALSA, SALSA_STAGES, TOTALSE
 
 _STALE_S: Final = 86_400.0
 _NEEDED: Final = ("dataset.json", "plans.json", f"fold_0/{CHECKPOINT}")
+_TOLD: Final = 3  # folders that a refusal names at most
 _LAYOUTS: Final = (
     "expected SALSA's nnUNetTrainer__nnUNetPlans__3d_lowres and ...__3d_cascade_fullres, at any depth, or "
     "TotalSegmentator's DatasetNNN_NAME/TRAINER__PLANS__CONFIGURATION"
@@ -60,7 +61,7 @@ def import_model(
         _sweep(models_dir, now)
         return [
             _install(source, model, models_dir, now, origin or path.resolve().name, replace, progress)
-            for model in recognise(source.names)
+            for model in recognise(source.names, source.links)
         ]
     except OSError as exc:
         raise ConfigError(
@@ -69,10 +70,13 @@ def import_model(
         ) from exc
 
 
-def recognise(names: Iterable[PurePosixPath]) -> list[Recognised]:
-    """The models among these file names. Raises ModelRefused where there is none, or one is not whole."""
+def recognise(names: Iterable[PurePosixPath], links: Iterable[PurePosixPath] = ()) -> list[Recognised]:
+    """The models among these file names. Raises ModelRefused where there is none, or one is not whole.
+
+    links: folders that are not looked into, for the refusal.
+    """
     there = set(names)
-    trained = sorted(name.parent for name in there if name.name == "plans.json" and name.parent.name.count("__") >= 2)
+    trained = sorted({folder for name in there for folder in name.parents if _is_trained(folder, name)})
     found: dict[str, list[tuple[str, PurePosixPath]]] = {}
     strange = []
     for folder in trained:
@@ -84,19 +88,26 @@ def recognise(names: Iterable[PurePosixPath]) -> list[Recognised]:
             found.setdefault(SALSA, []).append((stage, folder))
         else:
             strange.append(folder)
+    left_out = "".join(f"; {link} is a link to a folder and was not followed" for link in sorted(links)[:_TOLD])
     if not found:
-        seen = f"; found {', '.join(map(str, strange[:3]))}" if strange else ""
-        raise ModelRefused(f"no model was recognised: {_LAYOUTS}{seen}")
-    models = [Recognised(name, _stages(name, parts)) for name, parts in sorted(found.items())]
+        seen = ", ".join(map(str, strange[:_TOLD])) or (f"{len(there)} other files" if there else "no file")
+        raise ModelRefused(f"no model was recognised: {_LAYOUTS}; found {seen}{left_out}")
+    models = [Recognised(name, _stages(name, parts, left_out)) for name, parts in sorted(found.items())]
     for model in models:
         for folder in model.stages.values():
             lacking = [name for name in _NEEDED if folder / name not in there]
             if lacking:
-                raise ModelRefused(f"{model.name}: {folder} lacks {', '.join(lacking)}")
+                again = "copy or unpack the model again, whole"
+                raise ModelRefused(f"{model.name}: {folder} lacks {', '.join(lacking)}{left_out}; {again}")
     return models
 
 
-def _stages(name: str, parts: list[tuple[str, PurePosixPath]]) -> dict[str, PurePosixPath]:
+def _is_trained(folder: PurePosixPath, file: PurePosixPath) -> bool:
+    """Whether a folder is a trained configuration by its name and by one of its files."""
+    return folder.name.count("__") >= 2 and file.relative_to(folder).as_posix() in _NEEDED
+
+
+def _stages(name: str, parts: list[tuple[str, PurePosixPath]], left_out: str) -> dict[str, PurePosixPath]:
     wanted = tuple(SALSA_STAGES) if name == SALSA else ("task",)
     stages = {}
     for stage in wanted:
@@ -104,7 +115,7 @@ def _stages(name: str, parts: list[tuple[str, PurePosixPath]]) -> dict[str, Pure
         if len(places) != 1:
             what = f"folders named ...{SALSA_STAGES[stage]}" if name == SALSA else "trained configurations"
             told = f" ({', '.join(map(str, places))})" if places else ""
-            raise ModelRefused(f"{name}: found {len(places)} {what}{told}; expected one")
+            raise ModelRefused(f"{name}: found {len(places)} {what}{told}; expected one{left_out}")
         stages[stage] = places[0]
     return stages
 
@@ -149,9 +160,10 @@ def _install(
         _check_identity(model, folders)
         files = {f"{f.path.name}/{name}": sha for f in folders.values() for name, sha in f.sha256().items()}
         there = _present(place)
-        if there is not None and there.files == files and "changed" not in _states(model.name, place, there):
+        same = there is not None and there.files == files
+        if there is not None and same and "changed" not in _states(model.name, place, there):
             return there
-        if there is not None and not replace:
+        if there is not None and not same and not replace:
             raise ModelRefused(
                 f"{model.name} is installed in another version ({there.origin}, {there.installed_at:%Y-%m-%d}); "
                 "add --replace to put this one in its place"
@@ -162,7 +174,8 @@ def _install(
         model_manifest.write(manifest, incoming)
         _put_into_place(incoming, place)
     except WeightsMissing as exc:  # an empty file, or a plans file that is no JSON
-        raise ModelRefused(f"{model.name}: {exc}") from exc
+        told = str(exc).replace(f"{incoming}/", "")
+        raise ModelRefused(f"{model.name}: {told}; get the model again, whole") from exc
     else:
         return manifest
     finally:

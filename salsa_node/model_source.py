@@ -31,6 +31,11 @@ class Source(Protocol):
         """All files, sorted."""
         ...
 
+    @property
+    def links(self) -> tuple[PurePosixPath, ...]:
+        """Links to folders, which are not followed."""
+        ...
+
     def copy(self, name: PurePosixPath, to: Path) -> int:
         """Write one file to `to`, which must not exist; returns its size in bytes. Raises ModelRefused, OSError."""
         ...
@@ -42,7 +47,14 @@ def open_source(path: Path) -> Source:
         return _Folder(path)
     if not path.is_file():
         raise ModelRefused(f"there is no file or folder {path}")
+    if path.stat().st_size == 0:
+        raise ModelRefused(f"{path.name} is an empty file; copy or download it again")
     if not zipfile.is_zipfile(path):
+        if path.suffix.lower() == ".zip" or _begins_as_zip(path):
+            raise ModelRefused(
+                f"{path.name} is no whole zip (its table of contents is not there): cut off or damaged; copy or "
+                "download it again"
+            )
         raise ModelRefused(f"{path.name} is neither a folder nor a zip; unpack it and import the folder")
     return _Zip(path)
 
@@ -50,14 +62,17 @@ def open_source(path: Path) -> Source:
 class _Folder:
     def __init__(self, path: Path) -> None:
         root = path.resolve()
-        found = []
+        found, links = [], []
         for parent, folders, files in os.walk(root):  # follows no link to another folder
             folders.sort()
+            places = [Path(parent, name) for name in folders]
+            links += [place.relative_to(root.parent) for place in places if place.is_symlink()]
             found += [Path(parent, name).relative_to(root.parent) for name in files]
             if len(found) > MAX_FILES:
                 raise ModelRefused(f"{path} holds more than {MAX_FILES} files; give the model's own folder")
         self._parent = root.parent
         self.names = tuple(sorted(PurePosixPath(name.as_posix()) for name in found))
+        self.links = tuple(PurePosixPath(link.as_posix()) for link in links)
 
     def copy(self, name: PurePosixPath, to: Path) -> int:
         file = self._parent / name
@@ -87,6 +102,7 @@ class _Zip:
                     raise ModelRefused(f"{path.name} holds {entry.filename[:120]} twice")
                 self._entries[name] = entry
         self.names = tuple(sorted(self._entries))
+        self.links: tuple[PurePosixPath, ...] = ()
 
     def copy(self, name: PurePosixPath, to: Path) -> int:
         entry = self._entries[name]
@@ -102,6 +118,11 @@ class _Zip:
                 return _copy(stream, to, str(name), entry.file_size)
         except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as exc:
             raise _damaged(self._path, exc) from exc
+
+
+def _begins_as_zip(path: Path) -> bool:
+    with path.open("rb") as stream:
+        return stream.read(4) == b"PK\x03\x04"
 
 
 def _check_entry(entry: zipfile.ZipInfo, path: Path) -> None:
@@ -140,4 +161,7 @@ def _chunks(stream: IO[bytes]) -> Iterator[bytes]:
 
 
 def _damaged(path: Path, exc: Exception) -> ModelRefused:
-    return ModelRefused(f"{path.name} cannot be read as a zip ({type(exc).__name__}): damaged or of another kind")
+    return ModelRefused(
+        f"{path.name} cannot be read as a zip ({type(exc).__name__}): damaged or of another kind; copy or download it "
+        "again"
+    )

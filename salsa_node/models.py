@@ -275,7 +275,5 @@ def _read_json(file: Path) -> dict[str, object]:
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as exc:
         raise WeightsMissing(f"{file} is not JSON ({exc})") from exc
     if not isinstance(found, dict):
-        raise WeightsMissing(
-            f"{file} holds a {type(found).__name__} where an object was expected; install the model again"
-        )
+        raise WeightsMissing(f"{file} holds a {type(found).__name__} where an object was expected")
     return found

@@ -78,6 +78,12 @@ def test_show_tells_licence_and_hashes(cli: Cli, salsa: Path) -> None:
     assert cli("show", "sala").returncode == 3
 
 
+def test_a_second_import_says_that_nothing_was_done(cli: Cli, salsa: Path) -> None:
+    told = cli("import", salsa)
+    assert told.returncode == 0
+    assert f"salsa was there already, the same file for file, in {salsa}" in told.stdout
+
+
 def test_verify_finds_a_changed_byte_and_import_mends_it(cli: Cli, salsa: Path) -> None:
     assert cli("verify").returncode == 0
     checkpoint = next(salsa.rglob(CHECKPOINT))

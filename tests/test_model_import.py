@@ -146,7 +146,7 @@ def test_a_damaged_installation_is_mended_by_importing_again(tmp_path: Path) -> 
     assert sorted(model_manifest.verify(installed).values()) == ["changed", "ok", "ok"]
     next(installed.path.rglob("plans.json")).unlink()
     assert sorted(model_manifest.verify(installed).values()) == ["changed", "missing", "ok"]
-    import_model(given, tmp_path / "models", NOW, replace=True)
+    import_model(given, tmp_path / "models", NOW)  # the same version: it takes no --replace
     assert set(model_manifest.verify(installed).values()) == {"ok"}
 
 
@@ -161,13 +161,15 @@ def whole(folder: str) -> list[PurePosixPath]:
 @pytest.mark.parametrize(
     ("there", "words"),
     [
-        ([], "no model was recognised: expected SALSA's"),
-        (names("scan.nii.gz"), "no model was recognised"),
+        ([], "no model was recognised: expected SALSA's.*; found no file$"),
+        (names("scan.nii.gz"), "no model was recognised.*; found 1 other files$"),
         (whole("x/nnUNetTrainer__nnUNetPlans__2d"), "found x/nnUNetTrainer__nnUNetPlans__2d"),
         (whole(f"x/{LOWRES}"), r"salsa: found 0 folders named \.\.\.__3d_cascade_fullres"),
         (whole(f"a/{LOWRES}") + whole(f"b/{LOWRES}") + whole(CASCADE), f"found 2 folders .* \\(a/{LOWRES}, b/{LOWRES}"),
         (whole(LOWRES) + whole(CASCADE)[:2], f"salsa: {CASCADE} lacks fold_0/{CHECKPOINT}"),
-        (whole(LOWRES)[1:] + whole(CASCADE), f"salsa: {LOWRES} lacks dataset.json"),
+        (whole(LOWRES)[1:] + whole(CASCADE), f"salsa: {LOWRES} lacks dataset.json; copy or unpack the model again"),
+        (whole(LOWRES) + whole(CASCADE)[::2], f"salsa: {CASCADE} lacks plans.json"),
+        (whole(LOWRES) + whole(CASCADE)[2:], f"salsa: {CASCADE} lacks dataset.json, plans.json"),
         (whole(f"{LESIONS}/a__b__c") + whole(f"{LESIONS}/a__b__d"), "totalsegmentator-591: found 2 trained"),
         (whole("Dataset297_TotalSegmentator_total_3mm_1559subj_v204/a__b__c"), "another version of the weights"),
     ],
@@ -191,8 +193,11 @@ def test_a_pickle_bomb_is_refused_unread_and_nothing_stays(tmp_path: Path) -> No
     given = salsa_at(tmp_path / "given")
     file = given / "model_weights" / LOWRES / "fold_0" / CHECKPOINT
     torch.save(torch.load(file, weights_only=True) | {"logging": Trap(tmp_path / "sprung")}, file)
-    with pytest.raises(ModelRefused, match="carries code, or is damaged, is refused"):
+    with pytest.raises(
+        ModelRefused, match=r"asks for posix\.mkdir\); a checkpoint that carries code, .* refused"
+    ) as told:
         import_model(given, tmp_path / "models", NOW)
+    assert "Re-running" not in str(told.value)  # torch's advice would spring it
     assert not (tmp_path / "sprung").exists()
     assert left_behind(tmp_path / "models") == []
 
@@ -234,8 +239,11 @@ def test_plans_that_name_foreign_code_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelRefused, match="asks for the preprocessor Popen"):
         import_model(given, tmp_path / "models", NOW)
     file.write_text("{")
-    with pytest.raises(ModelRefused, match="is not JSON"):
+    with pytest.raises(
+        ModelRefused, match=r"591: nnUNetTrainer__.*/plans.json is not JSON .*; get the model again"
+    ) as told:
         import_model(given, tmp_path / "models", NOW)
+    assert ".incoming" not in str(told.value)
     assert left_behind(tmp_path / "models") == []
 
 
@@ -286,11 +294,20 @@ def test_a_zip_that_says_less_than_it_holds_is_refused(tmp_path: Path) -> None:
     assert not out.exists() or out.stat().st_size <= 10
 
 
-@pytest.mark.parametrize(("name", "content"), [("x.zip", b"PK\x05\x06 no"), ("x.tar", b"tar"), ("absent", None)])
-def test_what_is_no_zip_is_refused(tmp_path: Path, name: str, content: bytes | None) -> None:
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("x.zip", b"PK\x05\x06 no", "no whole zip .*; copy or download it again"),
+        ("weights", b"PK\x03\x04 cut off", "no whole zip .*; copy or download it again"),
+        ("x.zip", b"", "is an empty file"),
+        ("x.tar", b"tar", "neither a folder nor a zip; unpack it"),
+        ("absent", None, "there is no file or folder"),
+    ],
+)
+def test_what_is_no_zip_is_refused(tmp_path: Path, name: str, content: bytes | None, words: str) -> None:
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(ModelRefused):
+    with pytest.raises(ModelRefused, match=words):
         import_model(tmp_path / name, tmp_path / "models", NOW)
     assert left_behind(tmp_path / "models") == []
 
@@ -316,6 +333,14 @@ def test_a_plans_file_that_no_plans_file_is_is_refused(tmp_path: Path, monkeypat
     with pytest.raises(ModelRefused, match="holds more than 1000 bytes"):
         import_model(given, tmp_path / "models", NOW)
     assert left_behind(tmp_path / "models") == []
+
+
+def test_a_link_to_a_folder_is_told_not_followed(tmp_path: Path) -> None:
+    given = salsa_at(tmp_path / "given")
+    (given / "model_weights" / CASCADE).rename(tmp_path / CASCADE)
+    (given / "model_weights" / CASCADE).symlink_to(tmp_path / CASCADE)
+    with pytest.raises(ModelRefused, match=f"found 0 .*; given/model_weights/{CASCADE} is a link to a folder"):
+        import_model(given, tmp_path / "models", NOW)
 
 
 @pytest.mark.usefixtures("untried")

@@ -13,6 +13,7 @@ import importlib.util
 import io
 import logging
 import pickle
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -372,12 +373,18 @@ def _read_checkpoint(file: Path) -> dict[str, Any]:
         if isinstance(exc, RuntimeError) and is_exhaustion(exc):
             raise
         raise PipelineError(
-            f"{file.parent.parent.name}/{file.parent.name}/{file.name} cannot be read as plain tensors; a checkpoint "
-            f"that carries code, or is damaged, is refused ({str(exc).splitlines()[0]})"
+            f"{file.parent.parent.name}/{file.parent.name}/{file.name} cannot be read as plain tensors "
+            f"({_unread(exc)}); a checkpoint that carries code, or is damaged, is refused"
         ) from exc
     if not isinstance(found, dict) or not {"network_weights", "init_args"} <= found.keys():
         raise PipelineError(f"{file.name} is no nnU-Net v2 checkpoint: network_weights and init_args were expected")
     return found
+
+
+def _unread(exc: Exception) -> str:
+    """Why a checkpoint was not read, without torch's advice to run it all the same."""
+    named = re.search(r"GLOBAL ([\w.]+)", str(exc))
+    return f"it asks for {named[1][:80]}" if named else f"cut off, or not of torch.save: {type(exc).__name__}"
 
 
 def _use_all_threads(configuration: dict[str, Any]) -> None:
