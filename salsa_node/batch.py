@@ -72,7 +72,8 @@ class Wanted:
 class Result:
     """What became of one case.
 
-    state: "done", "there" (finished before) or "failed". told: in words. record: the case's JSON; {} where it failed.
+    state: "done", "there" (finished before), "failed" or "left out". told: in words.
+    record: the case's JSON; {} where there is no result.
     """
 
     case: Case
@@ -89,13 +90,13 @@ class Result:
 
     def as_json(self) -> dict[str, object]:
         """The same for machines."""
-        failed = self.state == "failed"
+        without = not self.record
         return {
             "scan": str(self.case.path),
             "state": self.state,
             "told": self.told,
-            "result": None if failed else str(self.place),
-            "record": None if failed else dict(self.record),
+            "result": None if without else str(self.place),
+            "record": None if without else dict(self.record),
         }
 
 
@@ -104,13 +105,15 @@ def run(
 ) -> Iterator[Result]:
     """Analyse the cases of `cases.placed` one after the other; each result comes when it is written. Raises nothing."""
     for case, place in placed:
+        if case.left_out:
+            yield Result(case, place, "left out", case.refusal, {})
+            continue
         try:
             yield _one(case, place, pipeline, criteria, limits, wanted)
         except SalsaNodeError as error:
             yield _failed(case, place, str(error))
         except OSError as error:
-            where = f"; {place.parent} must be a folder that this user may write: see --output" if error.errno else ""
-            yield _failed(case, place, f"cannot be read or written ({error.strerror}){where}")
+            yield _failed(case, place, _cannot(error, case, place))
         except Exception as error:  # noqa: BLE001 - one bad case is told and the rest go on
             yield _failed(case, place, unforeseen(error))
 
@@ -300,7 +303,7 @@ def _scan_row(result: Result) -> dict[str, object]:
         "scan": str(result.case.path),
         "state": result.state,
         "told": result.told,
-        "result": "" if result.state == "failed" else str(result.place),
+        "result": str(result.place) if record else "",
         "lesions": len(lesions) if record else "",
         "measurable": sum(row["disease"] == Disease.MEASURABLE.value for row in lesions) if record else "",
         "lesions_ml": round(sum(float(str(row["volume_ml"])) for row in lesions), 4) if record else "",
@@ -309,6 +312,13 @@ def _scan_row(result: Result) -> dict[str, object]:
         "pipeline": pipeline["name"] if isinstance(pipeline, dict) else "",
         "notice": pipeline["notice"] if isinstance(pipeline, dict) else "",
     }
+
+
+def _cannot(error: OSError, case: Case, place: Path) -> str:
+    if error.filename is not None and Path(error.filename) in case.files:
+        return f"the scan cannot be read ({error.strerror})"
+    where = f"; {place.parent} must be a folder that this user may write: see --output" if error.errno else ""
+    return f"cannot be read or written ({error.strerror}){where}"
 
 
 def _failed(case: Case, place: Path, told: str) -> Result:

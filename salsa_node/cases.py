@@ -11,6 +11,7 @@ import csv
 import errno
 import glob
 import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +28,9 @@ INTERMEDIATES: Final = (  #: what SALSA keeps of a case in the folder `<stem>_SA
     "mask_resampled",
 )  # fmt: skip
 _NIFTI: Final = (".nii.gz", ".nii")
+_LABEL_MAP: Final = re.compile(  # how people call what they drew
+    r"(^|[-_. ])(gt|ground[-_ ]?truth|truth|seg|segmentation|masks?|labels?|labelmap)$", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +41,7 @@ class Case:
     files: its images; empty with a refusal.
     stem: the name of its result, without `MARK` and suffix. beside: the folder where the scan lies.
     refusal: why it cannot be analysed; "" where it can.
+    left_out: a label map, by its name or its numbers, that was found in a folder or by a pattern; nobody asked for it.
     """
 
     path: Path
@@ -44,6 +49,7 @@ class Case:
     stem: str
     beside: Path
     refusal: str = ""
+    left_out: bool = False
 
     @property
     def is_nifti(self) -> bool:
@@ -66,23 +72,35 @@ class Scan:
 def listed(table: Path) -> list[str]:
     """The paths in the column PATHS of a CSV file; a relative one that does not exist is tried beside the file.
 
-    Raises ConfigError where the file cannot be read or has no such column.
+    Columns may be parted by commas, semicolons or tabs.
+    Raises ConfigError where the file cannot be read, has no such column, or names no scan.
     """
     try:
         with table.open(newline="", encoding="utf-8-sig") as file:
-            rows = csv.DictReader(file, skipinitialspace=True)
+            first = file.readline()
+            file.seek(0)
+            parted_by = next((mark for mark in ",;\t" if COLUMN in _columns(first, mark)), ",")
+            rows = csv.DictReader(file, skipinitialspace=True, delimiter=parted_by)
             columns = [name.strip() for name in rows.fieldnames or ()]
             if COLUMN not in columns:
-                raise ConfigError(f"{table}: expected a column {COLUMN}, found {', '.join(columns) or 'nothing'}")
+                raise ConfigError(
+                    f"{table}: expected a column {COLUMN} in its first line, found {', '.join(columns) or 'nothing'}"
+                )
             rows.fieldnames = columns
             wanted = [(row[COLUMN] or "").strip() for row in rows]
     except (OSError, UnicodeDecodeError, csv.Error) as exc:
         raise ConfigError(f"{table}: cannot be read as a CSV file ({type(exc).__name__})") from exc
+    if not any(wanted):
+        raise ConfigError(f"{table}: no scan is listed; expected a path in the column {COLUMN} of each row")
     found = []
     for name in filter(None, wanted):
         beside = table.parent / name
         found.append(str(beside) if not os.path.exists(name) and os.path.exists(beside) else name)  # noqa: PTH110
     return found
+
+
+def _columns(line: str, parted_by: str) -> list[str]:
+    return [name.strip() for row in csv.reader([line], delimiter=parted_by, skipinitialspace=True) for name in row]
 
 
 def find(wanted: Iterable[str]) -> list[Case]:
@@ -93,15 +111,16 @@ def find(wanted: Iterable[str]) -> list[Case]:
     cases: dict[tuple[Path, str], Case] = {}
     for name in wanted:
         for case in _named(name):
-            cases.setdefault((case.path.absolute() / case.stem, case.refusal), case)
+            cases.setdefault((_real(case.path) / case.stem, case.refusal), case)
     return list(cases.values())
 
 
 def placed(cases: Sequence[Case], output: Path | None) -> list[tuple[Case, Path]]:
     """Each case with the path of its label map: `<stem>_SALSA.nii.gz` beside the scan, or in `output`.
 
-    In `output` scans of one name are told apart by their folder's: `<folder>_<stem>_SALSA.nii.gz`. Where two would
-    still go to one place, all but the first are refused.
+    In `output` scans of one name are told apart by their folder's: `<folder>_<stem>_SALSA.nii.gz`; `x.nii` beside
+    `x.nii.gz` keeps its suffix: `x.nii_SALSA.nii.gz`. Where two would still go to one place, all but the first are
+    refused.
     """
     if output is not None:
         stems = [case.stem for case in cases]
@@ -109,13 +128,18 @@ def placed(cases: Sequence[Case], output: Path | None) -> list[tuple[Case, Path]
             replace(case, stem=f"{case.beside.absolute().name}_{case.stem}") if stems.count(case.stem) > 1 else case
             for case in cases
         ]
+    packed = {(_real(case.beside), case.stem) for case in cases if case.path.name.lower().endswith(_NIFTI[0])}
     taken: dict[Path, Case] = {}
     result = []
     for case in cases:
+        if case.path.name.lower().endswith(_NIFTI[1]) and (_real(case.beside), case.stem) in packed:
+            case = replace(case, stem=case.stem + case.path.name[-len(_NIFTI[1]) :])  # noqa: PLW2901
         place = (output or case.beside) / f"{case.stem}{MARK}.nii.gz"
-        first = taken.setdefault(place.absolute(), case)
-        if first is not case and not case.refusal:
-            case = replace(case, refusal=f"its result would take the place of that of {first.path}")  # noqa: PLW2901
+        if not case.refusal:
+            first = taken.setdefault(_real(place), case)
+            if first is not case:
+                reason = f"its result would take the place of that of {first.path}; name it with another --output"
+                case = replace(case, refusal=reason)  # noqa: PLW2901
         result.append((case, place))
     return result
 
@@ -132,7 +156,7 @@ def read(case: Case) -> Scan:
 
 def open_scan(path: Path | str) -> Scan:
     """The one CT at `path`, a NIfTI file or a DICOM folder. Raises SeriesRejected where there is none, or several."""
-    cases = find([str(path)])
+    cases = [case for case in find([str(path)]) if not case.left_out]
     if len(cases) != 1:
         raise SeriesRejected(f"expected one scan at that path, found {len(cases)}")
     return read(cases[0])
@@ -176,7 +200,7 @@ def _cases(path: Path, root: Path | None = None) -> list[Case]:
     if _is_nifti(path) and path.is_file():
         if _is_result(path, path.parent):
             return [_refused(path, "an earlier batch wrote this label map; name the scan itself")]
-        return [_nifti_case(path)]
+        return [_nifti_case(path) if root is None else _found_case(path)]
     if path.is_dir():
         files, locked = _walked(path, root or path)
         volumes = [file for file in files if _is_nifti(file)]
@@ -186,7 +210,7 @@ def _cases(path: Path, root: Path | None = None) -> list[Case]:
             locked.append(
                 _refused(path, f"this user may not read {len(unread)} of its files, such as {unread[0].name}")
             )
-        found = [_nifti_case(file) for file in volumes] + _dicom_cases(path, images) + locked
+        found = [_found_case(file) for file in volumes] + _dicom_cases(path, images) + locked
         return found or [_refused(path, "neither a NIfTI file nor a DICOM image lies in this folder")]
     if path.exists():
         return [_refused(path, "expected a .nii or .nii.gz file or a folder")]
@@ -214,11 +238,12 @@ def _dicom_cases(folder: Path, files: Sequence[Path]) -> list[Case]:
         found = candidate.read_candidate(paths)
         studies.setdefault(found.study_uid, []).append(found)
     cases = []
-    for _, candidates in sorted(studies.items()):
+    for study_uid, candidates in sorted(studies.items()):
         choice = selection.choose_volume(candidates)
         if choice.chosen is None:
             reasons = "; ".join(dict.fromkeys(verdict.reason for verdict in choice.verdicts))
-            cases.append(_refused(folder, f"no series of this study can be analysed: {reasons}"))
+            which = f"the study {study_uid}" if len(studies) > 1 else "this study"
+            cases.append(_refused(folder, f"no series of {which} can be analysed: {reasons}"))
         else:
             place = choice.chosen.paths[0].parent
             whole = place.absolute()
@@ -239,6 +264,21 @@ def _told_apart(cases: list[Case]) -> list[Case]:
 
 def _nifti_case(path: Path) -> Case:
     return Case(path, (path,), _stem(path), path.parent)
+
+
+def _found_case(path: Path) -> Case:
+    """A NIfTI file that a folder or a pattern led to: a scan, or a label map that lies beside scans."""
+    if _LABEL_MAP.search(_without_suffix(path.name)) or nifti.holds_bytes(path):
+        return replace(_refused(path, "a label map, by its name or its numbers: left out"), left_out=True)
+    return _nifti_case(path)
+
+
+def _real(path: Path) -> Path:
+    """The one way to call a path; a link stays one, the folders above it do not."""
+    whole = path.absolute()
+    if whole.name == "..":
+        return Path(os.path.realpath(whole))
+    return Path(os.path.realpath(whole.parent)) / whole.name
 
 
 def _refused(path: Path, reason: str) -> Case:

@@ -47,7 +47,7 @@ def batch(
 ) -> None:
     """Find lesions in many scans: <stem>_SALSA.nii.gz for each, tables for all; what is finished is not done again."""
     if not paths and input_csv is None:
-        raise errors.ConfigError("nothing to do: give PATHs or --input-csv FILE")
+        raise typer.BadParameter("nothing to do: give PATHs or --input-csv FILE")
     from salsa_node import preflight
 
     settings = preflight.ready(config.load(config_file), pipeline, device)
@@ -76,6 +76,9 @@ def batch(
             for result in batches.run(placed, loaded, criteria, settings.guards, wanted):
                 done.append(result)
                 bar(f"{result.case.path}: {'FAILED: ' if result.state == 'failed' else ''}{result.told}")
+    except KeyboardInterrupt:
+        console.note(f"stopped after {len(done)} of {len(placed)} scans; the same command again goes on with the rest")
+        raise
     finally:
         try:
             tables = batches.write_tables(done, folder)
@@ -136,10 +139,13 @@ def _tell(done: Sequence[Result], tables: Sequence[Path], as_json: bool) -> None
     counts = {state: sum(result.state == state for result in done) for state in ("done", "there", "failed")}
     lesions = sum(len(result.lesions) for result in done)
     console.put(
-        f"{len(done)} scan{'' if len(done) == 1 else 's'}: "
+        f"{sum(counts.values())} scan{'' if sum(counts.values()) == 1 else 's'}: "
         f"{counts['done']} done, {counts['there']} finished before, {counts['failed']} failed; "
         f"{lesions} candidate lesion{'' if lesions == 1 else 's'}"
     )
+    left_out = [result.case.path for result in done if result.state == "left out"]
+    if left_out:
+        console.put(f"left out {len(left_out)} that are no scans but label maps: {', '.join(map(str, left_out))}")
     console.put(f"tables: {', '.join(map(str, tables)) or 'none could be written'}")
     for result in done:
         if result.state == "failed":

@@ -58,7 +58,8 @@ def read_ct(path: Path) -> CtVolume:
         )
     if np.issubdtype(stored, np.unsignedinteger) and voxels.min() >= 0:
         raise SeriesRejected(
-            f"unsigned values from {voxels.min():g} to {voxels.max():g}: no Hounsfield units, which reach below zero"
+            f"unsigned values from {voxels.min():g} to {voxels.max():g}: no Hounsfield units, which reach below zero; "
+            "write the scan again with its intercept (usually -1024) in scl_inter, or with signed values"
         )
     limits = np.iinfo(np.int16)
     whole = voxels.min() >= limits.min and voxels.max() <= limits.max and _all_whole(voxels)
@@ -80,6 +81,15 @@ def read_labels(path: Path) -> LabelVolume:
         )
     dtype = np.uint8 if voxels.max() <= np.iinfo(np.uint8).max else np.uint16
     return LabelVolume(np.array(voxels, dtype=dtype, order="C"), grid)
+
+
+def holds_bytes(path: Path) -> bool:
+    """Whether voxels are single bytes as they are stored: labels, for no CT fits in. False for what is no NIfTI."""
+    try:
+        header = _load(path).header
+        return np.dtype(header.get_data_dtype()).itemsize == 1  # type: ignore[no-untyped-call]
+    except (*_UNREADABLE, SeriesRejected):
+        return False
 
 
 def read_description(path: Path) -> str:
@@ -167,7 +177,10 @@ def _read(path: Path) -> tuple[Numbers, Grid, np.dtype[np.generic]]:
         raise SeriesRejected("the affine is not finite or does not span space")
     odd = voxels.size - int(np.count_nonzero(np.isfinite(voxels)))
     if odd:
-        raise SeriesRejected(f"{odd} of {voxels.size} voxels are not finite numbers")
+        raise SeriesRejected(
+            f"{odd} of {voxels.size} voxels are not finite numbers; give them a value, such as -1024 HU for what was "
+            "not scanned"
+        )
     return voxels.transpose(_slice_row_column(affine)), _grid_of(affine, voxels.shape), stored
 
 

@@ -91,6 +91,9 @@ def ready(config: Config, pipeline: str = "", device: str = "") -> Config:
     config = settled(replace(config, pipeline=choice))
     if config.pipeline.name == "given_masks":
         raise ConfigError("the pipeline given_masks needs a mask for each scan: use salsa-node run --masks FILE")
+    if config.pipeline.name not in pipelines.names():
+        there = ", ".join(name for name in pipelines.names() if name != "given_masks")
+        raise ConfigError(f"no pipeline is called {config.pipeline.name!r}; there are {there}")
     require_pipeline(config.pipeline.name, config)
     return config
 

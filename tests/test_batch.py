@@ -319,6 +319,35 @@ def test_a_map_that_somebody_changed_or_brought_is_not_overwritten(tmp_path: Pat
     assert run(source)[0].state == "failed"
 
 
+def test_a_scan_that_cannot_be_read_is_not_called_a_folder_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(file: Path) -> str:
+        raise PermissionError(13, "Permission denied", str(file))
+
+    monkeypatch.setattr(batch, "sha256_of", refused)
+    (result,) = run(save(tmp_path / "a.nii.gz"))
+    assert (result.state, result.told) == ("failed", "the scan cannot be read (Permission denied)")
+
+
+def test_a_label_map_beside_scans_is_told_and_is_no_failure(tmp_path: Path) -> None:
+    save(tmp_path / "a.nii.gz")
+    save(tmp_path / "a_GT.nii.gz", np.zeros((4, 4, 4), np.int16))
+    pipeline = ByDensity()
+    results = list(batch.run(cases.placed(cases.find([str(tmp_path)]), None), pipeline, Criteria(), Limits(), Wanted()))
+    assert [(result.state, result.as_json()["record"] is None) for result in results] == [
+        ("done", False),
+        ("left out", True),
+    ]
+    assert pipeline.asked == 1
+    batch.write_tables(results, tmp_path / "out")
+    with (tmp_path / "out" / "salsa_scans.csv").open(newline="", encoding="utf-8") as file:
+        assert [(row["state"], row["result"] != "") for row in csv.DictReader(file)] == [
+            ("done", True),
+            ("left out", False),
+        ]
+
+
 def test_a_folder_that_cannot_be_written_is_told_before_the_work(tmp_path: Path) -> None:
     source = save(tmp_path / "a.nii.gz")
     (tmp_path / "file").write_text("")

@@ -106,6 +106,67 @@ def test_hidden_files_in_a_folder_are_no_scans(tmp_path: Path) -> None:
     assert found(tmp_path / "._scan.nii.gz") == [("._scan.nii.gz", "._scan")]
 
 
+@pytest.mark.parametrize("name", ["truth", "a_GT", "example_seg", "p1-mask", "labels", "ground truth"])
+def test_label_maps_beside_scans_are_left_out_unless_they_are_named(tmp_path: Path, name: str) -> None:
+    for file in (f"{name}.nii.gz", "liver.nii.gz", "segment 3.nii"):
+        scan(tmp_path / file)
+    told = {case.path.name: case.left_out for case in cases.find([str(tmp_path)])}
+    assert told == {f"{name}.nii.gz": True, "liver.nii.gz": False, "segment 3.nii": False}
+    assert {case.path.name: case.left_out for case in cases.find([f"{tmp_path}/*"])} == told
+    (named,) = cases.find([str(tmp_path / f"{name}.nii.gz")])
+    assert (named.left_out, named.refusal) == (False, "")
+
+
+def test_voxels_of_one_byte_are_labels(tmp_path: Path) -> None:
+    nib.save(nib.Nifti1Image(np.zeros((4, 5, 6), np.uint8), np.eye(4)), tmp_path / "drawn.nii.gz")
+    scan(tmp_path / "scan.nii.gz")
+    assert [(case.path.name, case.left_out) for case in cases.find([str(tmp_path)])] == [
+        ("drawn.nii.gz", True),
+        ("scan.nii.gz", False),
+    ]
+    assert cases.open_scan(tmp_path).ct.grid.shape == (6, 5, 4)
+
+
+def test_one_file_called_in_two_ways_is_one_scan(tmp_path: Path) -> None:
+    scan(tmp_path / "a" / "x.nii.gz")
+    (tmp_path / "b").mkdir()
+    both = [str(tmp_path / "a" / "x.nii.gz"), str(tmp_path / "b" / ".." / "a" / "x.nii.gz")]
+    (only,) = cases.find(both)
+    assert only.refusal == ""
+
+
+@pytest.mark.parametrize("output", [None, Path("out")])
+def test_a_packed_and_a_plain_file_of_one_name_get_a_place_each(tmp_path: Path, output: Path | None) -> None:
+    for name in ("x.nii", "x.nii.gz", "y.nii"):
+        scan(tmp_path / "s" / name)
+    told = cases.placed(cases.find([str(tmp_path / "s")]), output)
+    assert [case.refusal for case, _ in told] == ["", "", ""]
+    before = "" if output is None else "s_"
+    places = {case.path.name: place.name for case, place in told}
+    assert places == {
+        "x.nii": f"{before}x.nii_SALSA.nii.gz",
+        "x.nii.gz": f"{before}x_SALSA.nii.gz",
+        "y.nii": "y_SALSA.nii.gz",
+    }
+    for _, place in told:
+        scan(tmp_path / "s" / place.name)
+    assert len(cases.find([str(tmp_path / "s")])) == (3 if output is None else 5)  # results beside their scans
+
+
+@pytest.mark.parametrize("parted_by", [",", ";", "\t", ", "])
+def test_columns_are_parted_as_spreadsheets_do(tmp_path: Path, parted_by: str) -> None:
+    rows = [parted_by.join(row) for row in (("id", "PATHS"), ("1", "/x/a,b.nii" if parted_by == ";" else "/x/a.nii"))]
+    (tmp_path / "t.csv").write_text("\n".join(rows) + "\n")
+    assert cases.listed(tmp_path / "t.csv") == ["/x/a,b.nii" if parted_by == ";" else "/x/a.nii"]
+
+
+@pytest.mark.parametrize("content", ["PATHS\n", "id,PATHS\n1,\n"])
+def test_a_table_that_names_no_scan_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "t.csv").write_text(content)
+    with pytest.raises(ConfigError, match="no scan is listed; expected a path in the column PATHS"):
+        cases.listed(tmp_path / "t.csv")
+
+
 def test_a_path_that_cannot_be_looked_at_is_a_case_with_the_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,11 +225,12 @@ def test_in_an_output_folder_scans_of_one_name_are_told_apart(tmp_path: Path) ->
 
 
 def test_two_scans_for_one_place_are_not_both_written(tmp_path: Path) -> None:
-    scan(tmp_path / "scan.nii")
-    scan(tmp_path / "scan.nii.gz")
-    told = [case.refusal for case, _ in cases.placed(cases.find([str(tmp_path)]), None)]
+    scan(tmp_path / "p1" / "ct" / "scan.nii")
+    scan(tmp_path / "p2" / "ct" / "scan.nii")
+    told = [case.refusal for case, _ in cases.placed(cases.find([str(tmp_path)]), tmp_path / "out")]
     assert told[0] == ""
     assert "would take the place of" in told[1]
+    assert "another --output" in told[1]
 
 
 def test_the_column_paths_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,7 +245,7 @@ def test_the_column_paths_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"PATH\nx\n", "expected a column PATHS, found PATH"),
+        (b"PATH\nx\n", "expected a column PATHS in its first line, found PATH"),
         (b"", "found nothing"),
         (b"\xff\xfe\x00P", "cannot be read"),
     ],

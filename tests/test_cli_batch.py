@@ -68,12 +68,11 @@ def test_a_table_of_scans_in_salsas_way(cli: Cli, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ((), "give PATHs or --input-csv"),
         (("--input-csv", "absent.csv"), "absent.csv: cannot be read"),
         (("x.nii", "--rule", "size"), "--rule: expected diameter or volume, found 'size'"),
         (("x.nii", "--overlay", "jpg"), "--overlay: expected gif or png"),
         (("x.nii", "--pipeline", "given_masks"), "use salsa-node run --masks"),
-        (("x.nii", "--pipeline", "salsa7"), "no pipeline is called 'salsa7'"),
+        (("x.nii", "--pipeline", "salsa7"), "'salsa7'; there are demo, salsa, totalsegmentator-liver-lesions\n"),
     ],
 )
 def test_what_cannot_be_done_says_what_to_give(cli: Cli, arguments: tuple[str, ...], words: str) -> None:
@@ -95,3 +94,9 @@ def test_tables_that_cannot_be_written_are_told_before_the_work_or_after_the_sum
     assert "the tables cannot be written to" in after.stderr
     assert "1 scan: 0 done, 0 finished before, 1 failed" in after.stdout
     assert "tables: none could be written" in after.stdout
+
+
+def test_without_a_scan_the_command_is_called_wrongly(cli: Cli) -> None:
+    told = cli()
+    assert told.returncode == 2
+    assert "give PATHs or --input-csv" in told.stderr
