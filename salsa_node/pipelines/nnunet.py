@@ -188,7 +188,7 @@ class Network:
         if previous is not None and not previous.grid.matches(ct.grid):
             raise PipelineError(f"{self.folder.path.name}: the previous stage lies on another grid than the CT")
         turn = Turn.of(ct.grid)
-        image = turn.apply(ct.voxels_hu)[None].astype(np.float32)
+        image = turn.apply(ct.voxels_hu)[None]
         stage = (
             None if previous is None else turn.apply(previous.labels)[None].astype(np.int16)
         )  # nnU-Net writes -1 into it
@@ -203,10 +203,11 @@ class Network:
         return LabelVolume(np.ascontiguousarray(turn.undo(found)), ct.grid)
 
     def preprocess(
-        self, image: npt.NDArray[np.float32], stage: npt.NDArray[np.int16] | None, spacing_mm: list[float]
+        self, image: npt.NDArray[Any], stage: npt.NDArray[np.int16] | None, spacing_mm: list[float]
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int8], dict[str, Any]]:
         """What the network sees of (1, z, y, x) arrays: channels and labels at its spacing, and the way back.
 
+        image: numbers of any kind; nnU-Net makes its own float32 of them.
         `stage` comes back in the labels: the truth in training, the previous stage in a cascade.
         """
         predictor = self._predictor
@@ -218,23 +219,48 @@ class Network:
         return channels, labels, properties
 
     def predict_array(
-        self, image: npt.NDArray[np.float32], spacing_mm: list[float], stage: npt.NDArray[np.int16] | None = None
+        self, image: npt.NDArray[Any], spacing_mm: list[float], stage: npt.NDArray[np.int16] | None = None
     ) -> npt.NDArray[np.unsignedinteger[Any]]:
         """Labels (z, y, x) of a (1, z, y, x) image in nnU-Net's own order, as `predict` has them otherwise."""
-        from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
         from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
 
-        predictor = self._predictor
         channels, labels, properties = self.preprocess(image, stage, spacing_mm)
         if stage is not None:
-            classes = predictor.label_manager.foreground_labels
+            classes = self._predictor.label_manager.foreground_labels
             channels = np.vstack((channels, convert_labelmap_to_one_hot(labels[0], classes, channels.dtype)))
         logits = self.logits(torch.from_numpy(np.ascontiguousarray(channels, dtype=np.float32)))
-        found: npt.NDArray[np.unsignedinteger[Any]] = convert_predicted_logits_to_segmentation_with_correct_shape(
-            logits.float().cpu(), predictor.plans_manager, predictor.configuration_manager, predictor.label_manager,
-            properties, num_threads_torch=torch.get_num_threads(),
-        )  # fmt: skip
-        return found
+        return self._labels(logits, properties)
+
+    def _labels(self, logits: torch.Tensor, properties: dict[str, Any]) -> npt.NDArray[np.unsignedinteger[Any]]:
+        """Labels (z, y, x) of the image that was preprocessed, as nnU-Net's export finds them, class by class.
+
+        nnU-Net itself resamples all classes before it looks for the highest: 10 GiB on 1,200 slices.
+        """
+        from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
+
+        predictor = self._predictor
+        plans, configuration = predictor.plans_manager, predictor.configuration_manager
+        if predictor.label_manager.has_regions:
+            of_regions: npt.NDArray[np.unsignedinteger[Any]]
+            of_regions = convert_predicted_logits_to_segmentation_with_correct_shape(
+                logits.float().cpu(), plans, configuration, predictor.label_manager, properties,
+                num_threads_torch=torch.get_num_threads(),
+            )  # fmt: skip
+            return of_regions
+        shape = properties["shape_after_cropping_and_before_resampling"]
+        spacing_mm = [properties["spacing"][axis] for axis in plans.transpose_forward]
+        dtype = np.uint8 if len(logits) < 256 else np.uint16
+        found: npt.NDArray[np.unsignedinteger[Any]] = np.zeros(properties["shape_before_cropping"], dtype=dtype)
+        inside = found[tuple(slice(*side) for side in properties["bbox_used_for_cropping"])]
+        highest = np.full(shape, -np.inf, dtype=np.float32)
+        for label, coarse in enumerate(logits):
+            one = coarse[None].float().cpu()
+            resampled = configuration.resampling_fn_probabilities(one, shape, configuration.spacing, spacing_mm)
+            fine = np.asarray(resampled)[0]
+            higher = fine > highest
+            inside[higher] = label
+            np.copyto(highest, fine, where=higher)
+        return found.transpose(plans.transpose_backward)
 
     def logits(self, channels: torch.Tensor) -> torch.Tensor:
         """(classes, z, y, x) of (channels, z, y, x) as `preprocess` leaves them, in half precision."""

@@ -1,0 +1,46 @@
+"""The bench of growth runs, and 1,200 slices stay within the memory that is promised for them."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).parents[1] / "scripts" / "bench_scale"
+
+
+def told_by(*arguments: str) -> dict:
+    command = [sys.executable, str(BENCH), *arguments]
+    told = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1200)
+    assert told.returncode == 0, told.stderr
+    return json.loads(told.stdout)
+
+
+def test_every_axis_is_measured():
+    result = told_by("--small", "--json")
+    assert [(row["axis"], row["size"]) for row in result["rows"]] == [
+        ("slices", 50), ("slices", 100), ("matrix", 128), ("matrix", 256), ("lesions", 0), ("lesions", 3),
+        ("queued", 5), ("queued", 20),
+    ]  # fmt: skip
+    assert all(len(result["growth"][axis]) == 1 for axis in ("slices", "matrix", "lesions", "queued"))
+    assert [row["lesions"] for row in result["rows"] if row["axis"] == "lesions"] == [0, 3]
+
+
+def test_growth_is_an_exponent():
+    growth = runpy.run_path(str(BENCH))["growth"]
+    rows = [{"size": size, "cpu_s": 3 * size**2, "peak_mib": 7.0} for size in (10, 100)]
+    assert growth(rows) == [{"cpu_s": pytest.approx(2.0), "peak_mib": 0.0}]
+    assert growth([{"size": 0, "cpu_s": 1.0}, {"size": 8, "cpu_s": 2.0}]) == [{}]
+
+
+def test_1200_slices_fit_into_memory(tmp_path: Path):
+    """A quarter of 512 x 512 in each slice, so a quarter of the 8 GiB that 1,200 slices may take, and the libraries."""
+    shape = (1200, 256, 256)
+    runpy.run_path(str(BENCH))["write"](tmp_path, shape)
+    found = told_by("--folder", str(tmp_path), "--child", *map(str, shape), "found")
+    assert found["lesions"] > 0
+    assert found["peak_mib"] < 8192 / 4 + 800
