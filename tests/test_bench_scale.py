@@ -23,10 +23,11 @@ def told_by(*arguments: str) -> dict:
 def test_every_axis_is_measured():
     result = told_by("--small", "--json")
     assert [(row["axis"], row["size"]) for row in result["rows"]] == [
-        ("slices", 50), ("slices", 100), ("matrix", 128), ("matrix", 256), ("lesions", 0), ("lesions", 3),
-        ("queued", 5), ("queued", 20),
+        ("slices", 50), ("slices", 100), ("matrix", 128), ("lesions", 0), ("lesions", 3), ("queued", 5), ("queued", 20),
     ]  # fmt: skip
-    assert all(len(result["growth"][axis]) == 1 for axis in ("slices", "matrix", "lesions", "queued"))
+    assert {axis: len(between) for axis, between in result["growth"].items()} == {
+        "slices": 1, "matrix": 0, "lesions": 1, "queued": 1,
+    }  # fmt: skip
     assert [row["lesions"] for row in result["rows"] if row["axis"] == "lesions"] == [0, 3]
 
 
@@ -38,9 +39,12 @@ def test_growth_is_an_exponent():
 
 
 def test_1200_slices_fit_into_memory(tmp_path: Path):
-    """A quarter of 512 x 512 in each slice, so a quarter of the 8 GiB that 1,200 slices may take, and the libraries."""
+    """A quarter of 512 x 512 in each slice, so a quarter of 8 GiB less the 1.5 of libraries and networks, and those.
+
+    The logits of two classes for every voxel, as nnU-Net brings them back, would be beyond it.
+    """
     shape = (1200, 256, 256)
     runpy.run_path(str(BENCH))["write"](tmp_path, shape)
     found = told_by("--folder", str(tmp_path), "--child", *map(str, shape), "found")
     assert found["lesions"] > 0
-    assert found["peak_mib"] < 8192 / 4 + 800
+    assert found["peak_mib"] < (8192 - 1536) / 4 + 1536

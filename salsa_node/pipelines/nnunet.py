@@ -365,8 +365,6 @@ def _build_predictor(folder: ModelFolder, device: torch.device, mirroring: bool,
             raise
         raise PipelineError(f"{folder.path.name}: plans and weights do not fit together ({exc})") from exc
     network.eval()
-    if device.type == "cpu":
-        network = network.to(memory_format=torch.channels_last_3d)
     benchmarks = torch.backends.cudnn.benchmark
     predictor = nnUNetPredictor(
         tile_step_size=tile_step,
