@@ -110,7 +110,7 @@ room imports exactly what stands right of its arrow):
     cases                  <- candidate errors nifti selection series volume
     film                   <- dicom_result findings picture volume
     batch                  <- analysis cases criteria durable errors film findings guards limits log models nifti pipelines uids volume
-    scripting              <- batch cases config criteria dicom_result dicom_seg errors findings nifti pipelines preflight series
+    scripting              <- batch cases config criteria dicom_result dicom_seg errors findings limits nifti pipelines preflight series
     cli_batch              <- batch cases config console criteria errors options pipelines preflight
   cli                    <- assembly cli_batch cli_models cli_series config console delivery demo durable errors log nifti node offline options overview preflight settings store worker
     __main__               <- cli

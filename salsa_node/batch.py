@@ -32,7 +32,7 @@ from salsa_node.findings import Disease, Findings, measure
 from salsa_node.limits import Limits
 from salsa_node.log import unforeseen
 from salsa_node.models import sha256_of
-from salsa_node.pipelines import DEMO_NOTICE, Pipeline, once, unobserved
+from salsa_node.pipelines import Pipeline, once, unobserved
 from salsa_node.uids import digest
 from salsa_node.volume import CtVolume, Grid, LabelVolume
 
@@ -186,10 +186,11 @@ def _one(case: Case, place: Path, pipeline: Pipeline, criteria: Criteria, limits
         ct = cases.read(case).ct
         like = case.path if case.is_nifti else None
         kept = made / _stem(place)
-        masks = pipeline.segment(ct, _Keeper(kept, ct.grid, like) if wanted.keep_intermediates else unobserved)
-        findings = measure(ct, masks, criteria)
-        findings = replace(findings, flags=once(*guards.flags(ct, findings, limits), *findings.flags))
-        nifti.write_labels(label_map(findings, wanted), made / place.name, _description(findings, wanted), like)
+        masks = pipeline.segment(
+            ct, _Keeper(kept, ct.grid, like, pipeline.provenance.mark) if wanted.keep_intermediates else unobserved
+        )
+        findings = judged(ct, measure(ct, masks, criteria), limits)
+        nifti.write_labels(label_map(findings, wanted), made / place.name, description(findings, wanted), like)
         overlay = {"gif": film.gif, "png": film.png}.get(wanted.overlay)
         if overlay is not None:
             durable.write(made / f"{_stem(place)}.{wanted.overlay}", [overlay(ct, findings)])
@@ -209,10 +210,11 @@ class _Keeper:
     """Writes each intermediate volume where SALSA keeps it, `<stem>_SALSA/<name>.nii.gz`, where it really lies.
 
     grid: the scan's; labels on it are stored as `like`, the scan's file, is.
+    mark: of demo models, for the headers of label maps.
     """
 
-    def __init__(self, folder: Path, grid: Grid, like: Path | None) -> None:
-        self._folder, self._grid, self._like = folder, grid, like
+    def __init__(self, folder: Path, grid: Grid, like: Path | None, mark: str) -> None:
+        self._folder, self._grid, self._like, self._mark = folder, grid, like, mark
 
     def __call__(self, name: str, volume: CtVolume | LabelVolume) -> None:
         file = self._folder / f"{name}.nii.gz"
@@ -220,7 +222,8 @@ class _Keeper:
         if isinstance(volume, CtVolume):
             nifti.write_ct(volume, file)
         else:
-            nifti.write_labels(volume, file, like=self._like if volume.grid.matches(self._grid) else None)
+            like = self._like if volume.grid.matches(self._grid) else None
+            nifti.write_labels(volume, file, f"{_WRITER}{name}{self._mark}", like)
 
 
 @contextmanager
@@ -281,10 +284,15 @@ def _is_ours(place: Path, record: Mapping[str, object]) -> bool:
         return False
 
 
-def _description(findings: Findings, wanted: Wanted) -> str:
+def judged(ct: CtVolume, findings: Findings, limits: Limits) -> Findings:
+    """The findings with what the guards say of them before their own flags."""
+    return replace(findings, flags=once(*guards.flags(ct, findings, limits), *findings.flags))
+
+
+def description(findings: Findings, wanted: Wanted, writer: str = _WRITER) -> str:
+    """What the header of a `label_map` says: who wrote it, what the labels mean, and the mark of demo models."""
     meaning = "n lesion n" if wanted.instances else "1 measurable 2 not" if wanted.recist else "1 lesion"
-    demo = "; DEMO, NOT FOR CLINICAL USE" if findings.provenance.notice == DEMO_NOTICE else ""
-    return f"{_WRITER}{findings.provenance.pipeline[:24]}: {meaning}{demo}"
+    return f"{writer}{findings.provenance.pipeline[:24]}: {meaning}{findings.provenance.mark}"
 
 
 def _counted(record: Mapping[str, object]) -> str:

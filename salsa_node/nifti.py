@@ -22,7 +22,7 @@ from nibabel.spatialimages import HeaderDataError
 from salsa_node.errors import SeriesRejected
 from salsa_node.volume import Affine, CtVolume, Grid, LabelVolume
 
-#: The description of a label map that this package wrote, so that a map without lesions is known for what it is.
+#: Begins the description of a label map that this package wrote: one without lesions is known for what it is.
 LABEL_MAP = "salsa_node: 1 liver, n + 1 lesion n"
 _DESCRIPTION_CHARS = 79  # the header's field holds 80 bytes
 _MAX_SKEW_DEGREES = 0.5  # rounding in a header stays far below it; a tilted gantry is beyond

@@ -246,7 +246,9 @@ def _write(analysis: Analysis, folder: Path) -> None:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else ["lesion"])
         writer.writeheader()
         writer.writerows(rows)
-    nifti.write_labels(label_map(analysis.findings), folder / "labels.nii.gz", nifti.LABEL_MAP)
+    nifti.write_labels(
+        label_map(analysis.findings), folder / "labels.nii.gz", f"{nifti.LABEL_MAP}{analysis.findings.provenance.mark}"
+    )
     picture.overlay(analysis.ct, analysis.findings, folder / "overlay.png")
 
 

@@ -19,6 +19,7 @@ from salsa_node.criteria import Criteria
 from salsa_node.dicom_result import AS_ITS_IMAGES, Identity
 from salsa_node.errors import EncodingError
 from salsa_node.findings import Findings, measure
+from salsa_node.limits import Limits
 from salsa_node.pipelines import Pipeline, PipelineSettings
 
 
@@ -51,15 +52,22 @@ def read(path: Path | str) -> Scan:
     return cases.open_scan(path)
 
 
-def find(scan: Scan, pipeline: Pipeline, criteria: Criteria | None = None) -> Findings:
-    """The lesions of a scan, measured. Raises PipelineError; OrganNotFound where there is no liver."""
-    return measure(scan.ct, pipeline.segment(scan.ct), criteria or Criteria())
+def find(scan: Scan, pipeline: Pipeline, criteria: Criteria | None = None, limits: Limits | None = None) -> Findings:
+    """The lesions of a scan, measured; `flags` says what the guards find odd about them.
+
+    A flag that `blocks` would keep a node from sending the result: look at it before you use it.
+    Raises PipelineError; OrganNotFound where there is no liver.
+    """
+    found = measure(scan.ct, pipeline.segment(scan.ct), criteria or Criteria())
+    return batch.judged(scan.ct, found, limits or Limits())
 
 
 def write_labels(findings: Findings, scan: Scan, path: Path | str, *, instances: bool = False) -> None:
     """A label map (.nii or .nii.gz) on the scan's own grid: 1 measurable, 2 not; or n for lesion n."""
-    labels = batch.label_map(findings, Wanted(instances=instances))
-    nifti.write_labels(labels, Path(path), like=scan.case.path if scan.case.is_nifti else None)
+    wanted = Wanted(instances=instances)
+    like = scan.case.path if scan.case.is_nifti else None
+    told = batch.description(findings, wanted, "salsa_node, ")
+    nifti.write_labels(batch.label_map(findings, wanted), Path(path), told, like)
 
 
 def write_seg(findings: Findings, scan: Scan, path: Path | str) -> tuple[Path, ...]:

@@ -375,8 +375,10 @@ def test_intermediates_lie_where_they_lie_in_the_patient(tmp_path: Path) -> None
     (tmp_path / "scan.1_SALSA").mkdir()
     (tmp_path / "scan.1_SALSA" / "mask_resampled.nii.gz").write_bytes(b"of an earlier run")
     (tmp_path / "scan.1_SALSA" / "notes.txt").write_text("mine")
-    run(source, wanted=Wanted(keep_intermediates=True))
+    run(source, wanted=Wanted(keep_intermediates=True), pipeline=ByDensity(DEMO_NOTICE))
     folder = tmp_path / "scan.1_SALSA"
+    marked = nifti.read_description(folder / "liver.nii.gz")
+    assert marked == "salsa_node batch, liver; DEMO, NOT FOR CLINICAL USE"
     kept = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     assert kept == ["cropped/scan_0000.nii.gz", "liver.nii.gz", "notes.txt"]
     crop = nifti.read_ct(folder / "cropped" / "scan_0000.nii.gz")

@@ -12,6 +12,7 @@ import pytest
 
 from salsa_node import nifti, phantom, scripting
 from salsa_node.errors import ConfigError, EncodingError, WeightsMissing
+from salsa_node.limits import Limits
 
 README = Path(__file__).parents[1] / "README.md"
 RECIPE = phantom.Recipe(11, shape=(24, 64, 64), spacing_mm=(8.0, 4.5, 4.5))
@@ -40,6 +41,7 @@ def test_the_readmes_example_runs(
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(findings.lesions) > 0  # type: ignore[attr-defined]
     assert lines[0].startswith("1 ")
+    assert nifti.read_description(tmp_path / "lesions.nii.gz").endswith("; DEMO, NOT FOR CLINICAL USE")
     labels = nifti.read_labels(tmp_path / "lesions.nii.gz")
     assert labels.grid.matches(made.ct.grid)
     largest = made.lesion_labels.labels == 1 + int(np.argmax([lesion.volume_mm3 for lesion in made.lesions]))
@@ -60,6 +62,15 @@ def test_a_nifti_is_answered_on_its_own_grid_and_has_no_seg(made: phantom.Phanto
     assert set(np.unique(np.asarray(written.dataobj))) == {0, *(lesion.number for lesion in findings.lesions)}
     with pytest.raises(EncodingError, match="use write_labels"):
         scripting.write_seg(findings, scan, tmp_path / "lesions.dcm")
+
+
+def test_the_guards_are_asked(made: phantom.Phantom, tmp_path: Path) -> None:
+    nifti.write_ct(made.ct, tmp_path / "scan.nii.gz")
+    scan = scripting.read(tmp_path / "scan.nii.gz")
+    pipeline = scripting.load("demo", device="cpu")
+    names = [flag.name for flag in scripting.find(scan, pipeline, limits=Limits(min_liver_ml=9000.0)).flags]
+    assert "liver_volume" in names
+    assert "liver_volume" not in [flag.name for flag in scripting.find(scan, pipeline).flags]
 
 
 def test_what_cannot_be_loaded_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

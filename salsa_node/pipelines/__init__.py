@@ -43,6 +43,11 @@ class Provenance:
     by_person: bool = False
 
     @property
+    def mark(self) -> str:
+        """The notice where there is room for a few ASCII words, such as in a NIfTI header; "" where there is none."""
+        return "; DEMO, NOT FOR CLINICAL USE" if self.notice == DEMO_NOTICE else ""
+
+    @property
     def digest(self) -> str:
         """SHA-256 over all that decides the outcome."""
         decisive = {

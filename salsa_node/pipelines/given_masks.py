@@ -125,7 +125,7 @@ class GivenMasksPipeline:
     def _from_nifti(self, grid: Grid) -> tuple[npt.NDArray[np.uint8] | None, Labels]:
         try:
             given = read_labels(self._path)
-            ours = read_description(self._path) == LABEL_MAP
+            ours = read_description(self._path).startswith(LABEL_MAP)
         except SeriesRejected as exc:
             raise PipelineError(f"the mask file {self._path} cannot be used: {exc.reason}") from exc
         same = reordering(given.grid, grid)
