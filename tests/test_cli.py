@@ -13,7 +13,8 @@ import pytest
 from pynetdicom import AE
 
 from salsa_node import console, phantom
-from salsa_node.nifti import read_labels
+from salsa_node.nifti import read_labels, write_labels
+from salsa_node.volume import LabelVolume
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 ROOT = Path(__file__).parents[1]
@@ -154,7 +155,6 @@ def test_echo(cli, tmp_path, free_port):
 
 def test_run_on_a_dicom_folder_and_a_nifti_gives_the_same_findings(cli, study, tmp_path):
     from salsa_node.series import inspect, read_volume
-    from salsa_node.volume import LabelVolume
 
     told = cli("run", study.axial[0].parent.parent, "--masks", study.truth_labels, "--output", tmp_path / "a", "--json")
     assert told.returncode == 0, told.stderr
@@ -200,6 +200,14 @@ def test_run_by_the_other_rule(cli, study, tmp_path):
     told = cli("run", study.axial[0].parent, "--rule", "size", "--output", tmp_path / "b")
     assert told.returncode == 3
     assert "diameter or volume" in told.stderr
+
+
+def test_run_on_a_result_that_must_not_leave_says_so_and_fails(cli, study, tmp_path):
+    labels = read_labels(study.truth_labels)
+    write_labels(LabelVolume(labels.labels[:, :, ::-1].copy(), labels.grid), tmp_path / "mirrored.nii.gz")
+    told = cli("run", study.axial[0].parent, "--masks", tmp_path / "mirrored.nii.gz", "--output", tmp_path / "a")
+    assert told.returncode == 1, told.stderr
+    assert "BLOCKED, do not hand this on: " in told.stdout
 
 
 def test_run_tells_each_bad_path_and_goes_on(cli, study, tmp_path):
@@ -294,9 +302,6 @@ def test_a_rerun_that_cannot_work_queues_nothing_and_cancels_nothing(cli, tmp_pa
 
 def test_a_mask_s_labels_can_be_named(cli, study, tmp_path):
     import numpy as np
-
-    from salsa_node.nifti import write_labels
-    from salsa_node.volume import LabelVolume
 
     truth = read_labels(study.truth_labels)
     binary = tmp_path / "binary.nii.gz"
