@@ -37,6 +37,7 @@ FITS_NOWHERE: Final = 0.1  # what fits no better than that, as it is, was not dr
 OUTLINES_FIT: Final = 0.35  # what outlines of a liver come to (phantoms and real CT: 0.39 and more)
 _OUTLINE_MM: Final = 4.0  # on both sides of an outline
 _OUTLINES: Final = 24  # slices whose outlines are looked at
+CUT_BODY: Final = 0.1  # with so much of a side of the images in the body, the body goes on beyond; a table is thinner
 _SHELL_MM: Final = (3.0, 10.0)  # around the liver: what looks like liver there speaks against the mask
 _NAMED: Final = 5  # lesions that a flag names at most
 _COARSE_MM: Final = 2.0  # steps of the grid that distances are judged on
@@ -121,7 +122,7 @@ def _of_liver(ct: CtVolume, organ: Mask, findings: Findings, limits: Limits) -> 
     if share > limits.max_share_of_body:
         yield Flag(
             "not_an_abdomen",
-            f"What was taken for the liver fills {100 * share:.0f} % of the body's cross-section, at most "
+            f"What was taken for the liver fills {ceil(100 * share)} % of the body's cross-section, at most "
             f"{100 * limits.max_share_of_body:.0f} % are plausible: this may not be an abdomen.",
         )
 
@@ -302,15 +303,19 @@ def _looks_like_liver(liver_hu: Hu, voxels_hu: Hu) -> float:
 
 
 def _on_the_left(ct: CtVolume, organ: Mask) -> bool:
-    """Whether most of the liver lies left of the body's middle (LPS: x grows to the left)."""
+    """Whether most of the liver lies left of the body's middle (LPS: x grows to the left).
+
+    Not judged where the body reaches a side of the images.
+    """
     directions = np.abs(ct.grid.affine_lps_mm[:3, :3] / ct.grid.spacing_mm)
     across = int(np.argmax(directions[0]))
     along = max((axis for axis in range(3) if axis != across), key=lambda axis: directions[2, axis])
     level = int(np.argmax(np.count_nonzero(organ, axis=tuple(axis for axis in range(3) if axis != along))))
     body = np.take(ct.voxels_hu, level, axis=along) > BODY_HU  # the cross-section of the body with most liver
-    there = np.flatnonzero(body.any(axis=1 if across < 3 - across - along else 0))
-    if not len(there):
-        return False
+    over = 1 if across < 3 - across - along else 0
+    there = np.flatnonzero(body.any(axis=over))
+    if not len(there) or body.mean(axis=over)[[0, -1]].max() >= CUT_BODY:
+        return False  # nobody knows where the middle of a body is whose side was not scanned
     liver = np.count_nonzero(organ, axis=tuple(axis for axis in range(3) if axis != across))
     beyond = np.average(np.arange(len(liver)), weights=liver) - (there[0] + there[-1]) / 2
     return bool(beyond * ct.grid.affine_lps_mm[0, across] > 0)

@@ -312,7 +312,7 @@ def test_the_side_of_the_liver_is_known_however_the_slices_lie(orientation):
 def test_the_side_is_judged_across_the_whole_body_at_the_level_of_the_liver(axes):
     """The body lies off the middle of the images, and is narrow where the liver lies in it."""
     liver = (slice(6, 18), slice(12, 22), slice(24, 34))
-    hu = drawn(((slice(0, 24), slice(2, 12), slice(20, 60)), 0.0), (liver, 100.0), everywhere=-1000.0)
+    hu = drawn(((slice(0, 24), slice(2, 12), slice(20, 58)), 0.0), (liver, 100.0), everywhere=-1000.0)
     organ = np.zeros(PLAIN.shape)
     organ[liver] = 1
     affine = PLAIN.affine_lps_mm[:, [*axes, 3]]
@@ -322,6 +322,24 @@ def test_the_side_is_judged_across_the_whole_body_at_the_level_of_the_liver(axes
         ct = CtVolume(np.ascontiguousarray(hu.transpose(axes)), placed)
         flags = flagged(ct, organ.transpose(axes), np.zeros(placed.shape))
         assert ("liver_on_the_left" in flags) == left
+
+
+@pytest.mark.parametrize(("left_end", "judged"), [(58, True), (60, False)])
+def test_the_side_is_not_judged_where_a_side_of_the_body_was_not_scanned(left_end: int, judged: bool) -> None:
+    """The same liver in the left half of what is seen: of a body, or of what may be its right half alone."""
+    liver = (slice(6, 18), slice(12, 28), slice(34, 54))
+    hu = drawn(((slice(0, 24), slice(8, 32), slice(4, left_end)), 0.0), (liver, 100.0), everywhere=-1000.0)
+    assert ("liver_on_the_left" in of_made(hu, liver)) == judged
+
+
+def test_a_share_that_is_too_large_is_never_told_as_the_largest_plausible_one() -> None:
+    hu = drawn((HERE, 100.0), everywhere=-1000.0)
+    body = (slice(6, 18), slice(8, 29), slice(6, 29))  # 320 of 483 voxels are liver
+    hu[body] = 0.0
+    hu[HERE] = 100.0
+    told = of_made(hu, HERE, max_share_of_body=0.66)["not_an_abdomen"].text
+    assert "fills 67 %" in told
+    assert "at most 66 %" in told
 
 
 def test_on_a_real_liver_only_what_is_mirrored_across_or_front_to_back_is_caught(testdata):
