@@ -192,7 +192,9 @@ def _note(record: Store, study: Study, run: Run, found: Input, now: datetime, ru
     """Write down how the series scored, and what speaks for and against the study's being whole."""
     pacs = pacs_count.ask(rules.query, study.study_uid)
     told = evidence.of_study(study, record.series_of(study.study_uid), found.candidates, pacs, rules.whole.quiet_s, now)
-    record.note_look(study.study_uid, run.id, found.scores, [piece.as_json() for piece in told], now)
+    association = evidence.of_association(study, record.events_of(study.study_uid))
+    pieces = [piece.as_json() for piece in (association, *told)]
+    record.note_look(study.study_uid, run.id, found.scores, pieces, now)
 
 
 def examine(record: Store, data_dir: Path, study: Study, rules: Rules = DEFAULT_RULES) -> Input | None:

@@ -9,7 +9,9 @@ from enum import Enum
 
 from salsa_node.candidate import Candidate
 from salsa_node.pacs_count import Answer
-from salsa_node.store import Series, SeriesState, Study
+from salsa_node.store import Event, Series, SeriesState, Study
+
+_ENDS = ("study.released", "study.aborted")
 
 
 class Weight(Enum):
@@ -62,6 +64,16 @@ def of_study(
         if row.series_uid in pacs.images:
             found.append(_count(row, pacs.images[row.series_uid]))
     return tuple(found)
+
+
+def of_association(study: Study, events: Sequence[Event]) -> Evidence:
+    """Whether the sender ended its association after the last image, by the study's events."""
+    ends = [event for event in events if event.name in _ENDS and event.at >= study.last_at]
+    if not ends:
+        return Evidence("study", "association", "nobody saw the sender end its association", Weight.UNKNOWN)
+    if ends[-1].name == "study.aborted":
+        return Evidence("study", "association", "the sender aborted its association", Weight.AGAINST)
+    return Evidence("study", "association", "the sender released its association", Weight.WEAK)
 
 
 def _quiet(about: str, last_at: datetime, quiet_s: float, now: datetime) -> Evidence:

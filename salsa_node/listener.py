@@ -66,6 +66,7 @@ class Listener:
         self._data_dir = data_dir
         self._ae: AE | None = None
         self._servers: list[ThreadedAssociationServer] = []
+        self._accepted_at: WeakKeyDictionary[Association, datetime] = WeakKeyDictionary()
         self._asked: WeakKeyDictionary[Association, Commitment] = WeakKeyDictionary()
         self._connections: WeakSet[Connection] = WeakSet()
         self._titles = {title.strip() for title in (settings.ae_title, *also_called)}
@@ -101,6 +102,9 @@ class Listener:
             (evt.EVT_CONN_OPEN, self._on_opened),
             (evt.EVT_CONN_CLOSE, self._on_closed),
             (evt.EVT_REQUESTED, self._on_requested),
+            (evt.EVT_ACCEPTED, self._on_accepted),
+            (evt.EVT_RELEASED, self._on_ended),
+            (evt.EVT_ABORTED, self._on_ended),
             (evt.EVT_C_STORE, self._on_store),
             (evt.EVT_N_ACTION, self._on_action),
             (evt.EVT_PDU_SENT, self._on_pdu_sent),
@@ -210,6 +214,20 @@ class Listener:
         event.assoc.acse.send_reject(*answer)
         event.assoc.kill()
         self._notes.note("node", calling, "node.association_rejected", f"{calling!r} from {address}: {why}")
+
+    def _on_accepted(self, event: evt.Event) -> None:
+        self._accepted_at[event.assoc] = self._clock()
+
+    def _on_ended(self, event: evt.Event) -> None:
+        """Tell the record, where images came: a sender that releases its association has sent what it meant to."""
+        since = self._accepted_at.pop(event.assoc, None)
+        if since is None:
+            return
+        sender = str(event.assoc.requestor.ae_title).strip()
+        try:
+            self._store.association_ended(sender, since, self._clock(), released=event.event is evt.EVT_RELEASED)
+        except StoreError as error:
+            log.error("event not kept", extra={"event": "study.association", "error": str(error)})
 
     # ---- instances ------------------------------------------------------------------------------
 

@@ -89,6 +89,19 @@ class Looks(Queries):
             .limit(1)
         )
 
+    def association_ended(self, calling_ae: str, since: datetime, now: datetime, *, released: bool) -> tuple[str, ...]:
+        """An event on every study that got images from that AE title since then: its association ended; their UIDs.
+
+        released: it was released, not aborted.
+        """
+        name, words = ("study.released", "released") if released else ("study.aborted", "aborted")
+        with transaction(self._writer) as t:
+            fed = sa.select(STUDIES).where(STUDIES.c.calling_ae == calling_ae, STUDIES.c.last_at >= since)
+            studies = t.all(Study, fed)
+            for study in studies:
+                t.event(now, study.study_uid, "study", study.study_uid, name, f"{calling_ae} {words} its association")
+            return tuple(study.study_uid for study in studies)
+
     def looks_of(self, study_uid: str) -> tuple[Look, ...]:
         """The looks at a study, oldest first."""
         with transaction(self._engine) as t:

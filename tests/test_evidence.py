@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -11,11 +12,13 @@ import pydicom
 import pytest
 from made_series import edit, made
 from pydicom.dataset import Dataset
+from pydicom.uid import CTImageStorage
 from pynetdicom import AE, evt
 
 from salsa_node import assembly, pacs_count
 from salsa_node.candidate import read_candidate
-from salsa_node.settings import AssemblySettings, PipelineChoice, QuerySettings
+from salsa_node.listener import Listener
+from salsa_node.settings import AssemblySettings, ListenerSettings, PipelineChoice, QuerySettings
 from salsa_node.store import NewInstance, RunState, Series, SeriesState, Store, StoreSettings, Study
 
 FIND = "1.2.840.10008.5.1.4.1.2.2.1"
@@ -130,6 +133,7 @@ def test_evidence_is_kept_with_the_run(store, files, tmp_path, archive):
     [run], [look] = store.runs_of(STUDY), store.looks_of(STUDY)
     assert look.run_id == run.id
     assert told(store) == {
+        ("study", "association"): ("unknown", "nobody saw the sender end its association"),
         ("study", "quiet"): ("weak", "no image for 31 s"),
         (SERIES, "quiet"): ("weak", "no image for 31 s"),
         (SERIES, "numbers"): ("weak", "images 1 to 8, none missing"),
@@ -196,6 +200,25 @@ def test_images_of_another_day_do_not_hurry_a_series(store, files, tmp_path):
     steps(store, tmp_path, after(a_day + 50), assembly.DEFAULT_RULES)
     [run] = store.runs_of(STUDY)
     assert run.refusal is None
+
+
+@pytest.mark.parametrize("fast", [True, False], ids=["fast", "plain"])
+@pytest.mark.parametrize(("ends", "weight"), [("release", "weak"), ("abort", "against")])
+def test_how_the_sender_left_is_evidence(ends, weight, fast, store, files, tmp_path):
+    settings = ListenerSettings(port=0, min_free_gib=0.0, fast=fast)
+    with Listener(settings, store, tmp_path / "data", clock=lambda: T0) as door:
+        ae = AE("CT1")
+        ae.add_requested_context(CTImageStorage)
+        assoc = ae.associate("127.0.0.1", door.port, ae_title="SALSA_NODE")
+        assert [assoc.send_c_store(path).Status for path in files] == [0] * len(files)
+        getattr(assoc, ends)()
+        deadline = time.monotonic() + 20
+        while not any(event.name.startswith(f"study.{ends}") for event in store.events_of(STUDY)):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    steps(store, tmp_path / "data", after(31), assembly.DEFAULT_RULES)
+    assert told(store)["study", "association"][0] == weight
+    assert len([event for event in store.events_of(STUDY) if event.name in ("study.released", "study.aborted")]) == 1
 
 
 def test_holes_and_gaps_speak_against_a_series(store, files, tmp_path):
