@@ -111,7 +111,7 @@ room imports exactly what stands right of its arrow):
     film                   <- dicom_result findings picture volume
     batch                  <- analysis cases criteria durable errors film findings guards limits log models nifti pipelines uids volume
     scripting              <- batch cases config criteria dicom_result dicom_seg errors findings limits nifti pipelines preflight series
-    cli_batch              <- batch cases config console criteria errors options pipelines preflight
+    cli_batch              <- batch cases config console criteria errors options pipelines preflight settings
   cli                    <- assembly cli_batch cli_models cli_series config console delivery demo durable errors log nifti node offline options overview preflight settings store worker
     __main__               <- cli
 """  # noqa: E501 - one room, one line

@@ -15,6 +15,7 @@ import typer
 from salsa_node import config, console, errors
 from salsa_node.criteria import Rule
 from salsa_node.options import EXIT_NO, AsJson, ConfigFile
+from salsa_node.settings import AUTO
 
 if TYPE_CHECKING:
     from salsa_node.batch import Result
@@ -50,7 +51,10 @@ def batch(
         raise typer.BadParameter("nothing to do: give PATHs or --input-csv FILE")
     from salsa_node import preflight
 
-    settings = preflight.ready(config.load(config_file), pipeline, device)
+    asked = config.load(config_file)
+    settings = preflight.ready(asked, pipeline, device)
+    if (pipeline or asked.pipeline.name) == AUTO and settings.pipeline.name == "demo":
+        console.note(f"the demo models look at the scans: {preflight.instead_of_demo(settings)}")
     criteria = settings.criteria
     if rule:
         if rule not in [known.value for known in Rule]:

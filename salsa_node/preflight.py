@@ -124,7 +124,19 @@ def _pipeline(config: Config) -> Check:
         count = require_pipeline(chosen, config)
     except (ConfigError, PipelineError) as error:
         return Check(name, ok=False, detail=str(error))
-    return Check(name, ok=True, detail=f"{count} model folders are complete")
+    detail = f"{count} model folders are complete"
+    if auto and chosen == "demo":
+        return Check(name, ok=True, detail=f"{detail}; {instead_of_demo(config)}", warns=True)
+    return Check(name, ok=True, detail=detail)
+
+
+def instead_of_demo(config: Config) -> str:
+    """What to say where "auto" came down to the demo: nothing is ever downloaded unless somebody asks for it."""
+    tasks = " ".join(map(str, models.PIPELINE_TASKS["totalsegmentator-liver-lesions"]))
+    return (
+        "its results mean nothing, and no other models are installed: for real ones run "
+        f"{models.command(f'fetch {tasks}', config.models_dir)} (TotalSegmentator's, open), or import SALSA's"
+    )
 
 
 def _device(device: str) -> tuple[Check, ...]:

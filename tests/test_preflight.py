@@ -34,6 +34,14 @@ def test_the_defaults_can_start(config):
     preflight.require(config)
 
 
+def test_auto_that_came_down_to_the_demo_says_how_to_get_real_results(config):
+    (told,) = [check for check in preflight.checks(config) if check.name == "pipeline demo (chosen by auto)"]
+    assert told.warns
+    assert f"salsa-node models fetch 297 591 --models-dir {config.models_dir}" in told.detail
+    named = replace(config, pipeline=PipelineChoice(name="demo"))
+    assert not [check for check in preflight.checks(named) if check.warns and "pipeline" in check.name]
+
+
 def test_given_masks_cannot_be_the_node_s_pipeline(config):
     (told,) = failed(replace(config, pipeline=PipelineChoice(name="given_masks")))
     assert "rerun STUDY --masks" in told
@@ -158,11 +166,12 @@ def test_good_versions_are_not_complained_of():
 
 def test_a_fault_of_the_libraries_warns_at_start_and_stops_nothing(config, monkeypatch, caplog):
     monkeypatch.setattr(preflight.metadata, "version", lambda name: {"torch": "2.9.1"}.get(name, "9.9.0"))
+    config = replace(config, pipeline=PipelineChoice(name="demo"))
     warned = [check for check in preflight.checks(config) if check.warns]
     assert [check.name for check in warned] == ["libraries"]
     preflight.require(config)
     assert "four times slower" in caplog.text
-    on_cpu = replace(config, pipeline=PipelineChoice(device="cpu"))
+    on_cpu = replace(config, pipeline=PipelineChoice(name="demo", device="cpu"))
     assert not any(check.warns for check in preflight.checks(on_cpu))
 
 
