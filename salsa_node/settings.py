@@ -73,7 +73,7 @@ class ListenerSettings:
 
     any_called_ae_title: accept associations that call us by another AE title.
     allowed: an association from anybody else is rejected.
-    fast: take C-STORE past pynetdicom's own reading, which is several times slower; what is kept is the same.
+    fast: take C-STORE past pynetdicom's own reading, which costs twice the processor time; what is kept is the same.
     min_free_gib: with less left on the disk of node.data_dir new associations are rejected until there is more.
     """
 
