@@ -15,9 +15,18 @@ from typing import Final
 from salsa_node import durable
 from salsa_node.errors import ConfigError, ModelRefused, WeightsMissing
 from salsa_node.model_cards import Card, card, name_of_task
-from salsa_node.models import INCOMING, SALSA, TOTALSEGMENTATOR, command, demo_models_dir, sha256_of, task_name
+from salsa_node.models import (
+    INCOMING,
+    MANIFEST,
+    SALSA,
+    TOTALSEGMENTATOR,
+    command,
+    demo_models_dir,
+    sha256_of,
+    task_name,
+)
 
-FILE: Final = "manifest.json"
+FILE: Final = MANIFEST
 _FORMAT = 1
 
 

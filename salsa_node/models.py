@@ -20,6 +20,7 @@ from salsa_node import task_identity
 from salsa_node.errors import WeightsMissing
 
 CHECKPOINT = "checkpoint_final.pth"
+MANIFEST: Final = "manifest.json"  #: of an installed model, beside the folders of its networks; see `model_manifest`
 DEMO_STAGES = {
     "liver": "liver/nnUNetTrainer__nnUNetPlans__3d_fullres",
     "lowres": "salsa/nnUNetTrainer__nnUNetPlans__3d_lowres",
@@ -88,8 +89,25 @@ class ModelFolder:
         return _read_json(self.path / "plans.json")
 
     def sha256(self) -> dict[str, str]:
-        """Name within the folder -> SHA-256, for every file of `files`; reads each of them once."""
-        return {file.relative_to(self.path).as_posix(): sha256_of(file) for file in self.files}
+        """Name within the folder -> SHA-256, for every file of `files`; reads each of them once.
+
+        Raises WeightsMissing where a file is not the one that the manifest beside the folder records.
+        """
+        found = {file.relative_to(self.path).as_posix(): sha256_of(file) for file in self.files}
+        recorded = self._recorded()
+        changed = [name for name, sha in found.items() if recorded.get(f"{self.path.name}/{name}", sha) != sha]
+        if changed:
+            raise WeightsMissing(
+                f"{self.path}: {', '.join(changed)} changed since the model was installed, so nobody knows what it "
+                "finds; see salsa-node models verify, and import the model again"
+            )
+        return found
+
+    def _recorded(self) -> Mapping[str, object]:
+        """File -> SHA-256 of the model's manifest; {} where it was put there by hand."""
+        manifest = self.path.parent / MANIFEST
+        files = _read_json(manifest).get("files") if manifest.is_file() else None
+        return files if isinstance(files, Mapping) else {}
 
 
 def sha256_of(file: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from pathlib import Path
 
@@ -37,6 +38,16 @@ def test_a_whole_folder_tells_its_files_and_hashes(tmp_path: Path) -> None:
         "plans.json": hashlib.sha256(b"{}").hexdigest(),
         "fold_0/checkpoint_final.pth": hashlib.sha256(b"weights").hexdigest(),
     }
+
+
+def test_a_file_that_changed_after_the_model_was_installed_is_not_run(tmp_path: Path) -> None:
+    folder = ModelFolder(make_folder(tmp_path / "salsa" / "a__b__3d_lowres"))
+    recorded = {f"a__b__3d_lowres/{name}": sha for name, sha in folder.sha256().items()}
+    (tmp_path / "salsa" / "manifest.json").write_text(json.dumps({"files": recorded}))
+    assert len(folder.sha256()) == 3
+    folder.checkpoints[0].write_bytes(b"Weights")
+    with pytest.raises(WeightsMissing, match=r"checkpoint_final\.pth changed since the model was installed"):
+        folder.sha256()
 
 
 @pytest.mark.parametrize("name", ["dataset.json", "plans.json", "fold_0/checkpoint_final.pth"])
