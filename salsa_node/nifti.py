@@ -47,7 +47,8 @@ def read_ct(path: Path) -> CtVolume:
     """A CT in Hounsfield units: int16 where every value is a whole number that fits, float32 otherwise.
 
     Raises SeriesRejected where the file is no 3-D volume of finite numbers, does not say where it
-    lies, lies on axes that are not perpendicular, or cannot hold Hounsfield units (unsigned without an intercept).
+    lies, lies on axes that are not perpendicular, or cannot be Hounsfield units: fat and air lie below
+    zero, so that a scan without such a value has lost its intercept.
     """
     voxels, grid, stored = _read(path)
     directions = grid.affine_lps_mm[:3, :3] / np.array(grid.spacing_mm)
@@ -56,10 +57,11 @@ def read_ct(path: Path) -> CtVolume:
         raise SeriesRejected(
             f"axes {skew:.1f} degrees off the perpendicular; resample the scan to a regular grid first"
         )
-    if np.issubdtype(stored, np.unsignedinteger) and voxels.min() >= 0:
+    if voxels.min() >= 0:
+        sign = "unsigned values" if np.issubdtype(stored, np.unsignedinteger) else "values"
         raise SeriesRejected(
-            f"unsigned values from {voxels.min():g} to {voxels.max():g}: no Hounsfield units, which reach below zero; "
-            "write the scan again with its intercept (usually -1024) in scl_inter, or with signed values"
+            f"{sign} from {voxels.min():g} to {voxels.max():g}: no Hounsfield units, which reach below zero; "
+            "write the scan again with its intercept (usually -1024) in scl_inter, or taken off its values"
         )
     limits = np.iinfo(np.int16)
     whole = voxels.min() >= limits.min and voxels.max() <= limits.max and _all_whole(voxels)

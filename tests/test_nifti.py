@@ -274,3 +274,10 @@ def test_a_file_that_this_user_may_not_read_is_not_called_damaged(tmp_path, monk
     monkeypatch.setattr("salsa_node.nifti.os.access", lambda path, mode: False)
     with pytest.raises(SeriesRejected, match="this user may not read the file"):
         read_ct(path)
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.float32, np.uint16])
+def test_a_scan_that_lost_its_intercept_is_refused(tmp_path, dtype):
+    shifted = (np.clip(hu(), -1024, None) + 1024).astype(dtype)
+    with pytest.raises(SeriesRejected, match=r"values from .* no Hounsfield units, which reach below zero"):
+        read_ct(saved(tmp_path / "shifted.nii.gz", shifted))
