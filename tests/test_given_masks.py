@@ -21,7 +21,7 @@ from salsa_node.errors import ConfigError, PipelineError
 from salsa_node.findings import Disease, measure
 from salsa_node.limits import Limits
 from salsa_node.nifti import LABEL_MAP, read_labels, write_labels
-from salsa_node.pipelines import Masks, Pipeline, PipelineSettings, Provenance
+from salsa_node.pipelines import DEMO_NOTICE, Masks, Pipeline, PipelineSettings, Provenance
 from salsa_node.regrid import onto
 from salsa_node.series import headers, inspect, read_volume
 from salsa_node.volume import CtVolume, Grid, LabelVolume
@@ -131,9 +131,10 @@ def test_one_label_alone_could_be_either_and_is_asked_for(ct, tmp_path):
     assert not as_liver.lesions.labels.any()
 
 
-def test_our_own_map_with_every_lesion_erased_says_that_there_is_none(ct, tmp_path):
+@pytest.mark.parametrize("mark", ["", Provenance("demo", "1", notice=DEMO_NOTICE).mark])
+def test_our_own_map_with_every_lesion_erased_says_that_there_is_none(ct, tmp_path, mark):
     path = tmp_path / "labels.nii.gz"
-    write_labels(LabelVolume(drawn(ct.grid.shape, _1=BIG), ct.grid), path, LABEL_MAP)
+    write_labels(LabelVolume(drawn(ct.grid.shape, _1=BIG), ct.grid), path, f"{LABEL_MAP}{mark}")
     masks = given(path).segment(ct)
     assert masks.organ is not None
     assert masks.organ.labels.sum() == 75
