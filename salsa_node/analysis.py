@@ -306,7 +306,7 @@ def summary(result: Analysis) -> dict[str, object]:
         "liver_ml": organ_ml,
         "dropped_specks": findings.dropped_specks,
         "flags": [asdict(flag) for flag in findings.flags],
-        "contrast_phase": findings.contrast_phase.phase.value,
+        "contrast_phase_in_headers": findings.contrast_phase.phase.value,
         "criteria": {**asdict(findings.criteria), "rule": findings.criteria.rule.value},
         "pipeline": {
             "name": provenance.pipeline,

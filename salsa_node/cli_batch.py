@@ -79,7 +79,7 @@ def batch(
         with _progress(len(placed)) as bar:
             for result in batches.run(placed, loaded, criteria, settings.guards, wanted):
                 done.append(result)
-                bar(f"{result.case.path}: {'FAILED: ' if result.state == 'failed' else ''}{result.told}")
+                bar(_line(result))
     except KeyboardInterrupt:
         console.note(f"stopped after {len(done)} of {len(placed)} scans; the same command again goes on with the rest")
         raise
@@ -91,6 +91,14 @@ def batch(
     _tell(done, tables, as_json)
     if not tables or any(result.state == "failed" for result in done):
         raise SystemExit(EXIT_NO)
+
+
+def _line(result: Result) -> str:
+    """One scan on the screen; what is odd about its findings by the names of its flags."""
+    flags = result.record.get("flags")
+    names = ", ".join(str(flag["name"]) for flag in flags) if isinstance(flags, list) else ""
+    failed = "FAILED: " if result.state == "failed" else ""
+    return f"{result.case.path}: {failed}{result.told}{f'; flags: {names}' if names else ''}"
 
 
 class _Bar(Protocol):

@@ -330,6 +330,13 @@ def test_a_scan_that_cannot_be_read_is_not_called_a_folder_that_cannot_be_writte
     assert (result.state, result.told) == ("failed", "the scan cannot be read (Permission denied)")
 
 
+def test_the_record_says_that_the_contrast_phase_is_that_of_the_headers(tmp_path: Path) -> None:
+    """A pipeline's own estimate is a flag, and may be another one."""
+    (result,) = run(save(tmp_path / "a.nii.gz"))
+    assert result.record["contrast_phase_in_headers"] == "unknown"
+    assert "contrast_phase" not in result.record
+
+
 def test_a_label_map_beside_scans_is_told_and_is_no_failure(tmp_path: Path) -> None:
     save(tmp_path / "a.nii.gz")
     save(tmp_path / "a_GT.nii.gz", np.zeros((4, 4, 4), np.int16))

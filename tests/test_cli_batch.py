@@ -13,6 +13,9 @@ import numpy as np
 import pytest
 
 from salsa_node import nifti, phantom
+from salsa_node.batch import Result
+from salsa_node.cases import Case
+from salsa_node.cli_batch import _line
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -100,3 +103,11 @@ def test_without_a_scan_the_command_is_called_wrongly(cli: Cli) -> None:
     told = cli()
     assert told.returncode == 2
     assert "give PATHs or --input-csv" in told.stderr
+
+
+def test_flags_are_named_on_the_screen(tmp_path: Path) -> None:
+    case = Case(Path("a.nii"), (), "a", Path())
+    record = {"flags": [{"name": "liver_cut_off", "text": "..."}, {"name": "thick_slices", "text": "..."}]}
+    done = Result(case, tmp_path, "done", "1 candidate lesion", record)
+    assert _line(done) == "a.nii: 1 candidate lesion; flags: liver_cut_off, thick_slices"
+    assert _line(Result(case, tmp_path, "failed", "no such file", {})) == "a.nii: FAILED: no such file"

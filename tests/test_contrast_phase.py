@@ -177,7 +177,7 @@ def test_an_analysis_flags_the_wrong_phase_and_says_the_right_one(tmp_path, told
         study.axial, pipeline, Terms(products=products), lambda _: Lineage(datetime(2026, 1, 2, tzinfo=UTC))
     )
     assert ("phase_wrong" in {flag.name for flag in result.findings.flags}) == flagged
-    assert summary(result)["contrast_phase"] == told.replace("_", " ")
+    assert summary(result)["contrast_phase_in_headers"] == told.replace("_", " ")
     (report,) = result.of(Kind.SR)
     texts = [str(element.value) for element in report.iterall() if element.keyword == "TextValue"]
     opening = "Phase wrong: arterial, expected portal venous" if flagged else "Contrast phase: portal venous"
