@@ -115,7 +115,8 @@ def _stages(name: str, parts: list[tuple[str, PurePosixPath]], left_out: str) ->
         if len(places) != 1:
             what = f"folders named ...{SALSA_STAGES[stage]}" if name == SALSA else "trained configurations"
             told = f" ({', '.join(map(str, places))})" if places else ""
-            raise ModelRefused(f"{name}: found {len(places)} {what}{told}; expected one{left_out}")
+            again = "give a folder that holds one of each" if places else "give the folder or zip that holds all of it"
+            raise ModelRefused(f"{name}: found {len(places)} {what}{told}; expected one{left_out}; {again}")
         stages[stage] = places[0]
     return stages
 

@@ -164,7 +164,7 @@ def whole(folder: str) -> list[PurePosixPath]:
         ([], "no model was recognised: expected SALSA's.*; found no file$"),
         (names("scan.nii.gz"), "no model was recognised.*; found 1 other files$"),
         (whole("x/nnUNetTrainer__nnUNetPlans__2d"), "found x/nnUNetTrainer__nnUNetPlans__2d"),
-        (whole(f"x/{LOWRES}"), r"salsa: found 0 folders named \.\.\.__3d_cascade_fullres"),
+        (whole(f"x/{LOWRES}"), r"salsa: found 0 folders named \.\.\.__3d_cascade_fullres; .* that holds all"),
         (whole(f"a/{LOWRES}") + whole(f"b/{LOWRES}") + whole(CASCADE), f"found 2 folders .* \\(a/{LOWRES}, b/{LOWRES}"),
         (whole(LOWRES) + whole(CASCADE)[:2], f"salsa: {CASCADE} lacks fold_0/{CHECKPOINT}"),
         (whole(LOWRES)[1:] + whole(CASCADE), f"salsa: {LOWRES} lacks dataset.json; copy or unpack the model again"),
