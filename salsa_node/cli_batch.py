@@ -54,7 +54,7 @@ def batch(
     asked = config.load(config_file)
     settings = preflight.ready(asked, pipeline, device)
     if (pipeline or asked.pipeline.name) == AUTO and settings.pipeline.name == "demo":
-        console.note(f"the demo models look at the scans: {preflight.instead_of_demo(settings)}")
+        console.note(preflight.instead_of_demo(settings))
     criteria = settings.criteria
     if rule:
         if rule not in [known.value for known in Rule]:

@@ -134,7 +134,7 @@ def instead_of_demo(config: Config) -> str:
     """What to say where "auto" came down to the demo: nothing is ever downloaded unless somebody asks for it."""
     tasks = " ".join(map(str, models.PIPELINE_TASKS["totalsegmentator-liver-lesions"]))
     return (
-        "its results mean nothing, and no other models are installed: for real ones run "
+        "what the demo models find means nothing, and no others are installed: for real results run "
         f"{models.command(f'fetch {tasks}', config.models_dir)} (TotalSegmentator's, open), or import SALSA's"
     )
 
