@@ -88,7 +88,7 @@ room imports exactly what stands right of its arrow):
     worker                 <- analysis config dicom_result durable errors log pipelines store
 
   on top
-    preflight              <- config errors models pipelines settings
+    preflight              <- config errors model_fetch models pipelines settings
     node                   <- assembly commitment config delivery durable errors listener log preflight store
     overview               <- store
     console                <-

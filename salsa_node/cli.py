@@ -265,8 +265,10 @@ def run(
 ) -> None:
     """Analyse a DICOM folder or a NIfTI file without any network."""
     settings = config.load(config_file)
-    from salsa_node import offline
+    from salsa_node import offline, preflight
 
+    if masks is None and pipeline in ("", settings.pipeline.name):
+        preflight.download(settings, datetime.now(UTC), console.note)
     name = _pipeline(settings, pipeline, masks)
     options = _options(settings, name, organ_label, lesion_label)
     wanted = offline.Wanted(output, name, options, masks, rule or None)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Protocol
 
@@ -52,6 +53,8 @@ def batch(
     from salsa_node import preflight
 
     asked = config.load(config_file)
+    if pipeline in ("", asked.pipeline.name):
+        preflight.download(asked, datetime.now(UTC), console.note)
     settings = preflight.ready(asked, pipeline, device)
     if (pipeline or asked.pipeline.name) == AUTO and settings.pipeline.name == "demo":
         console.note(preflight.instead_of_demo(settings))

@@ -32,15 +32,16 @@ TOTALSEGMENTATOR: Final = "totalsegmentator"
 INCOMING: Final = ".incoming-"  #: begins the names of folders that are not whole, or going; they may be removed
 #: stage -> how the name of its folder ends, as nnU-Net writes it: TRAINER__PLANS__CONFIGURATION
 SALSA_STAGES: Final[Mapping[str, str]] = {"lowres": "__3d_lowres", "cascade": "__3d_cascade_fullres"}
+OPEN_LESIONS: Final = "totalsegmentator-liver-lesions"  #: the pipeline whose models anybody may download
 #: TotalSegmentator's tasks that a pipeline runs, by number, the first one first: 298 and 297 find where the liver is.
 PIPELINE_TASKS: Final[Mapping[str, tuple[int, ...]]] = {
     SALSA: (298, 291),
-    "totalsegmentator-liver-lesions": (297, 591),
+    OPEN_LESIONS: (297, 591),
 }
 FAST_LIVER_TASKS: Final = (298, 297)  #: of SALSA with the option fast_liver, or with the preset that had it
 #: pipeline -> one of its own settings -> the tasks that it runs besides, where the setting is on
 OPTION_TASKS: Final[Mapping[str, Mapping[str, tuple[int, ...]]]] = {
-    "totalsegmentator-liver-lesions": {"couinaud": (570,)},
+    OPEN_LESIONS: {"couinaud": (570,)},
 }
 
 
@@ -161,6 +162,17 @@ def require(pipeline: str, models_dir: Path | None, options: Mapping[str, object
     return found
 
 
+def missing_tasks(pipeline: str, models_dir: Path | None, options: Mapping[str, object]) -> tuple[int, ...]:
+    """Those of `tasks_of` that are not installed, or not whole."""
+    missing = []
+    for task in tasks_of(pipeline, options):
+        try:
+            task_model(task, models_dir)
+        except WeightsMissing:
+            missing.append(task)
+    return tuple(missing)
+
+
 def tasks_of(pipeline: str, options: Mapping[str, object]) -> tuple[int, ...]:
     """TotalSegmentator's tasks that a pipeline runs with these settings of its own."""
     tasks = PIPELINE_TASKS.get(pipeline, ())
@@ -178,9 +190,9 @@ def preferred(models_dir: Path | None) -> str:
     """
     if models_dir is not None and (models_dir / SALSA).is_dir():
         return SALSA
-    lesions = "totalsegmentator-liver-lesions"
-    if models_dir is not None and (models_dir / TOTALSEGMENTATOR / task_name(PIPELINE_TASKS[lesions][-1])).is_dir():
-        return lesions
+    lesions = task_name(PIPELINE_TASKS[OPEN_LESIONS][-1])
+    if models_dir is not None and (models_dir / TOTALSEGMENTATOR / lesions).is_dir():
+        return OPEN_LESIONS
     return "demo"
 
 

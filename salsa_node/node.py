@@ -51,6 +51,7 @@ def serve(config: Config, config_path: Path | None) -> None:
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, ask_to_stop)
     with ExitStack() as stack:
+        preflight.download(config, _now(), lambda line: log.info(line, extra={"event": "node.models"}))
         preflight.require(config)
         config = preflight.settled(config)
         stack.enter_context(only_node(config.node.data_dir))

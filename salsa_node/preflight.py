@@ -6,14 +6,15 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 
 from salsa_node import models, pipelines
 from salsa_node.config import Config
-from salsa_node.errors import ConfigError, PipelineError
+from salsa_node.errors import ConfigError, PipelineError, WeightsMissing
 from salsa_node.settings import AUTO, SENDER
 
 _COUNT_GPUS = "import torch; print(torch.cuda.device_count())"
@@ -112,7 +113,39 @@ def require_pipeline(name: str, config: Config) -> int:
     return models.require(name, config.models_dir, options)
 
 
+def to_download(config: Config) -> tuple[int, ...]:
+    """TotalSegmentator's tasks that a start downloads: what is missing, where `pipeline.may_download` allows it."""
+    if not config.pipeline.may_download:
+        return ()
+    name = settled(config).pipeline.name
+    if config.pipeline.name == AUTO and name == "demo":
+        name = models.OPEN_LESIONS
+    return models.missing_tasks(name, config.models_dir, config.pipeline.options)
+
+
+def download(config: Config, now: datetime, progress: Callable[[str], None]) -> None:
+    """Install what `to_download` names; nothing where that is nothing.
+
+    Raises WeightsMissing with the way to carry the files over by hand, ModelRefused, ConfigError; what came is kept.
+    """
+    tasks = to_download(config)
+    if not tasks:
+        return
+    from salsa_node import model_fetch  # tries what it installs: torch
+
+    for at, task in enumerate(tasks):
+        try:
+            model_fetch.fetch(task, config.models_dir, now, progress)
+        except WeightsMissing as error:
+            raise WeightsMissing(f"{error}{model_fetch.not_tried(tasks[at + 1 :], config.models_dir)}") from error
+
+
 def _pipeline(config: Config) -> Check:
+    missing = to_download(config)
+    if missing:
+        tasks = ", ".join(map(str, missing))
+        detail = f"TotalSegmentator's tasks {tasks} are missing; the start downloads them (pipeline.may_download)"
+        return Check(f"pipeline {config.pipeline.name}", ok=True, detail=detail, warns=True)
     auto = " (chosen by auto)" if config.pipeline.name == AUTO else ""
     config = settled(config)
     chosen = config.pipeline.name
@@ -132,10 +165,11 @@ def _pipeline(config: Config) -> Check:
 
 def instead_of_demo(config: Config) -> str:
     """What to say where "auto" came down to the demo: nothing is ever downloaded unless somebody asks for it."""
-    tasks = " ".join(map(str, models.PIPELINE_TASKS["totalsegmentator-liver-lesions"]))
+    tasks = " ".join(map(str, models.PIPELINE_TASKS[models.OPEN_LESIONS]))
     return (
         "what the demo models find means nothing, and no others are installed: for real results run "
-        f"{models.command(f'fetch {tasks}', config.models_dir)} (TotalSegmentator's, open), or import SALSA's"
+        f"{models.command(f'fetch {tasks}', config.models_dir)} (TotalSegmentator's, open; with "
+        "pipeline.may_download = true a start does it), or import SALSA's"
     )
 
 

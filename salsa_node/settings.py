@@ -157,11 +157,14 @@ class PipelineChoice:
     name: "auto" is SALSA where its models are installed, else TotalSegmentator where those are, else the demo.
     device: "auto", "cpu", "cuda" or "cuda:N".
     models_dir: where installed models lie; "" for `models` in node.data_dir.
+    may_download: a start fetches what the pipeline lacks of TotalSegmentator's open models; "auto" then never comes
+        down to the demo.
     """
 
     name: str = AUTO
     device: str = field(default="auto", metadata={"pattern": r"auto|cpu|cuda(:\d+)?"})
     models_dir: str = ""
+    may_download: bool = False
     options: Mapping[str, object] = field(default_factory=dict)
 
 

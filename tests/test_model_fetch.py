@@ -12,13 +12,24 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
+import made_totalseg
 import pytest
 import requests
 from totalsegmentator import libs
 
-from salsa_node import cli_models, model_cards, model_fetch, model_manifest, model_trial
+from salsa_node import cli_models, model_cards, model_fetch, model_manifest, model_trial, preflight
+from salsa_node.config import Config
 from salsa_node.errors import ConfigError, ModelRefused, WeightsMissing
-from salsa_node.models import CHECKPOINT, DEMO_STAGES, demo_models_dir, task_model
+from salsa_node.models import (
+    CHECKPOINT,
+    DEMO_STAGES,
+    OPEN_LESIONS,
+    PIPELINE_TASKS,
+    demo_models_dir,
+    task_model,
+    task_name,
+)
+from salsa_node.settings import NodeSettings, PipelineChoice
 
 NOW = datetime(2026, 11, 21, 8, tzinfo=UTC)
 LESIONS = "Dataset591_ct_liver_lesions_842subj"
@@ -187,3 +198,48 @@ def test_words_stand_for_tasks(word: str, tasks: tuple[int, ...]) -> None:
 def test_a_word_that_stands_for_nothing_is_refused(word: str) -> None:
     with pytest.raises(ConfigError):
         model_cards.tasks_meant(word)
+
+
+# ---- what a start may download ---------------------------------------------------------------------
+
+
+def serve_all(releases: Path, tmp_path: Path) -> None:
+    """The two models of the open lesion pipeline, each where its release lies."""
+    made = made_totalseg.make_weights(tmp_path / "made")
+    for task in PIPELINE_TASKS[OPEN_LESIONS]:
+        folder, url = made / task_name(task), model_cards.download_url(task)
+        archive = releases.parent / url.removeprefix(f"{model_cards.RELEASES}/")
+        archive.parent.mkdir(exist_ok=True)
+        with zipfile.ZipFile(archive, "w") as packed:
+            for file in sorted(folder.rglob("*")):
+                packed.write(file, file.relative_to(made))
+
+
+def test_a_start_that_may_download_gets_the_open_models_instead_of_the_demo(releases: Path, tmp_path: Path) -> None:
+    serve_all(releases, tmp_path)
+    config = Config(node=NodeSettings(data_dir=tmp_path / "data"), pipeline=PipelineChoice(may_download=True))
+    (told,) = [check for check in preflight.checks(config) if check.name == "pipeline auto"]
+    assert told.ok
+    assert told.warns
+    assert "297, 591 are missing; the start downloads them" in told.detail
+    lines: list[str] = []
+    preflight.download(config, NOW, lines.append)
+    assert sum("downloading" in line for line in lines) == 2
+    assert preflight.settled(config).pipeline.name == OPEN_LESIONS
+    preflight.require(config)
+    assert preflight.to_download(config) == ()
+    preflight.download(config, NOW, lambda line: pytest.fail(line))
+
+
+def test_a_start_that_may_not_download_asks_for_nothing(releases: Path, tmp_path: Path) -> None:
+    serve_all(releases, tmp_path)
+    config = Config(node=NodeSettings(data_dir=tmp_path / "data"))
+    preflight.download(config, NOW, lambda line: pytest.fail(line))
+    assert preflight.settled(config).pipeline.name == "demo"
+    assert not config.models_dir.exists()
+
+
+def test_a_start_whose_download_fails_names_every_file(releases: Path, tmp_path: Path) -> None:
+    config = Config(node=NodeSettings(data_dir=tmp_path / "data"), pipeline=PipelineChoice(may_download=True))
+    with pytest.raises(WeightsMissing, match=r"Dataset297_.*could not be downloaded.*Not tried.*Dataset591_"):
+        preflight.download(config, NOW, lambda _: None)
