@@ -280,6 +280,8 @@ def run(
             console.put(f"{result.path}: {result.told}{f'; see {result.folder}' if result.written else ''}")
             if result.lesions:
                 console.put_lesions(result.lesions)
+            for flag in result.flags:
+                console.put(f"note: {flag}")
     if not all(result.fit for result in results):
         raise SystemExit(EXIT_NO)
 

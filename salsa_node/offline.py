@@ -67,6 +67,7 @@ class Result:
     analysed: false where a verdict or an error stood in the way; `told` says which.
     folder: where the results lie, if any were `written`.
     blocked: why the guards would keep this result from leaving; "" where they would not.
+    flags: what a reader should know, in words.
     """
 
     path: Path
@@ -76,6 +77,7 @@ class Result:
     lesions: Sequence[Mapping[str, object]] = ()
     written: bool = False
     blocked: str = ""
+    flags: Sequence[str] = ()
 
     @property
     def fit(self) -> bool:
@@ -90,6 +92,7 @@ class Result:
             "analysed": self.analysed,
             "told": self.told,
             "blocked": self.blocked,
+            "flags": list(self.flags),
             "lesions": list(self.lesions),
         }
 
@@ -212,8 +215,9 @@ def _one(path: Path, case: Case, pipeline: Pipeline, criteria: Criteria, config:
     blocked = analysis.blocked or _guard(analysis, case)
     told = f"BLOCKED, do not hand this on: {blocked} ({_told(analysis)})" if blocked else _told(analysis)
     lesions = table(analysis.findings) if analysis.findings else []
+    flags = [flag.text for flag in analysis.findings.flags] if analysis.findings else []
     analysed = analysis.outcome is not Outcome.NOT_ANALYSED
-    return Result(path, case.folder, analysed, told, lesions, written=True, blocked=blocked)
+    return Result(path, case.folder, analysed, told, lesions, written=True, blocked=blocked, flags=flags)
 
 
 def _guard(analysis: Analysis, case: Case) -> str:

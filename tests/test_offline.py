@@ -110,6 +110,9 @@ def test_a_result_that_the_guards_would_keep_says_so_and_is_not_fit(study, tmp_p
     assert result.told.startswith("BLOCKED, do not hand this on: ")
     (good,) = offline.run([folder], wanted(tmp_path / "b", study.truth_labels), Config())
     assert (good.fit, good.blocked) == (True, "")
+    assert not any("mirrored" in flag for flag in good.flags)
+    assert any("mirrored" in flag for flag in result.flags)
+    assert result.as_json()["flags"] == list(result.flags)
 
     def of_another_patient(self: pydicom.Dataset, *arguments: object, **more: object) -> None:
         self.PatientID = "another"
