@@ -306,5 +306,5 @@ def test_connections_that_go_wrong_leave_nothing_in_memory(tmp_path: Path) -> No
             if isinstance(thread, PynetdicomAssociation):
                 thread.join(20)
         gc.collect()
-        left = [each for each in gc.get_objects() if isinstance(each, fast_receive.Connection)]
+        left = [each for each in gc.get_objects() if type(each) is fast_receive.Connection]  # isinstance wakes torch's
         assert len(left) <= 2, "what is still in some frame"
