@@ -93,7 +93,7 @@ room imports exactly what stands right of its arrow):
     overview               <- store
     console                <-
     dicom_ct               <- errors uids volume
-    offline                <- analysis candidate config criteria dicom_ct dicom_result errors findings log nifti picture pipelines selection series uids volume
+    offline                <- analysis candidate config criteria dicom_ct dicom_result errors findings log nifti picture pipelines selection series uids upright volume
     anatomy                <- volume
     phantom                <- anatomy dicom_ct nifti uids volume
     loopback               <- association errors
@@ -107,9 +107,9 @@ room imports exactly what stands right of its arrow):
     model_fetch            <- errors model_cards model_import model_manifest models
     cli_series             <- assembly config console errors nifti options preflight series store upright
     cli_models             <- config console errors model_cards model_fetch model_import model_manifest models options
-    cases                  <- candidate errors nifti selection series volume
+    cases                  <- candidate errors nifti selection selection_rules series series_rules volume
     film                   <- dicom_result findings picture volume
-    batch                  <- analysis cases criteria durable errors film findings guards limits log models nifti pipelines uids volume
+    batch                  <- analysis cases criteria durable errors film findings guards limits log models nifti pipelines series_rules uids upright volume
     scripting              <- batch cases config criteria dicom_result dicom_seg errors findings limits nifti pipelines preflight series
     cli_batch              <- batch cases config console criteria errors options pipelines preflight settings
   cli                    <- assembly cli_batch cli_models cli_series config console delivery demo durable errors log nifti node offline options overview preflight settings store worker

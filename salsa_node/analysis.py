@@ -29,6 +29,7 @@ from salsa_node import (
     page,
     picture,
     placement,
+    upright,
 )
 from salsa_node.criteria import Criteria
 from salsa_node.dicom_result import Identity, Kind, Made, caveat
@@ -40,7 +41,6 @@ from salsa_node.products import Products
 from salsa_node.series import UNREADABLE, headers, image_numbers, inspect, read_volume
 from salsa_node.series_rules import SeriesRules
 from salsa_node.uids import digest
-from salsa_node.upright import put_back, upright
 from salsa_node.volume import CtVolume
 
 _NAMED_BY = ("SOPClassUID", "StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")  # an instance, to the world
@@ -129,7 +129,7 @@ def analyse(
         series = inspect(paths, terms.series)
         ct = read_volume(series)
         progress("segmenting")
-        masks = pipeline.segment(ct) if ct.grid.is_upright else put_back(pipeline.segment(upright(ct)), ct.grid)
+        masks = upright.segment(pipeline, ct)
     except (SeriesRejected, OrganNotFound) as verdict:
         return refuse(paths, str(verdict), terms, lineage, pipeline.provenance)
     progress("measuring")

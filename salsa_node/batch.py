@@ -23,16 +23,17 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from salsa_node import cases, durable, film, guards, nifti
+from salsa_node import cases, durable, film, guards, nifti, upright
 from salsa_node.analysis import Analysis, Outcome, summary
-from salsa_node.cases import INTERMEDIATES, Case
+from salsa_node.cases import DEFAULT_RULES, INTERMEDIATES, Case, Scan
 from salsa_node.criteria import Criteria
 from salsa_node.errors import ConfigError, SalsaNodeError, SeriesRejected
 from salsa_node.findings import Disease, Findings, measure
 from salsa_node.limits import Limits
 from salsa_node.log import unforeseen
 from salsa_node.models import sha256_of
-from salsa_node.pipelines import Pipeline, once, unobserved
+from salsa_node.pipelines import Masks, Observer, Pipeline, once, unobserved
+from salsa_node.series_rules import SeriesRules
 from salsa_node.uids import digest
 from salsa_node.volume import CtVolume, Grid, LabelVolume
 
@@ -101,15 +102,23 @@ class Result:
 
 
 def run(
-    placed: Iterable[tuple[Case, Path]], pipeline: Pipeline, criteria: Criteria, limits: Limits, wanted: Wanted
+    placed: Iterable[tuple[Case, Path]],
+    pipeline: Pipeline,
+    criteria: Criteria,
+    limits: Limits,
+    wanted: Wanted,
+    rules: SeriesRules = DEFAULT_RULES.series,
 ) -> Iterator[Result]:
-    """Analyse the cases of `cases.placed` one after the other; each result comes when it is written. Raises nothing."""
+    """Analyse the cases of `cases.placed` one after the other; each result comes when it is written. Raises nothing.
+
+    rules: what is done where the slices of a DICOM series make no regular grid.
+    """
     for case, place in placed:
         if case.left_out:
             yield Result(case, place, "left out", case.refusal, {})
             continue
         try:
-            yield _one(case, place, pipeline, criteria, limits, wanted)
+            yield _one(case, place, pipeline, criteria, limits, wanted, rules)
         except SalsaNodeError as error:
             yield _failed(case, place, str(error))
         except OSError as error:
@@ -157,8 +166,16 @@ def write_tables(results: Sequence[Result], folder: Path) -> tuple[Path, ...]:
     return paths
 
 
-def label_map(findings: Findings, wanted: Wanted) -> LabelVolume:
-    """The lesions as `wanted` asks for them: uint8 (uint16 for more than 255 lesions one by one), on the CT's grid."""
+def marked(scan: Scan, pipeline: Pipeline, observer: Observer = unobserved) -> Masks:
+    """The pipeline's masks on the scan's own grid, where need be by way of an upright one. Raises as `segment` does."""
+    return upright.segment(pipeline, scan.ct, observer) if scan.series else pipeline.segment(scan.ct, observer)
+
+
+def label_map(findings: Findings, wanted: Wanted, scan: Scan) -> LabelVolume:
+    """The lesions as `wanted` asks for them: uint8 (uint16 for more than 255 lesions one by one), on the CT's grid.
+
+    Of tilted or unevenly spaced slices: on the upright grid that `salsa-node export` writes their voxels on.
+    """
     numbered = findings.lesion_labels.labels
     values = np.zeros(len(findings.lesions) + 1, dtype=np.uint8 if len(findings.lesions) < 256 else np.uint16)
     for lesion in findings.lesions:
@@ -167,10 +184,19 @@ def label_map(findings: Findings, wanted: Wanted) -> LabelVolume:
     if not wanted.instances:
         values = values.astype(np.uint8)
     labels: npt.NDArray[np.unsignedinteger] = values[numbered]
-    return LabelVolume(labels, findings.lesion_labels.grid)
+    made = LabelVolume(labels, findings.lesion_labels.grid)
+    return upright.upright_labels(made) if scan.series else made
 
 
-def _one(case: Case, place: Path, pipeline: Pipeline, criteria: Criteria, limits: Limits, wanted: Wanted) -> Result:
+def _one(
+    case: Case,
+    place: Path,
+    pipeline: Pipeline,
+    criteria: Criteria,
+    limits: Limits,
+    wanted: Wanted,
+    rules: SeriesRules,
+) -> Result:
     if case.refusal:
         raise SeriesRejected(case.refusal)
     key = _key(case, pipeline, criteria, limits, wanted)
@@ -183,14 +209,17 @@ def _one(case: Case, place: Path, pipeline: Pipeline, criteria: Criteria, limits
             raise ConfigError(f"{place.name} is there and is not what a batch wrote; move it away, or add --again")
     place.parent.mkdir(parents=True, exist_ok=True)
     with _unfinished(place) as made:  # a folder that cannot be written is found before the work
-        ct = cases.read(case).ct
+        scan = cases.read(case, rules)
+        ct = scan.ct
         like = case.path if case.is_nifti else None
         kept = made / _stem(place)
-        masks = pipeline.segment(
-            ct, _Keeper(kept, ct.grid, like, pipeline.provenance.mark) if wanted.keep_intermediates else unobserved
+        masks = marked(
+            scan,
+            pipeline,
+            _Keeper(kept, ct.grid, like, pipeline.provenance.mark) if wanted.keep_intermediates else unobserved,
         )
         findings = judged(ct, measure(ct, masks, criteria), limits)
-        nifti.write_labels(label_map(findings, wanted), made / place.name, description(findings, wanted), like)
+        nifti.write_labels(label_map(findings, wanted, scan), made / place.name, description(findings, wanted), like)
         overlay = {"gif": film.gif, "png": film.png}.get(wanted.overlay)
         if overlay is not None:
             durable.write(made / f"{_stem(place)}.{wanted.overlay}", [overlay(ct, findings)])

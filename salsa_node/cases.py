@@ -13,12 +13,15 @@ import glob
 import os
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 from salsa_node import candidate, nifti, selection, series
 from salsa_node.errors import ConfigError, SeriesRejected
+from salsa_node.selection_rules import SelectionRules
+from salsa_node.series_rules import SeriesRules
 from salsa_node.volume import CtVolume
 
 MARK: Final = "_SALSA"  #: ends the stem of everything that a batch writes
@@ -31,6 +34,17 @@ _NIFTI: Final = (".nii.gz", ".nii")
 _LABEL_MAP: Final = re.compile(  # how people call what they drew
     r"(^|[-_. ])(gt|ground[-_ ]?truth|truth|seg|segmentation|masks?|labels?|labelmap)$", re.IGNORECASE
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """By what a series of a DICOM study is chosen, and what is done where its slices make no regular grid."""
+
+    selection: SelectionRules = field(default_factory=SelectionRules)
+    series: SeriesRules = field(default_factory=SeriesRules)
+
+
+DEFAULT_RULES: Final = Rules()
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,14 +117,14 @@ def _columns(line: str, parted_by: str) -> list[str]:
     return [name.strip() for row in csv.reader([line], delimiter=parted_by, skipinitialspace=True) for name in row]
 
 
-def find(wanted: Iterable[str]) -> list[Case]:
+def find(wanted: Iterable[str], rules: Rules = DEFAULT_RULES) -> list[Case]:
     """The cases that paths, folders and patterns name, each once, in their order.
 
     A path that cannot be looked at is a case with the reason. In folders, names that begin with a dot are left out.
     """
     cases: dict[tuple[Path, str], Case] = {}
     for name in wanted:
-        for case in _named(name):
+        for case in _named(name, rules):
             cases.setdefault((_real(case.path) / case.stem, case.refusal), case)
     return list(cases.values())
 
@@ -144,38 +158,38 @@ def placed(cases: Sequence[Case], output: Path | None) -> list[tuple[Case, Path]
     return result
 
 
-def read(case: Case) -> Scan:
+def read(case: Case, rules: SeriesRules = DEFAULT_RULES.series) -> Scan:
     """The voxels of a case. Raises SeriesRejected with the reason where they are no CT volume."""
     if case.refusal:
         raise SeriesRejected(case.refusal)
     if case.is_nifti:
         return Scan(nifti.read_ct(case.path), case, None)
-    found = series.inspect(case.files)
+    found = series.inspect(case.files, rules)
     return Scan(series.read_volume(found), case, found)
 
 
-def open_scan(path: Path | str) -> Scan:
+def open_scan(path: Path | str, rules: Rules = DEFAULT_RULES) -> Scan:
     """The one CT at `path`, a NIfTI file or a DICOM folder. Raises SeriesRejected where there is none, or several."""
-    cases = [case for case in find([str(path)]) if not case.left_out]
+    cases = [case for case in find([str(path)], rules) if not case.left_out]
     if len(cases) != 1:
         raise SeriesRejected(f"expected one scan at that path, found {len(cases)}")
-    return read(cases[0])
+    return read(cases[0], rules.series)
 
 
-def _named(name: str) -> list[Case]:
+def _named(name: str, rules: Rules) -> list[Case]:
     try:
         path = Path(name).expanduser()
     except RuntimeError:  # ~ with the name of nobody
         return [_refused(Path(name), f"there is no home folder for {Path(name).parts[0]}")]
     try:
         if path.exists() or not glob.has_magic(name):
-            return _cases(path)
+            return _cases(path, rules)
     except OSError as error:
         return [_unreachable(path, error)]
-    return _matching(path)
+    return _matching(path, rules)
 
 
-def _matching(pattern: Path) -> list[Case]:
+def _matching(pattern: Path, rules: Rules) -> list[Case]:
     # Path.glob takes no absolute pattern.
     paths = [Path(found) for found in sorted(glob.glob(str(pattern), recursive=True))]  # noqa: PTH207
     if not paths:
@@ -185,14 +199,14 @@ def _matching(pattern: Path) -> list[Case]:
     cases: list[Case] = []
     for path in paths:
         try:
-            found = [] if _is_result(path, root) else _cases(path, root)
+            found = [] if _is_result(path, root) else _cases(path, rules, root)
         except OSError as error:
             found = [_unreachable(path, error)]
         cases += [case for case in found if not (case.refusal and case.path == path and _lies_beside_result(path))]
     return cases or [_refused(pattern, "names nothing but what an earlier batch wrote")]
 
 
-def _cases(path: Path, root: Path | None = None) -> list[Case]:
+def _cases(path: Path, rules: Rules, root: Path | None = None) -> list[Case]:
     """What a path that exists, or is meant to, stands for; `root` as `_is_result` has it, by default the path itself.
 
     Raises OSError where it cannot be looked at.
@@ -210,7 +224,7 @@ def _cases(path: Path, root: Path | None = None) -> list[Case]:
             locked.append(
                 _refused(path, f"this user may not read {len(unread)} of its files, such as {unread[0].name}")
             )
-        found = [_found_case(file) for file in volumes] + _dicom_cases(path, images) + locked
+        found = [_found_case(file) for file in volumes] + _dicom_cases(path, images, rules) + locked
         return found or [_refused(path, "neither a NIfTI file nor a DICOM image lies in this folder")]
     if path.exists():
         return [_refused(path, "expected a .nii or .nii.gz file or a folder")]
@@ -232,14 +246,14 @@ def _is_file(path: Path) -> bool:
     return os.path.isfile(path)  # noqa: PTH113 - False, not an error, where it cannot be looked at
 
 
-def _dicom_cases(folder: Path, files: Sequence[Path]) -> list[Case]:
+def _dicom_cases(folder: Path, files: Sequence[Path], rules: Rules) -> list[Case]:
     studies: dict[str, list[candidate.Candidate]] = {}
     for paths in candidate.by_series(files).values():
         found = candidate.read_candidate(paths)
         studies.setdefault(found.study_uid, []).append(found)
     cases = []
     for study_uid, candidates in sorted(studies.items()):
-        choice = selection.choose_volume(candidates)
+        choice = selection.choose_volume(candidates, partial(series.inspect, rules=rules.series), rules.selection)
         if choice.chosen is None:
             reasons = "; ".join(dict.fromkeys(verdict.reason for verdict in choice.verdicts))
             which = f"the study {study_uid}" if len(studies) > 1 else "this study"

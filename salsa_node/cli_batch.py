@@ -68,8 +68,9 @@ def batch(
     from salsa_node import cases, pipelines
 
     wanted = batches.Wanted(recist, instances, keep_intermediates, overlay, again)
+    rules = cases.Rules(settings.selection, settings.series)
     listed = cases.listed(input_csv) if input_csv else []
-    placed = cases.placed(cases.find([*listed, *(paths or [])]), output)
+    placed = cases.placed(cases.find([*listed, *(paths or [])], rules), output)
     folder = batches.tables_folder(output, input_csv)  # before the work
     choice = settings.pipeline
     console.note(f"loading the pipeline {choice.name} ...")
@@ -80,7 +81,7 @@ def batch(
     tables: Sequence[Path] = ()
     try:
         with _progress(len(placed)) as bar:
-            for result in batches.run(placed, loaded, criteria, settings.guards, wanted):
+            for result in batches.run(placed, loaded, criteria, settings.guards, wanted, rules.series):
                 done.append(result)
                 bar(_line(result))
     except KeyboardInterrupt:

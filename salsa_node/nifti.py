@@ -51,8 +51,7 @@ def read_ct(path: Path) -> CtVolume:
     zero, so that a scan without such a value has lost its intercept.
     """
     voxels, grid, stored = _read(path)
-    directions = grid.affine_lps_mm[:3, :3] / np.array(grid.spacing_mm)
-    skew = float(np.degrees(np.arcsin(min(1.0, np.abs(directions.T @ directions - np.eye(3)).max()))))
+    skew = _skew_degrees(grid)
     if skew > _MAX_SKEW_DEGREES:
         raise SeriesRejected(
             f"axes {skew:.1f} degrees off the perpendicular; resample the scan to a regular grid first"
@@ -109,7 +108,8 @@ def read_description(path: Path) -> str:
 def write_labels(labels: LabelVolume, path: Path, description: str = "", like: Path | None = None) -> None:
     """Writes a label map to `path` (.nii or .nii.gz), stored as (column, row, slice) with its affine in RAS.
 
-    description: goes into the header. Raises ValueError where it is longer than 79 characters or not ASCII.
+    description: goes into the header. Raises ValueError where it is longer than 79 characters or not ASCII, and
+        where the labels lie on tilted or unevenly spaced slices, which NIfTI cannot hold: see `upright`.
     like: the NIfTI that `labels.grid` was read from; the map is then stored in its order of axes, so that the
         two arrays lie voxel on voxel, and takes over what its header says of space. Raises SeriesRejected where
         that file lies on another grid.
@@ -122,11 +122,16 @@ def write_labels(labels: LabelVolume, path: Path, description: str = "", like: P
 
 
 def write_ct(ct: CtVolume, path: Path) -> None:
-    """Writes CT numbers to `path` (.nii or .nii.gz), stored as (column, row, slice) with the affine in RAS."""
+    """Writes CT numbers to `path` (.nii or .nii.gz), stored as (column, row, slice) with the affine in RAS.
+
+    Raises ValueError where they lie on tilted or unevenly spaced slices, which NIfTI cannot hold: see `upright`.
+    """
     nib.save(_image(ct.voxels_hu, ct.grid), path)
 
 
 def _image(voxels: Numbers, grid: Grid) -> Nifti1Image:
+    if grid.slice_offsets is not None or _skew_degrees(grid) > _MAX_SKEW_DEGREES:
+        raise ValueError("NIfTI holds no tilted or unevenly spaced slices; put the volume on an upright grid first")
     affine = _RAS_TO_LPS @ grid.affine_lps_mm[:, [2, 1, 0, 3]]
     # nibabel types its modules but not these functions.
     image = Nifti1Image(voxels.transpose(2, 1, 0), affine)  # type: ignore[no-untyped-call]
@@ -134,6 +139,12 @@ def _image(voxels: Numbers, grid: Grid) -> Nifti1Image:
     image.set_qform(affine, code=1)  # type: ignore[no-untyped-call]
     image.header.set_xyzt_units("mm")  # type: ignore[no-untyped-call]
     return image
+
+
+def _skew_degrees(grid: Grid) -> float:
+    """How far off the perpendicular the axes are."""
+    directions = grid.affine_lps_mm[:3, :3] / np.array(grid.spacing_mm)
+    return float(np.degrees(np.arcsin(min(1.0, np.abs(directions.T @ directions - np.eye(3)).max()))))
 
 
 def _image_like(labels: LabelVolume, like: Path) -> Nifti1Image:

@@ -27,6 +27,7 @@ from salsa_node.log import unforeseen
 from salsa_node.pipelines import Pipeline, PipelineSettings
 from salsa_node.series import inspect
 from salsa_node.uids import derive
+from salsa_node.upright import upright_labels
 from salsa_node.volume import LabelVolume
 
 _NAMES = ("labels.nii.gz", "findings.csv", "findings.json", "overlay.png")
@@ -251,7 +252,9 @@ def _write(analysis: Analysis, folder: Path) -> None:
         writer.writeheader()
         writer.writerows(rows)
     nifti.write_labels(
-        label_map(analysis.findings), folder / "labels.nii.gz", f"{nifti.LABEL_MAP}{analysis.findings.provenance.mark}"
+        upright_labels(label_map(analysis.findings)),
+        folder / "labels.nii.gz",
+        f"{nifti.LABEL_MAP}{analysis.findings.provenance.mark}",
     )
     picture.overlay(analysis.ct, analysis.findings, folder / "overlay.png")
 

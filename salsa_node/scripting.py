@@ -47,9 +47,11 @@ def load(
 def read(path: Path | str) -> Scan:
     """The CT at `path`: a NIfTI file, or a DICOM folder, of which the series fit for analysis is taken.
 
+    Which series that is, and what is done with tilted or unevenly spaced slices, is as `SALSA_NODE_CONFIG` says.
     Raises SeriesRejected with the reason where there is none, or more than one study.
     """
-    return cases.open_scan(path)
+    settings = config.load(None)
+    return cases.open_scan(path, cases.Rules(settings.selection, settings.series))
 
 
 def find(scan: Scan, pipeline: Pipeline, criteria: Criteria | None = None, limits: Limits | None = None) -> Findings:
@@ -58,16 +60,19 @@ def find(scan: Scan, pipeline: Pipeline, criteria: Criteria | None = None, limit
     A flag that `blocks` would keep a node from sending the result: look at it before you use it.
     Raises PipelineError; OrganNotFound where there is no liver.
     """
-    found = measure(scan.ct, pipeline.segment(scan.ct), criteria or Criteria())
+    found = measure(scan.ct, batch.marked(scan, pipeline), criteria or Criteria())
     return batch.judged(scan.ct, found, limits or Limits())
 
 
 def write_labels(findings: Findings, scan: Scan, path: Path | str, *, instances: bool = False) -> None:
-    """A label map (.nii or .nii.gz) on the scan's own grid: 1 measurable, 2 not; or n for lesion n."""
+    """A label map (.nii or .nii.gz) on the scan's own grid: 1 measurable, 2 not; or n for lesion n.
+
+    Of tilted or unevenly spaced slices: on the upright grid that `salsa-node export` writes their voxels on.
+    """
     wanted = Wanted(instances=instances)
     like = scan.case.path if scan.case.is_nifti else None
     told = batch.description(findings, wanted, "salsa_node, ")
-    nifti.write_labels(batch.label_map(findings, wanted), Path(path), told, like)
+    nifti.write_labels(batch.label_map(findings, wanted, scan), Path(path), told, like)
 
 
 def write_seg(findings: Findings, scan: Scan, path: Path | str) -> tuple[Path, ...]:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from scipy import ndimage
 
 from salsa_node.native_image import PADDING_HU
-from salsa_node.pipelines import Flag, Masks
+from salsa_node.pipelines import Flag, Masks, Observer, Pipeline, unobserved
 from salsa_node.volume import CtVolume, Grid, LabelVolume
 
 Floats = npt.NDArray[np.float64]
@@ -27,25 +27,47 @@ def upright(ct: CtVolume) -> CtVolume:
 
     The pixels keep size and direction; the slices lie at the median distance of the old ones.
     """
-    grid = ct.grid
+    grid, to = ct.grid, _upright_grid(ct.grid)
     step_mm, shifts = _lie(grid)
     places_mm = grid.along * grid.step_mm
-    low, high = _margins(shifts)
-    slices = ceil(places_mm[-1] / step_mm - 1e-6) + 1
-    shape = (slices, grid.shape[1] + int(high[0] - low[0]), grid.shape[2] + int(high[1] - low[1]))
-    affine = np.array(grid.affine_lps_mm)
-    affine[:3, 0] = _normal(grid) * step_mm
-    affine[:3, 3] = grid.affine_lps_mm[:3, 3] + grid.affine_lps_mm[:3, 1:3] @ low
-    voxels = np.empty(shape, dtype=ct.voxels_hu.dtype)
-    for j in range(slices):
+    low, _ = _margins(shifts)
+    voxels = np.empty(to.shape, dtype=ct.voxels_hu.dtype)
+    for j in range(to.shape[0]):
         at = np.interp(j * step_mm, places_mm, np.arange(grid.shape[0]))
         first = int(at)
         share = at - first
-        plane = (1 - share) * _shifted(ct.voxels_hu[first], shifts[first] - low, shape[1:])
+        plane = (1 - share) * _shifted(ct.voxels_hu[first], shifts[first] - low, to.shape[1:])
         if share > 0:
-            plane += share * _shifted(ct.voxels_hu[first + 1], shifts[first + 1] - low, shape[1:])
+            plane += share * _shifted(ct.voxels_hu[first + 1], shifts[first + 1] - low, to.shape[1:])
         voxels[j] = np.rint(plane) if voxels.dtype == np.int16 else plane
-    return CtVolume(voxels, Grid(shape, affine, grid.frame_of_reference_uid))
+    return CtVolume(voxels, to)
+
+
+def segment(pipeline: Pipeline, ct: CtVolume, observer: Observer = unobserved) -> Masks:
+    """The pipeline's masks on `ct.grid`; where its slices are tilted or uneven, by way of an upright grid.
+
+    observer, and what is raised: as of `Pipeline.segment`.
+    """
+    if ct.grid.is_upright:
+        return pipeline.segment(ct, observer)
+    return put_back(pipeline.segment(upright(ct), observer), ct.grid)
+
+
+def upright_labels(part: LabelVolume) -> LabelVolume:
+    """Labels on the grid that `upright` makes of theirs, by the nearest voxel; upright ones as they are."""
+    grid = part.grid
+    if grid.is_upright:
+        return part
+    to = _upright_grid(grid)
+    _, shifts = _lie(grid)
+    low, _ = _margins(shifts)
+    places_mm = grid.along * grid.step_mm
+    labels = np.zeros(to.shape, dtype=part.labels.dtype)
+    for j in range(to.shape[0]):
+        k = int(np.abs(places_mm - j * to.step_mm).argmin())
+        row, column = (int(n) for n in np.rint(shifts[k] - low))
+        labels[j, row : row + grid.shape[1], column : column + grid.shape[2]] = part.labels[k]
+    return LabelVolume(labels, to)
 
 
 def put_back(masks: Masks, grid: Grid) -> Masks:
@@ -78,6 +100,17 @@ def _on_slices(part: LabelVolume, grid: Grid) -> LabelVolume:
         plane = part.labels[min(round(place_mm / step_mm), part.grid.shape[0] - 1)]
         labels[k] = plane[row : row + grid.shape[1], column : column + grid.shape[2]]
     return LabelVolume(labels, grid)
+
+
+def _upright_grid(grid: Grid) -> Grid:
+    step_mm, shifts = _lie(grid)
+    low, high = _margins(shifts)
+    slices = ceil(grid.along[-1] * grid.step_mm / step_mm - 1e-6) + 1
+    shape = (slices, grid.shape[1] + int(high[0] - low[0]), grid.shape[2] + int(high[1] - low[1]))
+    affine = np.array(grid.affine_lps_mm)
+    affine[:3, 0] = _normal(grid) * step_mm
+    affine[:3, 3] = grid.affine_lps_mm[:3, 3] + grid.affine_lps_mm[:3, 1:3] @ low
+    return Grid(shape, affine, grid.frame_of_reference_uid)
 
 
 def _lie(grid: Grid) -> tuple[float, Floats]:

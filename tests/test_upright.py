@@ -12,9 +12,12 @@ import pytest
 import SimpleITK
 from made_series import AXIAL, ORIENTATIONS, edit, files, made
 
+from salsa_node import batch, cases, nifti, scripting
 from salsa_node.analysis import Analysis, Lineage, Outcome, Terms, analyse, check
+from salsa_node.criteria import Criteria
 from salsa_node.dicom_result import Kind
 from salsa_node.errors import SeriesRejected
+from salsa_node.limits import Limits
 from salsa_node.pipelines import Masks, Observer, Provenance, unobserved
 from salsa_node.series import inspect, read_volume
 from salsa_node.series_rules import SeriesRules
@@ -242,3 +245,50 @@ def written(ds: pydicom.Dataset) -> bytes:
     buffer = BytesIO()
     ds.save_as(buffer, enforce_file_format=True)
     return buffer.getvalue()
+
+
+def overlap_with_ball(path: Path, centre: np.ndarray) -> float:
+    """The Dice of a written label map against the ball, by the file's own word of where its voxels lie."""
+    labels = nifti.read_labels(path)
+    ball = np.linalg.norm(points(labels.grid) - centre, axis=-1) <= BALL_MM
+    return 2 * float((ball & (labels.labels > 0)).sum()) / float(ball.sum() + (labels.labels > 0).sum())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_batch_resamples_by_the_same_rules_and_its_label_map_lies_on_the_voxels_that_export_writes(case, tmp_path):
+    paths = lying(tmp_path / "scan", *CASES[case])
+    middle = [float(x) for x in pydicom.dcmread(paths[6]).ImagePositionPatient]
+    centre = np.array([middle[0] + 22.5, middle[1] + 21.0, middle[2]])
+
+    def told(rules: cases.Rules) -> batch.Result:
+        placed = cases.placed(cases.find([str(tmp_path / "scan")], rules), tmp_path / "out")
+        [result] = batch.run(placed, Ball(tuple(centre)), Criteria(), Limits(), batch.Wanted(), rules.series)
+        return result
+
+    assert "no series of this study can be analysed" in told(cases.Rules()).told
+    result = told(cases.Rules(series=RESAMPLE))
+    assert (result.state, len(result.lesions)) == ("done", 1), result.told
+    assert nifti.read_labels(result.place).grid.matches(upright(read_volume(inspect(paths, RESAMPLE))).grid)
+    assert overlap_with_ball(result.place, centre) > 0.9
+
+
+def test_nifti_is_never_written_of_slices_that_it_cannot_hold(tmp_path):
+    for name, case in CASES.items():
+        ct = read_volume(inspect(lying(tmp_path / name, *case), RESAMPLE))
+        with pytest.raises(ValueError, match="put the volume on an upright grid first"):
+            nifti.write_ct(ct, tmp_path / "scan.nii")
+
+
+def test_scripts_read_by_the_rules_of_the_config(tmp_path, monkeypatch):
+    lying(tmp_path / "scan", *CASES["tilted"])
+    monkeypatch.delenv("SALSA_NODE_CONFIG", raising=False)
+    with pytest.raises(SeriesRejected, match="gantry tilt"):
+        scripting.read(tmp_path / "scan")
+    (tmp_path / "own.toml").write_text('[series]\ntilt = "resample"\n[selection]\nmax_tilt_degrees = 30\n')
+    monkeypatch.setenv("SALSA_NODE_CONFIG", str(tmp_path / "own.toml"))
+    scan = scripting.read(tmp_path / "scan")
+    assert not scan.ct.grid.is_upright
+    x, y, z = scan.ct.grid.to_lps_mm((6, 30, 25))
+    findings = scripting.find(scan, Ball((x, y, z)))
+    scripting.write_labels(findings, scan, tmp_path / "lesions.nii.gz")
+    assert overlap_with_ball(tmp_path / "lesions.nii.gz", np.array([x, y, z])) > 0.9
