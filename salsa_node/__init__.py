@@ -70,7 +70,8 @@ room imports exactly what stands right of its arrow):
     store_commitments      <- errors store_queries store_rows store_transaction
     store_deliveries       <- errors store_queries store_rows store_transaction
     store_looks            <- errors store_queries store_rows store_transaction
-  store                  <- store_arrivals store_commitments store_deliveries store_looks store_rows store_transaction
+    store_switches         <- store_queries store_rows store_transaction
+  store                  <- store_arrivals store_commitments store_deliveries store_looks store_rows store_switches store_transaction
     association            <-
     notes                  <- errors store
     instance_header        <-
@@ -85,12 +86,15 @@ room imports exactly what stands right of its arrow):
   where they meet
     evidence               <- candidate pacs_count store
     assembly               <- candidate errors evidence log pacs_count selection selection_rules series series_rules settings store uids
-    worker                 <- analysis config dicom_result durable errors log pipelines store
+    failures               <- errors
+  worker                 <- analysis config dicom_result durable errors failures log pipelines store
+  process_memory         <-
+  supervisor             <- config errors failures process_memory store
 
   on top
     preflight              <- config errors model_fetch models pipelines settings
-    node                   <- assembly commitment config delivery durable errors listener log preflight store
-    overview               <- store
+    node                   <- assembly commitment config delivery durable errors listener log preflight store supervisor
+    overview               <- failures store
     console                <-
     dicom_ct               <- errors uids volume
     offline                <- analysis candidate config criteria dicom_ct dicom_result errors findings log nifti picture pipelines selection series uids upright volume
@@ -105,6 +109,7 @@ room imports exactly what stands right of its arrow):
     model_trial            <- errors models phantom pipelines.nnunet volume
     model_import           <- errors model_cards model_manifest model_source model_trial models task_identity
     model_fetch            <- errors model_cards model_import model_manifest models
+    cli_queue              <- config console options store
     cli_series             <- assembly config console errors nifti options preflight series store upright
     cli_models             <- config console errors model_cards model_fetch model_import model_manifest models options
     cases                  <- candidate errors nifti selection selection_rules series series_rules volume
@@ -112,7 +117,7 @@ room imports exactly what stands right of its arrow):
     batch                  <- analysis cases criteria durable errors film findings guards limits log models nifti pipelines series_rules uids upright volume
     scripting              <- batch cases config criteria dicom_result dicom_seg errors findings limits nifti pipelines preflight series
     cli_batch              <- batch cases config console criteria errors options pipelines preflight settings
-  cli                    <- assembly cli_batch cli_models cli_series config console delivery demo durable errors log nifti node offline options overview preflight settings store worker
+  cli                    <- assembly cli_batch cli_models cli_queue cli_series config console delivery demo durable errors log nifti node offline options overview preflight settings store worker
     __main__               <- cli
 """  # noqa: E501 - one room, one line
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from salsa_node import __version__, cli_batch, cli_models, cli_series, config, console, errors
+from salsa_node import __version__, cli_batch, cli_models, cli_queue, cli_series, config, console, errors
 from salsa_node.options import EXIT_NO, AsJson, ConfigFile, LesionLabels, OrganLabels, StudyName
 from salsa_node.settings import SENDER
 
@@ -29,6 +30,8 @@ app.add_typer(cli_models.app, name="models")
 app.command()(cli_batch.batch)
 app.command()(cli_series.select)
 app.command()(cli_series.export)
+app.command()(cli_queue.pause)
+app.command()(cli_queue.resume)
 
 GIVEN_MASKS = "given_masks"
 _EXIT_CODES = (
@@ -76,9 +79,15 @@ def serve(config_file: ConfigFile = None) -> None:
 
 
 @app.command(hidden=True)
-def work(owner: Annotated[str, typer.Option()], config_file: ConfigFile = None) -> None:
+def work(
+    owner: Annotated[str, typer.Option()],
+    config_file: ConfigFile = None,
+    device: Annotated[str, typer.Option(help="Instead of pipeline.device.")] = "",
+) -> None:
     """Carry runs until standard input closes; `serve` starts this."""
     settings = config.load(config_file)
+    if device:
+        settings = replace(settings, pipeline=replace(settings.pipeline, device=device))
     from salsa_node import log, worker
 
     log.start(settings.node.log_level, settings.node.log_format)

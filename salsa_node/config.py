@@ -189,8 +189,9 @@ def _check_alone(entry: Field[object], value: object, key: str) -> None:
             f"{key}: an AE title has 1 to 16 printable ASCII characters without backslash, found {value!r}"
         )
     pattern = entry.metadata.get("pattern")
-    if pattern and not re.fullmatch(pattern, str(value)):
-        raise ConfigError(f"{key}: expected text of the form {pattern}, found {value!r}")
+    for text in value if isinstance(value, tuple) else (value,):
+        if pattern and not re.fullmatch(pattern, str(text)):
+            raise ConfigError(f"{key}: expected text of the form {pattern}, found {text!r}")
     if isinstance(value, int | float) and not isinstance(value, bool):
         _check_number(entry, value, key)
 
@@ -221,9 +222,13 @@ def _check_together(config: Config) -> None:
             f"selection.thick_mm: expected more than selection.thin_mm ({config.selection.thin_mm:g}), "
             f"found {config.selection.thick_mm:g}"
         )
-    for title in config.worker.stat_ae_titles:
-        if not _is_ae_title(title):
-            raise ConfigError(f"worker.stat_ae_titles: expected AE titles of 1 to 16 characters, found {title!r}")
+    for key in ("stat_ae_titles", "off_peak_ae_titles"):
+        for title in getattr(config.worker, key):
+            if not _is_ae_title(title):
+                raise ConfigError(f"worker.{key}: expected AE titles of 1 to 16 characters, found {title!r}")
+    both = set(config.worker.stat_ae_titles) & set(config.worker.off_peak_ae_titles)
+    if both:
+        raise ConfigError(f"worker.off_peak_ae_titles: {min(both)!r} is among worker.stat_ae_titles; choose one")
     wrong = invalid_peer(config.listener.allowed)
     if wrong:
         raise ConfigError(wrong)

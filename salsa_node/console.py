@@ -123,10 +123,13 @@ def put_detail(study: Mapping[str, object]) -> None:
     runs = _rows(study["runs"])
     put_table(
         {"id": ">run", "pipeline": "pipeline", "state": "state", "attempt": ">attempt", "outcome": "outcome",
-         "error": "error", "finished_at": "finished"},
+         "failure": "failure", "error": "error", "finished_at": "finished"},
         runs,
         "Runs",
     )  # fmt: skip
+    for run in runs:
+        if run.get("action"):
+            put(f"run {run['id']}, next: {run['action']}")
     for run in runs:
         findings = run.get("findings")
         if isinstance(findings, Mapping) and run["state"] in ("PRODUCED", "BLOCKED"):

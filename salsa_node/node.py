@@ -1,8 +1,8 @@
-"""The long-running node: starts, watches and stops the listener, the loops and the worker process.
+"""The long-running node: starts, watches and stops the listener, the loops and the worker processes.
 
 The loops are threads that call a `step(...)` again and again and meet only in the store. Inference
-runs in a child process of its own process group: it can be killed without harm, and it ends by itself
-when the node is gone (its standard input closes).
+runs in child processes, each in a process group of its own: they can be killed without harm, and end by
+themselves when the node is gone (their standard input closes).
 """
 
 from __future__ import annotations
@@ -12,13 +12,11 @@ import logging
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 
@@ -28,12 +26,9 @@ from salsa_node.errors import ConfigError, SalsaNodeError
 from salsa_node.listener import Listener
 from salsa_node.log import unforeseen
 from salsa_node.store import Store, StoreSettings, hold
+from salsa_node.supervisor import WorkerProcess
 
 log = logging.getLogger(__name__)
-
-RESTART_S = 1.0  # wait before a dead worker is started again, doubled each time ...
-RESTART_MAX_S = 60.0  # ... up to this
-STEADY_S = 30.0  # a worker that lived this long died by itself, not of its start: the wait begins anew
 
 
 def serve(config: Config, config_path: Path | None) -> None:
@@ -60,8 +55,10 @@ def serve(config: Config, config_path: Path | None) -> None:
         store.release_owner(None, _now())  # the folder is ours alone: whatever is leased was left by the dead
         left = durable.sweep(config.node.data_dir)
         log.info("record open", extra={"event": "node.record", "interrupted_writes_removed": left})
-        worker = WorkerProcess(store, config, _own_copy(config, config_path))
-        loops = _loops(store, config, worker)
+        own_copy = _own_copy(config, config_path)
+        devices = config.worker.devices or ("",)
+        workers = [WorkerProcess(store, config, own_copy, device) for device in devices]
+        loops = _loops(store, config, workers)
         host = socket.gethostname()
         titles = [profile.ae_title for profile in config.profile]
         with Listener(config.listener, store, config.node.data_dir, also_called=titles) as listener:
@@ -72,8 +69,9 @@ def serve(config: Config, config_path: Path | None) -> None:
             stop.wait()
         for loop in loops:
             loop.ask_to_stop()
-        loops[0].join()  # before the worker goes, or it would be started again
-        worker.stop()
+        for loop, worker in zip(loops, workers, strict=False):
+            loop.join()  # before its worker goes, or it would be started again
+            worker.stop()
         for loop in loops:
             loop.join(config.worker.stop_grace_s)  # a silent peer may hold a delivery longer; its lease runs out
         store.add_event("node", host, "node.stopped", "", _now())
@@ -89,7 +87,8 @@ def _own_copy(config: Config, config_path: Path | None) -> Path | None:
     return copy
 
 
-def _loops(store: Store, config: Config, worker: WorkerProcess) -> tuple[Loop, ...]:
+def _loops(store: Store, config: Config, workers: Sequence[WorkerProcess]) -> tuple[Loop, ...]:
+    """One for each worker, in their order, then the others."""
     data_dir = config.node.data_dir
     owner = f"{socket.gethostname()}:{uuid.uuid4().hex[:12]}"
 
@@ -105,7 +104,7 @@ def _loops(store: Store, config: Config, worker: WorkerProcess) -> tuple[Loop, .
         return commitment.step(store, config.delivery, config.destination, data_dir, now)
 
     return (
-        Loop("worker", worker.step, config.worker.poll_s),
+        *(Loop("worker", worker.step, config.worker.poll_s) for worker in workers),
         Loop("assembly", assemble, config.assembly.poll_s),
         Loop("delivery", deliver, config.delivery.poll_s),
         Loop("commitment", report, config.delivery.poll_s),
@@ -157,68 +156,6 @@ class Loop(threading.Thread):
     def ask_to_stop(self) -> None:
         """End after the step under way."""
         self._over.set()
-
-
-class WorkerProcess:
-    """The child that carries runs: started, watched, started again, stopped."""
-
-    def __init__(self, store: Store, config: Config, config_path: Path | None) -> None:
-        self._store = store
-        self._config = config
-        self._command = [sys.executable, "-m", "salsa_node", "work"]
-        if config_path is not None:
-            self._command += ["--config", str(config_path)]
-        self._child: subprocess.Popen[bytes] | None = None
-        self._owner = ""
-        self._started_at = self._not_before = datetime.min.replace(tzinfo=UTC)
-        self._wait_s = RESTART_S
-
-    def step(self, now: datetime) -> str | None:
-        """Start the child when there is none; free what a dead one had leased."""
-        if self._child is None:
-            if now < self._not_before:
-                return None
-            self._owner = f"{socket.gethostname()}:{uuid.uuid4().hex[:12]}"
-            self._child = subprocess.Popen(
-                [*self._command, "--owner", self._owner], stdin=subprocess.PIPE, start_new_session=True
-            )
-            self._started_at = now
-            return "started"
-        code = self._child.poll()
-        if code is None:
-            return None
-        self._ended(code, now)
-        return "ended"
-
-    def stop(self) -> None:
-        """Ask the child to give its run back and end; kill its process group when it does not."""
-        if self._child is None:
-            return
-        self._child.terminate()
-        try:
-            self._child.wait(self._config.worker.stop_grace_s)
-        except subprocess.TimeoutExpired:
-            log.warning("worker did not stop in time and is killed", extra={"event": "worker.killed"})
-            os.killpg(self._child.pid, signal.SIGKILL)
-            self._child.wait()
-        self._release(_now())
-
-    def _ended(self, code: int, now: datetime) -> None:
-        told = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        log.error("worker ended", extra={"event": "worker.ended", "code": told, "again_in_s": self._wait_s})
-        self._store.add_event("node", self._owner, "worker.ended", told, now)
-        if now - self._started_at > timedelta(seconds=STEADY_S):
-            self._wait_s = RESTART_S
-        self._not_before = now + timedelta(seconds=self._wait_s)
-        self._wait_s = min(2 * self._wait_s, RESTART_MAX_S)
-        self._release(now)
-
-    def _release(self, now: datetime) -> None:
-        if self._child is not None and self._child.stdin is not None:
-            self._child.stdin.close()
-        self._child = None
-        for run in self._store.release_owner(self._owner, now):
-            log.info("run returned", extra={"event": "run.returned", "run": run.id})
 
 
 def _now() -> datetime:

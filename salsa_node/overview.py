@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from enum import Enum
 
+from salsa_node.failures import POLICIES, Failure
 from salsa_node.store import Delivery, DeliveryState, Run, RunState, Series, SeriesState, Store, Study
 
 
@@ -93,6 +94,7 @@ def detail(store: Store, seen: Glance) -> dict[str, object]:
         "runs": [
             {
                 **_plain(run),
+                "action": action(run),
                 "objects": [_plain(item) for item in store.objects_of(run.id)],
                 "deliveries": [_plain(item) for item in store.deliveries_of(run.id)],
             }
@@ -102,6 +104,13 @@ def detail(store: Store, seen: Glance) -> dict[str, object]:
         "quarantine": [_plain(item) for item in store.quarantined_of(seen.study.study_uid)],
         "events": [_plain(event) for event in store.events_of(seen.study.study_uid)],
     }
+
+
+def action(run: Run) -> str | None:
+    """What a person does about a run that FAILED; None where nothing is to be done or nobody knows."""
+    if run.state is not RunState.FAILED or run.failure is None:
+        return None
+    return POLICIES[Failure(run.failure)].action.replace("STUDY", run.study_uid)
 
 
 def _plain(value: object) -> dict[str, object]:

@@ -12,6 +12,8 @@ from typing import Final
 SEG_KINDS: Final[Mapping[str, str]] = {"binary": "SEG", "labelmap": "LABELMAP"}
 SENDER = "sender"  #: in `DeliverySettings.to`: the destination whose AE title sent the study
 
+_TIME = r"([01]\d|2[0-3]):[0-5]\d"
+DEVICE = r"auto|cpu|cuda(:\d+)?"
 AUTO = "auto"  #: `PipelineChoice.name`: the best pipeline whose models are installed
 
 
@@ -162,7 +164,7 @@ class PipelineChoice:
     """
 
     name: str = AUTO
-    device: str = field(default="auto", metadata={"pattern": r"auto|cpu|cuda(:\d+)?"})
+    device: str = field(default="auto", metadata={"pattern": DEVICE})
     models_dir: str = ""
     may_download: bool = False
     options: Mapping[str, object] = field(default_factory=dict)
@@ -189,15 +191,25 @@ class WorkerSettings:
 
     lease_s: how long a silent worker keeps a run; heartbeat_s: how often a living one renews it.
     max_attempts: after so many the run fails and waits for a person.
-    retry_s: the wait before a retryable failure is tried again, doubled each time.
+    retry_s: the wait before a retryable failure is tried again, doubled each time; `failures.POLICIES` refine it.
+    run_limit_s: a run that takes longer is ended. memory_limit_gib: so is one whose process holds more; 0 for no limit.
     stop_grace_s: how long a stopping node waits for its worker before it kills it.
+    devices: one worker process for each of these; none for a single one on pipeline.device.
     stat_ae_titles: calling AE titles, such as those of an emergency room's scanners, whose studies go first.
+    off_peak_ae_titles: calling AE titles whose studies wait for the hours off_peak, by the machine's own clock.
     """
 
     lease_s: float = field(default=60.0, metadata={"above": 0})
     heartbeat_s: float = field(default=10.0, metadata={"above": 0})
     max_attempts: int = field(default=3, metadata={"min": 1})
     retry_s: float = 30.0
+    run_limit_s: float = field(default=3600.0, metadata={"above": 0})
+    memory_limit_gib: float = 0.0
     stop_grace_s: float = 15.0
     poll_s: float = field(default=0.5, metadata={"above": 0})
+    devices: tuple[str, ...] = field(default=(), metadata={"pattern": DEVICE})
     stat_ae_titles: tuple[str, ...] = ()
+    off_peak_ae_titles: tuple[str, ...] = ()
+    off_peak: str = field(
+        default="20:00-06:00", metadata={"pattern": r"([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d"}
+    )

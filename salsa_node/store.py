@@ -62,6 +62,7 @@ from salsa_node.store_rows import (
     SeriesState,
     Study,
 )
+from salsa_node.store_switches import Pause, Switches, paused
 from salsa_node.store_transaction import StoreSettings, columns, connect, hold, transaction, writer
 
 __all__ = [
@@ -74,6 +75,7 @@ __all__ = [
     "Look",
     "NewInstance",
     "NewObject",
+    "Pause",
     "Quarantined",
     "ResultObject",
     "Run",
@@ -91,7 +93,7 @@ KEPT = "images came after the person's masks; the masks stay, salsa-node rerun a
 _UNDER_WAY = (RunState.QUEUED, RunState.RUNNING)
 
 
-class Store(Arrivals, Commitments, Deliveries, Looks):
+class Store(Arrivals, Commitments, Deliveries, Looks, Switches):
     """An open store; made by `Store.open`. Threads may share it, processes open their own."""
 
     @classmethod
@@ -211,14 +213,22 @@ class Store(Arrivals, Commitments, Deliveries, Looks):
                     t.become_run(older, RunState.CANCELLED, now, f"run {run.id} takes its place", finished_at=now)
             return run
 
-    def claim_run(self, owner: str, lease_s: float, now: datetime, stat_ae_titles: Sequence[str] = ()) -> Run | None:
+    def claim_run(
+        self,
+        owner: str,
+        lease_s: float,
+        now: datetime,
+        stat_ae_titles: Sequence[str] = (),
+        later_ae_titles: Sequence[str] = (),
+    ) -> Run | None:
         """The run that has waited longest, now RUNNING and leased to `owner`; a lease that ran out counts as waiting.
 
         No run, a forced one neither, is claimed while a series of its study is RECEIVING, or while images
-        came after it that assembly has not looked at: an outdated refusal must not go out.
+        came after it that assembly has not looked at: an outdated refusal must not go out. None while work is paused.
 
         owner: unique to this process. Counts an attempt; how many are allowed is the caller's to say.
         stat_ae_titles: runs of studies that one of these sent go before all others.
+        later_ae_titles: runs of studies that one of these sent wait, except those that a person asked for.
         """
         due = sa.or_(
             sa.and_(RUNS.c.state == RunState.QUEUED, sa.or_(RUNS.c.not_before.is_(None), RUNS.c.not_before <= now)),
@@ -231,9 +241,13 @@ class Store(Arrivals, Commitments, Deliveries, Looks):
             STUDIES.c.last_at > RUNS.c.queued_at,
         )
         stat = sa.exists().where(STUDIES.c.study_uid == RUNS.c.study_uid, STUDIES.c.calling_ae.in_(stat_ae_titles))
+        later = sa.exists().where(STUDIES.c.study_uid == RUNS.c.study_uid, STUDIES.c.calling_ae.in_(later_ae_titles))
         order = (sa.case((stat, 0), else_=1), RUNS.c.queued_at, RUNS.c.id)
+        wanted = (due, ~receiving, ~not_looked_at, sa.or_(~later, RUNS.c.forced))
         with transaction(self._writer) as t:
-            run = t.one(Run, sa.select(RUNS).where(due, ~receiving, ~not_looked_at).order_by(*order))
+            if paused(t) is not None:
+                return None
+            run = t.one(Run, sa.select(RUNS).where(*wanted).order_by(*order))
             if run is None:
                 return None
             if run.state is RunState.RUNNING:
@@ -282,8 +296,8 @@ class Store(Arrivals, Commitments, Deliveries, Looks):
                 t.become_run(past, RunState.SUPERSEDED, now, f"by run {run_id}")
             t.withdraw_superseded(now)
             detail = f"{outcome}: {len(objects)} objects to {len(destinations)} destinations"
-            made = {"outcome": outcome, "findings": findings, "digest": digest, "finished_at": now, "error": None}
-            return t.become_run(run, RunState.PRODUCED, now, detail, **made)
+            made = {"outcome": outcome, "findings": findings, "digest": digest, "finished_at": now}
+            return t.become_run(run, RunState.PRODUCED, now, detail, error=None, failure=None, **made)
 
     def block_run(
         self,
@@ -305,23 +319,38 @@ class Store(Arrivals, Commitments, Deliveries, Looks):
             return t.become_run(run, RunState.BLOCKED, now, reason, **made)
 
     def return_run(
-        self, run_id: int, owner: str, error: str, not_before: datetime, now: datetime, *, counts: bool = True
+        self,
+        run_id: int,
+        owner: str,
+        error: str,
+        not_before: datetime,
+        now: datetime,
+        *,
+        counts: bool = True,
+        failure: str | None = None,
     ) -> Run:
         """The run goes back to the queue, to be tried again from `not_before` on. Raises LeaseLost.
 
         counts: False where the attempt was not the run's fault; it is then taken back.
+        failure: the class of the failure.
         """
         with transaction(self._writer) as t:
             run = t.leased_run(run_id, owner)
             attempt = run.attempt if counts else run.attempt - 1
-            changes = {"error": error, "not_before": not_before, "attempt": attempt}
+            changes = {"error": error, "not_before": not_before, "attempt": attempt, "failure": failure}
             return t.become_run(run, RunState.QUEUED, now, error, **changes)
 
-    def fail_run(self, run_id: int, owner: str, error: str, now: datetime) -> Run:
+    def fail_run(self, run_id: int, owner: str, error: str, now: datetime, failure: str | None = None) -> Run:
         """The run FAILED; a person decides. Raises LeaseLost."""
         with transaction(self._writer) as t:
             run = t.leased_run(run_id, owner)
-            return t.become_run(run, RunState.FAILED, now, error, error=error, finished_at=now)
+            return t.become_run(run, RunState.FAILED, now, error, error=error, failure=failure, finished_at=now)
+
+    def run_leased_to(self, owner: str) -> Run | None:
+        """The RUNNING run that `owner` holds, however late its lease."""
+        held = sa.select(RUNS).where(RUNS.c.state == RunState.RUNNING, RUNS.c.lease_owner == owner)
+        with transaction(self._engine) as t:
+            return t.one(Run, held)
 
     def release_owner(self, owner: str | None, now: datetime) -> tuple[Run, ...]:
         """Whatever a dead `owner` had leased is free again at once; returns its runs, now QUEUED.

@@ -198,6 +198,7 @@ class Run:
     source_digest: what decides the input; see `salsa_node.series.Series.source_digest`.
     forced: a person asked for it, so assembly must not take its own last run for outdated.
     attempt: how often it was claimed.
+    failure: the class of its last failure, as `failures.Failure` names it; None where it came to a result.
     outcome: "lesions", "no_candidate" or "not_analysed" once PRODUCED or BLOCKED.
     findings: the numbers that `show` prints.
     digest: the findings' run digest, from which the UIDs of the objects derive.
@@ -226,6 +227,7 @@ class Run:
     outcome: str | None
     findings: Mapping[str, object] | None
     digest: str | None
+    failure: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -426,6 +428,7 @@ RUNS = sa.Table(
     sa.Column("outcome", sa.String(32)),
     sa.Column("findings", sa.JSON(none_as_null=True)),
     sa.Column("digest", sa.String(64)),
+    sa.Column("failure", sa.String(32)),
 )
 
 OBJECTS = sa.Table(

@@ -10,12 +10,14 @@ import io
 import json
 import logging
 import os
+import random
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from datetime import time as time_of_day
 from hashlib import sha256
 from pathlib import Path
 from types import FrameType
@@ -23,11 +25,12 @@ from zoneinfo import ZoneInfo
 
 import pydicom
 
-from salsa_node import durable, pipelines
+from salsa_node import durable, failures, pipelines
 from salsa_node.analysis import Analysis, Lineage, Terms, analyse, check, refuse, summary
 from salsa_node.config import Config
 from salsa_node.dicom_result import Kind
 from salsa_node.errors import DeviceExhausted, GuardFailed, LeaseLost, SalsaNodeError, StoreError
+from salsa_node.failures import Failure
 from salsa_node.log import unforeseen
 from salsa_node.pipelines import Pipeline, PipelineSettings
 from salsa_node.store import NewObject, Run, RunState, Store, StoreSettings
@@ -43,6 +46,7 @@ class Worker:
     owner: unique to this process; the name on its leases.
     clock: for the heartbeat, which runs beside a `step`.
     on_lost: called from the heartbeat when somebody else has the run; may interrupt the step.
+    chance: a number from 0 to 1, for the jitter of a retry.
     """
 
     def __init__(
@@ -52,12 +56,14 @@ class Worker:
         owner: str,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
         on_lost: Callable[[], None] = lambda: None,
+        chance: Callable[[], float] = random.random,
     ) -> None:
         self._store = store
         self._config = config
         self._owner = owner
         self._clock = clock
         self._on_lost = on_lost
+        self._chance = chance
         self._lost = threading.Event()
         self._warm: dict[str, Pipeline] = {}
 
@@ -67,12 +73,13 @@ class Worker:
         A failure is written against the run, never raised; SystemExit and the like give the run back first.
         """
         settings = self._config.worker
-        run = self._store.claim_run(self._owner, settings.lease_s, now, settings.stat_ae_titles)
+        later = () if off_peak(settings.off_peak, now.astimezone().time()) else settings.off_peak_ae_titles
+        run = self._store.claim_run(self._owner, settings.lease_s, now, settings.stat_ae_titles, later)
         if run is None:
             return None
         if run.attempt > settings.max_attempts:
             text = f"given up after {settings.max_attempts} attempts; last: {run.error or 'the worker died'}"
-            return self._store.fail_run(run.id, self._owner, text, now)
+            return self._store.fail_run(run.id, self._owner, text, now, run.failure or Failure.ENDED.value)
         try:
             with self._heartbeat(run):
                 return self._carry(run)
@@ -82,9 +89,12 @@ class Worker:
         except SalsaNodeError as error:
             if isinstance(error, DeviceExhausted):
                 self._unload()
-            return self._failed(run, f"{type(error).__name__}: {error}", error.retryable)
+            return self._failed(run, f"{type(error).__name__}: {error}", failures.of(error))
+        except MemoryError:
+            self._unload()
+            return self._failed(run, "the machine's memory did not suffice", Failure.MEMORY)
         except Exception as error:  # noqa: BLE001 - the loop's one broad except: it writes the failure down
-            return self._failed(run, unforeseen(error), retryable=False)
+            return self._failed(run, unforeseen(error), failures.of(error))
         except BaseException:
             self._give_back(run)
             raise
@@ -207,15 +217,16 @@ class Worker:
             objects.append(NewObject(made.kind.value, *uids, path.as_posix(), digest))
         return objects
 
-    def _failed(self, run: Run, text: str, retryable: bool) -> Run:
+    def _failed(self, run: Run, text: str, failure: Failure) -> Run:
         settings = self._config.worker
         now = self._clock()
+        wait = failures.wait_s(failure, run.attempt, settings.max_attempts, settings.retry_s, self._chance)
         log.error("run failed", extra={"event": "run.failed", "run": run.id, "error": text})
         try:
-            if retryable and run.attempt < settings.max_attempts:
-                wait = timedelta(seconds=settings.retry_s * 2 ** (run.attempt - 1))
-                return self._store.return_run(run.id, self._owner, text, now + wait, now)
-            return self._store.fail_run(run.id, self._owner, text, now)
+            if wait is not None:
+                later = now + timedelta(seconds=wait)
+                return self._store.return_run(run.id, self._owner, text, later, now, failure=failure.value)
+            return self._store.fail_run(run.id, self._owner, text, now, failure.value)
         except LeaseLost:
             return self._store.run(run.id)
 
@@ -265,6 +276,12 @@ def encoded(ds: pydicom.Dataset) -> bytes:
     buffer = io.BytesIO()
     ds.save_as(buffer, enforce_file_format=True)
     return buffer.getvalue()
+
+
+def off_peak(hours: str, now: time_of_day) -> bool:
+    """Whether that time of day lies within `hours`, "20:00-06:00"; equal ends are the whole day."""
+    start, end = (time_of_day.fromisoformat(part) for part in hours.split("-"))
+    return start <= now < end if start < end else now >= start or now < end
 
 
 def _sha256(path: Path) -> str:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from datetime import time as time_of_day
 from pathlib import Path
 
 import pydicom
@@ -64,7 +65,7 @@ def store(config: Config) -> Iterator[Store]:
 
 @pytest.fixture
 def worker(store: Store, config: Config) -> Worker:
-    return Worker(store, config, "worker", clock=lambda: T0)
+    return Worker(store, config, "worker", clock=lambda: T0, chance=lambda: 0.5)
 
 
 def arrive(store: Store, data_dir: Path, paths: tuple[Path, ...]) -> None:
@@ -245,12 +246,13 @@ def test_retries_wait_longer_each_time(store, config, study, monkeypatch):
         raise DeviceExhausted("the GPU has no memory left")
 
     monkeypatch.setattr("salsa_node.worker.analyse", full)
-    patient = Worker(store, replace(config, worker=replace(config.worker, max_attempts=5)), "worker", clock=lambda: T0)
+    settings = replace(config, worker=replace(config.worker, max_attempts=5))
+    patient = Worker(store, settings, "worker", clock=lambda: T0, chance=lambda: 0.5)
     waits = []
     for n in range(3):
         done = patient.step(T0 + timedelta(hours=n))
         waits.append((done.not_before - T0).total_seconds())
-    assert waits == [10, 20, 40]
+    assert waits == [20, 40, 80]
 
 
 def test_a_run_that_comes_right_in_the_end_shows_no_error(store, worker, study, monkeypatch):
@@ -351,11 +353,78 @@ def test_a_retryable_error_waits_and_is_given_up_in_the_end(store, worker, study
 
     monkeypatch.setattr("salsa_node.worker.analyse", full)
     done = worker.step(T0)
-    assert (done.state, done.not_before) == (RunState.QUEUED, T0 + timedelta(seconds=10))
+    assert (done.state, done.not_before) == (RunState.QUEUED, T0 + timedelta(seconds=20))
     assert worker.step(T0) is None
-    done = worker.step(T0 + timedelta(seconds=11))
-    assert done.state is RunState.FAILED
+    done = worker.step(T0 + timedelta(seconds=21))
+    assert (done.state, done.failure) == (RunState.FAILED, "device memory")
     assert "no memory left" in done.error
+
+
+def test_the_machines_memory_is_told_from_the_gpus(store, worker, study, monkeypatch):
+    queue(store, study, study.truth_labels)
+
+    def full(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("salsa_node.worker.analyse", full)
+    done = worker.step(T0)
+    assert (done.state, done.failure) == (RunState.QUEUED, "memory")
+
+
+def test_a_full_disk_is_waited_for(store, worker, study, monkeypatch):
+    run = queue(store, study, study.truth_labels)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("salsa_node.durable.write", full)
+    done = worker.step(T0)
+    assert (done.state, done.failure) == (RunState.QUEUED, "disk")
+    monkeypatch.undo()
+    done = worker.step(done.not_before)
+    assert (done.id, done.state, done.failure) == (run.id, RunState.PRODUCED, None)
+
+
+def test_a_pause_holds_every_run_until_it_is_over(store, worker, study):
+    queue(store, study, study.truth_labels)
+    pause = store.pause("driver update", T0)
+    assert store.pause("again", T0 + timedelta(hours=1)) == pause, "the first one stays"
+    assert worker.step(T0) is None
+    assert store.paused() == pause
+    assert store.resume(T0) == pause
+    assert store.resume(T0) is None
+    assert worker.step(T0).state is RunState.PRODUCED
+
+
+@pytest.mark.parametrize(
+    ("hours", "at", "within"),
+    [
+        ("20:00-06:00", "23:59", True),
+        ("20:00-06:00", "00:00", True),
+        ("20:00-06:00", "06:00", False),
+        ("20:00-06:00", "19:59", False),
+        ("20:00-06:00", "20:00", True),
+        ("09:00-17:00", "12:00", True),
+        ("09:00-17:00", "17:00", False),
+        ("00:00-00:00", "12:00", True),
+    ],
+)
+def test_the_hours_off_peak_may_pass_midnight(hours, at, within):
+    assert worker_module.off_peak(hours, time_of_day.fromisoformat(at)) is within
+
+
+def test_studies_off_peak_wait_for_their_hours_unless_a_person_asks(store, config, study):
+    queue(store, study, study.truth_labels)
+    local = T0.astimezone()
+    hours = f"{local + timedelta(hours=1):%H:%M}-{local + timedelta(hours=2):%H:%M}"
+    settings = replace(config.worker, off_peak_ae_titles=("CT",), off_peak=hours)
+    patient = Worker(store, replace(config, worker=settings), "worker", clock=lambda: T0)
+    assert patient.step(T0) is None
+    assert store.claim_run("other", 60.0, T0, later_ae_titles=("ANOTHER",)) is not None
+    store.release_owner("other", T0)
+    assert patient.step(T0 + timedelta(hours=1, minutes=1)).state is RunState.PRODUCED
+    forced = rerun(store, study, study.truth_labels, T0)
+    assert patient.step(T0).id == forced.id
 
 
 def test_exhausted_memory_lets_every_warm_pipeline_go(store, config, study, monkeypatch):
