@@ -64,9 +64,10 @@ room imports exactly what stands right of its arrow):
 
   the plumbing wing
     store_rows             <-
-    store_transaction      <- errors store_rows
+    store_prepared         <- errors
+    store_transaction      <- errors store_prepared store_rows
     store_queries          <- errors store_rows store_transaction
-    store_arrivals         <- errors store_queries store_rows store_transaction
+    store_arrivals         <- errors store_prepared store_queries store_rows store_transaction
     store_commitments      <- errors store_queries store_rows store_transaction
     store_deliveries       <- errors store_queries store_rows store_transaction
     store_looks            <- errors store_queries store_rows store_transaction

@@ -13,6 +13,7 @@ from datetime import datetime
 import sqlalchemy as sa
 
 from salsa_node.errors import ContentConflict, PatientConflict
+from salsa_node.store_prepared import Change, Lookup
 from salsa_node.store_queries import Queries
 from salsa_node.store_rows import (
     INSTANCES,
@@ -30,14 +31,13 @@ from salsa_node.store_rows import (
 )
 from salsa_node.store_transaction import Transaction, columns, transaction, writer
 
-# Built once: building a statement costs more than running it.
-_UIDS: sa.BindParameter[str] = sa.bindparam("uids", expanding=True)
-_OUR_RESULTS = sa.select(OBJECTS.c.sop_instance_uid).where(OBJECTS.c.sop_instance_uid.in_(_UIDS))
-_INSTANCES = sa.select(INSTANCES).where(INSTANCES.c.sop_instance_uid.in_(_UIDS))
-_STUDIES = sa.select(STUDIES).where(STUDIES.c.study_uid.in_(_UIDS))
-_SERIES = sa.select(SERIES).where(SERIES.c.series_uid.in_(_UIDS))
-_NEW_INSTANCES = sa.insert(INSTANCES)
-_GROWN_STUDY = (
+# Each runs for every commit of the door.
+_OUR_RESULTS = Lookup(OBJECTS.c.sop_instance_uid, OBJECTS.c.sop_instance_uid)
+_INSTANCES = Lookup(INSTANCES.c.sop_instance_uid)
+_STUDIES = Lookup(STUDIES.c.study_uid)
+_SERIES = Lookup(SERIES.c.series_uid)
+_NEW_INSTANCES = Change(sa.insert(INSTANCES))
+_GROWN_STUDY = Change(
     sa.update(STUDIES)
     .where(STUDIES.c.study_uid == sa.bindparam("uid"))
     .values(
@@ -47,7 +47,7 @@ _GROWN_STUDY = (
         }
     )
 )
-_GROWN_SERIES = (
+_GROWN_SERIES = Change(
     sa.update(SERIES)
     .where(SERIES.c.series_uid == sa.bindparam("uid"))
     .values({name: sa.bindparam(f"new_{name}") for name in ("instances", "duplicates", "last_instance_at")})
@@ -87,8 +87,8 @@ class Arrivals(Queries):
         names that the rows say; what it raises undoes everything here.
         """
         with transaction(self._writer) as t:
-            ours = t.connection.execute(_OUR_RESULTS, {"uids": [new.sop_instance_uid for new in arrived]})
-            batch = _Batch(t, arrived, now, results=frozenset(map(str, ours.scalars())))
+            ours = _OUR_RESULTS.find(t.connection, [new.sop_instance_uid for new in arrived])
+            batch = _Batch(t, arrived, now, results=frozenset(row["sop_instance_uid"] for row in ours))
             verdicts = batch.verdicts()
             publish(batch.new)
             return verdicts
@@ -144,12 +144,12 @@ class _Batch:
         self._arrived = arrived
         self._now = now
         self._results = results
-        known = t.all(Instance, _INSTANCES, uids=[new.sop_instance_uid for new in arrived])
+        known = [Instance(**row) for row in _INSTANCES.find(t.connection, [new.sop_instance_uid for new in arrived])]
         self._instances = {row.sop_instance_uid: row for row in known}
-        studies = t.all(Study, _STUDIES, uids=sorted({new.study_uid for new in arrived}))
-        self._studies = {row.study_uid: row for row in studies}
+        studies = _STUDIES.find(t.connection, sorted({new.study_uid for new in arrived}))
+        self._studies = {row["study_uid"]: Study(**row) for row in studies}
         wanted = {new.series_uid for new in arrived} | {row.series_uid for row in known}
-        self._series = {row.series_uid: row for row in t.all(Series, _SERIES, uids=sorted(wanted))}
+        self._series = {row["series_uid"]: Series(**row) for row in _SERIES.find(t.connection, sorted(wanted))}
         self._new_studies: dict[str, NewInstance] = {}
         self._new_series: dict[str, NewInstance] = {}
         self._of_study: dict[str, _Growth] = {}
@@ -163,7 +163,7 @@ class _Batch:
         self._write_series()
         if self.new:
             rows = [columns(self._instances[new.sop_instance_uid]) for new in self.new]
-            self._t.connection.execute(_NEW_INSTANCES, rows)
+            _NEW_INSTANCES.run(self._t.connection, rows)
         return told
 
     def _verdict(self, new: NewInstance) -> Verdict:
@@ -237,17 +237,15 @@ class _Batch:
             last = next(new for new in reversed(self.new) if new.study_uid == uid)
             if first is None:
                 known = self._studies[uid]
-                self._t.connection.execute(
-                    _GROWN_STUDY,
-                    {
-                        "uid": uid,
-                        "new_last_at": self._now,
-                        "new_calling_ae": last.calling_ae,
-                        "new_called_ae": last.called_ae,
-                        "new_patient_id": known.patient_id,
-                        "new_instances": known.instances + growth.instances,
-                    },
-                )
+                grown = {
+                    "uid": uid,
+                    "new_last_at": self._now,
+                    "new_calling_ae": last.calling_ae,
+                    "new_called_ae": last.called_ae,
+                    "new_patient_id": known.patient_id,
+                    "new_instances": known.instances + growth.instances,
+                }
+                _GROWN_STUDY.run(self._t.connection, [grown])
                 continue
             study = Study(
                 study_uid=uid,
@@ -281,7 +279,7 @@ class _Batch:
                 self._t.become_series(known, SeriesState.RECEIVING, self._now, "a late instance", reason="", **changes)
             else:
                 named = {f"new_{name}": value for name, value in changes.items()}
-                self._t.connection.execute(_GROWN_SERIES, {"uid": uid, **named})
+                _GROWN_SERIES.run(self._t.connection, [{"uid": uid, **named}])
             if growth.duplicates and not known.duplicates:
                 self._note_duplicate(known.study_uid, uid)
 

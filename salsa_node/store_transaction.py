@@ -22,6 +22,7 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from salsa_node.errors import ConfigError, IllegalTransition, LeaseLost, StoreError, UnknownStudy
+from salsa_node.store_prepared import execute
 from salsa_node.store_rows import (
     DELIVERIES,
     EVENTS,
@@ -133,7 +134,7 @@ def _prepare(connection: DBAPIConnection, _entry: ConnectionPoolEntry) -> None:
 
 
 def _begin(connection: sa.Connection) -> None:
-    connection.exec_driver_sql(str(connection.get_execution_options().get("begin", "BEGIN")))
+    execute(connection, str(connection.get_execution_options().get("begin", "BEGIN")))
 
 
 @contextmanager
