@@ -72,7 +72,8 @@ room imports exactly what stands right of its arrow):
     store_deliveries       <- errors store_queries store_rows store_transaction
     store_looks            <- errors store_queries store_rows store_transaction
     store_switches         <- store_queries store_rows store_transaction
-  store                  <- store_arrivals store_commitments store_deliveries store_looks store_rows store_switches store_transaction
+    store_proofs           <- errors store_queries store_rows store_transaction
+  store                  <- store_arrivals store_commitments store_deliveries store_looks store_proofs store_rows store_switches store_transaction
     association            <-
     notes                  <- errors store
     instance_header        <-
@@ -82,7 +83,10 @@ room imports exactly what stands right of its arrow):
     commitment             <- association errors settings store
     tls                    <- errors settings
     listener               <- association commitment errors fast_receive instance_header intake notes settings store tls
-    delivery               <- association errors log settings store
+    requestor              <- association errors settings
+    destinations           <- errors settings store
+    delivery               <- association destinations errors log requestor settings store
+    verification           <- commitment destinations errors log requestor settings store
 
   where they meet
     evidence               <- candidate pacs_count store
@@ -94,7 +98,7 @@ room imports exactly what stands right of its arrow):
 
   on top
     preflight              <- config errors model_fetch models pipelines settings
-    node                   <- assembly commitment config delivery durable errors listener log preflight store supervisor
+    node                   <- assembly commitment config delivery durable errors listener log preflight store supervisor verification
     overview               <- failures store
     console                <-
     dicom_ct               <- errors uids volume

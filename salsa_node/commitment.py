@@ -35,6 +35,7 @@ CONFLICT: Final = 0x0119  # the instance is there with another SOP class
 NO_SUCH_ACTION: Final = 0x0123
 ALL_HELD, SOME_NOT_HELD = 1, 2  # event types
 REQUEST = 1  # the only action type
+_REPORTED: Final = ("ReferencedSOPSequence", "FailedSOPSequence")
 SAME_ASSOCIATION_S = 1.0  # whoever waits on the association that asked has it still open after this
 NEW_ASSOCIATION_S = 60.0  # after this a new association reports, whatever became of the other
 
@@ -49,6 +50,19 @@ def requested(action: Dataset) -> tuple[str, tuple[tuple[str, str], ...]]:
     if not transaction_uid or len(transaction_uid) > 64 or not references or not all(map(all, references)):
         raise ValueError("the request names no transaction, or no instance, or one in part")
     return transaction_uid, tuple(references)
+
+
+def take_report(store: Store, told: Dataset, now: datetime) -> int:
+    """Write down what a destination says of what we asked it to commit to; the status of its N-EVENT-REPORT.
+
+    Raises StoreError.
+    """
+    try:
+        held, failed = ({str(item.ReferencedSOPInstanceUID) for item in told.get(key) or ()} for key in _REPORTED)
+        transaction_uid = str(told.TransactionUID)
+    except (AttributeError, TypeError, ValueError):
+        return INVALID_ARGUMENT
+    return SUCCESS if store.commitment_answered(transaction_uid, held, failed, now) else INVALID_ARGUMENT
 
 
 def report(store: Store, data_dir: Path, commitment: Commitment) -> tuple[int, Dataset]:

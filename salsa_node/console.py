@@ -146,7 +146,7 @@ def put_detail(study: Mapping[str, object]) -> None:
     deliveries = [delivery for run in runs for delivery in _rows(run["deliveries"])]
     put_table(
         {"run_id": ">run", "object_id": ">object", "destination": "destination", "state": "state",
-         "attempt": ">attempt", "last_error": "last error", "sent_at": "sent"},
+         "attempt": ">attempt", "last_error": "last error", "sent_at": "sent", "proof": "proof"},
         deliveries,
         "Deliveries",
     )  # fmt: skip

@@ -16,22 +16,21 @@ from pathlib import Path
 
 import pydicom
 from pydicom.uid import UID
-from pynetdicom import AE, evt
 from pynetdicom.association import Association
-from pynetdicom.pdu_primitives import A_ASSOCIATE
 from pynetdicom.status import STATUS_SUCCESS, STATUS_WARNING, code_to_category
 
-from salsa_node.association import VERIFICATION, without_delay
+from salsa_node.association import VERIFICATION
+from salsa_node.destinations import resolve
 from salsa_node.errors import DeliveryError, DestinationRefused, LeaseLost, SalsaNodeError
 from salsa_node.log import unforeseen
-from salsa_node.settings import SEG_KINDS, SENDER, DeliverySettings, Destination
+from salsa_node.requestor import accepts, associated
+from salsa_node.settings import SEG_KINDS, DeliverySettings, Destination
 from salsa_node.store import Delivery, ResultObject, Store
 
 log = logging.getLogger(__name__)
 
 _SOP_CLASS_NOT_SUPPORTED = 0x0122  # PS3.7 C.5.6: the same answer tomorrow
 _ALREADY_THERE = 0x0111  # PS3.7 C.5.8, duplicate SOP instance: what an interrupted delivery meets the second time
-_MAX_PDU_BYTES = 131072
 
 
 def step(
@@ -89,7 +88,7 @@ def _send_out(
             outbox.failed(delivery, error)
     if not files:
         return
-    with _associated(destination, {_context(ds) for _, ds in files}, settings.timeout_s) as assoc:
+    with associated(destination, {_context(ds) for _, ds in files}, settings.timeout_s) as assoc:
         for delivery, ds in files:
             outbox.send(assoc, destination, delivery, ds)
 
@@ -104,32 +103,13 @@ def _unwanted(kind: str, kinds: Set[str], destination: Destination) -> str:
 
 def echo(destination: Destination, settings: DeliverySettings) -> None:
     """C-ECHO. Raises DeliveryError that says how far it came."""
-    with _associated(destination, {(VERIFICATION, pydicom.uid.ImplicitVRLittleEndian)}, settings.timeout_s) as assoc:
+    with associated(destination, {(VERIFICATION, pydicom.uid.ImplicitVRLittleEndian)}, settings.timeout_s) as assoc:
         if not assoc.accepted_contexts:
             raise DestinationRefused(f"{destination.name}: accepts the association but not C-ECHO")
         status = assoc.send_c_echo().get("Status")
     if status != 0:
         answer = "no answer" if status is None else f"status 0x{status:04X}"
         raise DeliveryError(f"{destination.name}: {answer} to C-ECHO", status)
-
-
-def resolve(store: Store, delivery: Delivery, destinations: Sequence[Destination]) -> Destination:
-    """Where that delivery goes; "sender" is who sent the study. Raises DestinationRefused naming what to configure."""
-    if delivery.destination == SENDER:
-        calling = store.study(store.run(delivery.run_id).study_uid).calling_ae
-        for destination in destinations:
-            if destination.ae_title.strip() == calling:
-                return destination
-        raise DestinationRefused(
-            f"the study came from AE title {calling!r} and no [[destination]] has this ae_title; add one with its host "
-            "and port, then resend the study"
-        )
-    for destination in destinations:
-        if destination.name == delivery.destination:
-            return destination
-    raise DestinationRefused(
-        f"no [[destination]] is called {delivery.destination!r} any more; add it, then resend the study"
-    )
 
 
 class _Outbox:
@@ -172,7 +152,13 @@ class _Outbox:
             if error.retryable and not assoc.is_established:
                 raise
             return
-        if self._settle(delivery, lambda now: self._store.delivered(delivery.id, self._owner, status, note, now)):
+        wait = timedelta(seconds=self._settings.verify_after_s)
+
+        def write(now: datetime) -> Delivery:
+            check_at = None if destination.verify == "off" else now + wait
+            return self._store.delivered(delivery.id, self._owner, status, note, now, check_at)
+
+        if self._settle(delivery, write):
             log.info("object delivered", extra={"event": "delivery.sent", "delivery": delivery.id, "status": status})
 
     def leave_out(self, delivery: Delivery, why: str) -> None:
@@ -245,10 +231,7 @@ def _context(ds: pydicom.Dataset) -> tuple[str, UID]:
 def _store_one(assoc: Association, destination: Destination, ds: pydicom.Dataset) -> tuple[int, str | None]:
     """The status of one C-STORE, and the destination's warning if it gave one. Raises DeliveryError."""
     sop_class, syntax = _context(ds)
-    if not any(
-        context.abstract_syntax == sop_class and syntax in context.transfer_syntax
-        for context in assoc.accepted_contexts
-    ):
+    if not accepts(assoc, sop_class, syntax):
         raise DestinationRefused(
             f"{destination.name}: does not accept {UID(sop_class).name} as {syntax.name}; allow this SOP class there"
         )
@@ -271,37 +254,3 @@ def _store_one(assoc: Association, destination: Destination, ds: pydicom.Dataset
         return status, f"it was there already: {told}"
     refused = DestinationRefused if status == _SOP_CLASS_NOT_SUPPORTED else DeliveryError
     raise refused(told, status)
-
-
-@contextmanager
-def _associated(destination: Destination, contexts: set[tuple[str, UID]], timeout_s: float) -> Iterator[Association]:
-    """An association with one presentation context for each pair; released at the end. Raises DeliveryError."""
-    ae = AE(destination.calling_ae_title)
-    ae.connection_timeout = ae.acse_timeout = ae.dimse_timeout = ae.network_timeout = timeout_s
-    for sop_class, syntax in sorted(contexts):
-        ae.add_requested_context(sop_class, syntax)
-    where = f"{destination.name} ({destination.ae_title} at {destination.host}:{destination.port})"
-    try:
-        assoc = ae.associate(
-            destination.host,
-            destination.port,
-            ae_title=destination.ae_title,
-            max_pdu=_MAX_PDU_BYTES,
-            evt_handlers=[(evt.EVT_CONN_OPEN, without_delay)],
-        )
-    except (RuntimeError, ValueError, OSError) as error:
-        raise DeliveryError(f"{where}: cannot be reached ({type(error).__name__}: {error})") from error
-    if not assoc.is_established and not assoc.rejected_contexts:
-        raise DeliveryError(f"{where}: {_why_not(assoc)}")
-    try:
-        yield assoc
-    finally:
-        if assoc.is_established:
-            assoc.release()
-
-
-def _why_not(assoc: Association) -> str:
-    answer = assoc.acceptor.primitive
-    if assoc.is_rejected and isinstance(answer, A_ASSOCIATE):
-        return f"rejected the association: {answer.result_str}, {answer.source_str}, {answer.reason_str}"
-    return "no association: nobody listens there, or the peer aborted or did not answer in time"

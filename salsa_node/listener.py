@@ -94,7 +94,8 @@ class Listener:
         ae.network_timeout = ae.dimse_timeout = settings.idle_timeout_s
         ae.acse_timeout = min(REQUEST_S, settings.idle_timeout_s)  # a bare connection holds a place no longer
         ae.add_supported_context(VERIFICATION)
-        ae.add_supported_context(commitment.SOP_CLASS)
+        # Either role: an archive that reports to us on an association of its own is the SCP there (PS3.4 J.3.3).
+        ae.add_supported_context(commitment.SOP_CLASS, scu_role=True, scp_role=True)
         for context in AllStoragePresentationContexts:
             ae.add_supported_context(str(context.abstract_syntax), ALL_TRANSFER_SYNTAXES)
         handlers: list[evt.EventHandlerType] = [
@@ -107,6 +108,7 @@ class Listener:
             (evt.EVT_ABORTED, self._on_ended),
             (evt.EVT_C_STORE, self._on_store),
             (evt.EVT_N_ACTION, self._on_action),
+            (evt.EVT_N_EVENT_REPORT, self._on_report),
             (evt.EVT_PDU_SENT, self._on_pdu_sent),
         ]
         self._ae = ae
@@ -277,6 +279,14 @@ class Listener:
             log.error("commitment not noted", extra={"event": "commitment.failed", "error": str(error)})
             return commitment.PROCESSING_FAILURE, None
         return commitment.SUCCESS, None
+
+    def _on_report(self, event: evt.Event) -> tuple[int, None]:
+        """The status of one N-EVENT-REPORT: what an archive says of results that we asked it to commit to."""
+        try:
+            return commitment.take_report(self._store, event.event_information, self._clock()), None
+        except StoreError as error:
+            log.error("report not noted", extra={"event": "commitment.failed", "error": str(error)})
+            return commitment.PROCESSING_FAILURE, None
 
     def _on_pdu_sent(self, event: evt.Event) -> None:
         """The first PDU after the request is its answer; a moment later the report may follow."""

@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 
-from salsa_node import assembly, commitment, delivery, durable, preflight
+from salsa_node import assembly, commitment, delivery, durable, preflight, verification
 from salsa_node.config import Config
 from salsa_node.errors import ConfigError, SalsaNodeError
 from salsa_node.listener import Listener
@@ -100,6 +100,9 @@ def _loops(store: Store, config: Config, workers: Sequence[WorkerProcess]) -> tu
     def deliver(now: datetime) -> object | None:
         return delivery.step(store, config.delivery, config.destination, data_dir, owner, now)
 
+    def verify(now: datetime) -> object | None:
+        return verification.step(store, config.delivery, config.destination, data_dir, owner, now)
+
     def report(now: datetime) -> object | None:
         return commitment.step(store, config.delivery, config.destination, data_dir, now)
 
@@ -107,6 +110,7 @@ def _loops(store: Store, config: Config, workers: Sequence[WorkerProcess]) -> tu
         *(Loop("worker", worker.step, config.worker.poll_s) for worker in workers),
         Loop("assembly", assemble, config.assembly.poll_s),
         Loop("delivery", deliver, config.delivery.poll_s),
+        Loop("verification", verify, config.delivery.poll_s),
         Loop("commitment", report, config.delivery.poll_s),
     )
 

@@ -124,6 +124,8 @@ class Destination:
 
     calling_ae_title: what we call ourselves there.
     seg: the form in which it gets the lesions by class; "labelmap" (DICOM Supplement 243) is smaller, and few read it.
+    verify: how it is asked afterwards whether it holds what it took; "auto" is storage commitment where it has that,
+        else a query.
     """
 
     name: str = field(metadata={"pattern": r"\S+"})
@@ -132,6 +134,7 @@ class Destination:
     port: int = field(metadata={"min": 1, "max": 65535})
     calling_ae_title: str = "SALSA_NODE"
     seg: str = field(default="binary", metadata={"choices": tuple(SEG_KINDS)})
+    verify: str = field(default="auto", metadata={"choices": ("auto", "commitment", "query", "off")})
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +144,9 @@ class DeliverySettings:
     to: names of destinations; "sender" is the destination whose AE title sent the study.
     first_retry_s, max_retry_s: the wait after a failure doubles from the first to the second.
     max_attempts: after so many a delivery is given up and waits for `salsa-node resend`.
+    verify_after_s: how long after an object was taken its destination is asked for it; doubled with each question.
+    max_checks: after so many questions without an answer it stays sent, unverified.
+    commitment_s: how long the answer to a request for storage commitment may take before a query is asked instead.
     """
 
     to: tuple[str, ...] = ("sender",)
@@ -150,6 +156,9 @@ class DeliverySettings:
     timeout_s: float = field(default=30.0, metadata={"above": 0})
     lease_s: float = field(default=300.0, metadata={"above": 0})
     poll_s: float = field(default=1.0, metadata={"above": 0})
+    verify_after_s: float = 10.0
+    max_checks: int = field(default=8, metadata={"min": 1})
+    commitment_s: float = 120.0
 
 
 @dataclass(frozen=True, slots=True)

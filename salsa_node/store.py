@@ -21,7 +21,8 @@ States (a test holds this drawing against `store_rows.TRANSITIONS`)::
 A study has one current result. Queueing a newer run cancels the runs of that study that wait or run;
 its worker hears LeaseLost at the next heartbeat. The older result stays current until the newer one
 is PRODUCED; then it is SUPERSEDED and what had not yet gone out of it is WITHDRAWN. What a destination
-does not want, as it is configured when its turn comes, is LEFT_OUT, until a resend asks again.
+does not does not want, as it is configured when its turn comes, is LEFT_OUT, until a resend asks again. What it took
+is SENT, and VERIFIED once it says that it holds it; what it took and lost is PENDING again.
 
 Times are aware UTC datetimes and come in as `now`. Every method raises StoreError where the
 database cannot be read or written.
@@ -40,6 +41,7 @@ from salsa_node.store_arrivals import Arrivals, Verdict
 from salsa_node.store_commitments import Commitment, Commitments
 from salsa_node.store_deliveries import Deliveries
 from salsa_node.store_looks import Looks
+from salsa_node.store_proofs import Proofs
 from salsa_node.store_rows import (
     DELIVERIES,
     OBJECTS,
@@ -93,7 +95,7 @@ KEPT = "images came after the person's masks; the masks stay, salsa-node rerun a
 _UNDER_WAY = (RunState.QUEUED, RunState.RUNNING)
 
 
-class Store(Arrivals, Commitments, Deliveries, Looks, Switches):
+class Store(Arrivals, Commitments, Deliveries, Looks, Proofs, Switches):
     """An open store; made by `Store.open`. Threads may share it, processes open their own."""
 
     @classmethod

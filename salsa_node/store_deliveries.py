@@ -41,13 +41,24 @@ class Deliveries(Queries):
             t.execute(sa.update(DELIVERIES).where(mine).values(attempt=DELIVERIES.c.attempt + 1, **lease))
             return t.all(Delivery, sa.select(DELIVERIES).where(mine).order_by(DELIVERIES.c.id))
 
-    def delivered(self, delivery_id: int, owner: str, status: int, note: str | None, now: datetime) -> Delivery:
-        """The destination took the object; `note` is its warning, if any. Raises LeaseLost."""
+    def delivered(
+        self,
+        delivery_id: int,
+        owner: str,
+        status: int,
+        note: str | None,
+        now: datetime,
+        check_at: datetime | None = None,
+    ) -> Delivery:
+        """The destination took the object; `note` is its warning, if any. Raises LeaseLost.
+
+        check_at: when it is asked whether it holds the object; None where nobody asks.
+        """
+        proof = {"check_at": check_at, "checks": 0, "proof": "" if check_at else "unverified", "transaction_uid": None}
         with transaction(self._writer) as t:
             delivery = t.leased_delivery(delivery_id, owner)
-            return t.become_delivery(
-                delivery, DeliveryState.SENT, now, note or "", last_status=status, last_error=note, sent_at=now
-            )
+            changes = {"last_status": status, "last_error": note, "sent_at": now, **proof}
+            return t.become_delivery(delivery, DeliveryState.SENT, now, note or "", **changes)
 
     def delivery_failed(
         self, delivery_id: int, owner: str, status: int | None, error: str, not_before: datetime, now: datetime

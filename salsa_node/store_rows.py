@@ -260,6 +260,10 @@ class Delivery:
 
     attempt: how often it was claimed since it was last asked for.
     last_status: the DIMSE status of the last answer; last_error: the last failure or the peer's warning.
+    check_at: when the destination is asked next whether it holds the object, None where that is over;
+    checks: how often it was asked. proof: how it said so once VERIFIED; "unverified" where it never did,
+        "disowned" where it said that it does not.
+    transaction_uid: of the request for storage commitment that is out.
     """
 
     id: int
@@ -274,6 +278,10 @@ class Delivery:
     sent_at: datetime | None
     lease_owner: str | None
     lease_until: datetime | None
+    check_at: datetime | None
+    checks: int
+    proof: str
+    transaction_uid: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -458,6 +466,10 @@ DELIVERIES = sa.Table(
     sa.Column("sent_at", UtcDateTime),
     sa.Column("lease_owner", sa.String(128)),
     sa.Column("lease_until", UtcDateTime),
+    sa.Column("check_at", UtcDateTime, index=True),
+    sa.Column("checks", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("proof", sa.String(32), nullable=False, server_default=""),
+    sa.Column("transaction_uid", sa.String(64), index=True),
     sa.UniqueConstraint("object_id", "destination"),
 )
 

@@ -36,6 +36,9 @@ class Pacs:
         with urllib.request.urlopen(request, timeout=30) as answer:
             return json.loads(answer.read())
 
+    def delete(self, path: str) -> None:
+        urllib.request.urlopen(urllib.request.Request(self.url + path, method="DELETE"), timeout=30).close()
+
     def upload(self, path: Path) -> None:
         headers = {"Content-Type": "application/dicom"}
         request = urllib.request.Request(self.url + "/instances", path.read_bytes(), headers)

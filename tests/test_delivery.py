@@ -22,7 +22,7 @@ from pydicom.uid import (
 from pynetdicom import AE, evt
 from told import events
 
-from salsa_node import delivery
+from salsa_node import delivery, requestor
 from salsa_node.dicom_result import Kind
 from salsa_node.errors import DeliveryError, DestinationRefused, StoreError
 from salsa_node.settings import SEG_KINDS, DeliverySettings, Destination
@@ -492,7 +492,7 @@ def test_what_nobody_foresaw_in_one_object_is_retried_and_the_other_goes(
     assert SECRET not in f"{events(store)}"
 
 
-@pytest.mark.parametrize("place", ["resolve", "_read", "_associated"])
+@pytest.mark.parametrize("place", ["resolve", "_read", "associated"])
 def test_what_nobody_foresaw_before_the_sending_is_retried(
     step: Step, produced: Produced, store: Store, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
@@ -533,7 +533,7 @@ def test_no_wait_for_a_peer_is_longer_than_the_settings_say(
             super().__init__(title)
             made.append(self)
 
-    monkeypatch.setattr(delivery, "AE", Noted)
+    monkeypatch.setattr(requestor, "AE", Noted)
     produced("pacs")
     with a_pacs() as pacs:
         step(T0, pacs.destination, timeout_s=7)
