@@ -105,7 +105,7 @@ class Worker:
         self._still_ours(run)
         objects = self._earlier(run, result) or self._write(run, result)
         findings = summary(result)
-        blocked = result.blocked or self._guard(paths, result, objects)
+        blocked = result.blocked or self._guard(run, paths, result, objects)
         if blocked:
             log.warning("run blocked", extra={"event": "run.blocked", "run": run.id, "reason": blocked})
             return self._store.block_run(
@@ -161,8 +161,9 @@ class Worker:
                     there[kind] = pydicom.dcmread(path)
         return there
 
-    def _guard(self, paths: Sequence[Path], result: Analysis, objects: Sequence[NewObject]) -> str:
+    def _guard(self, run: Run, paths: Sequence[Path], result: Analysis, objects: Sequence[NewObject]) -> str:
         """What the guards say against the objects as they lie on disk; "" where they may leave."""
+        self._tell(run, "checking")
         try:
             check([(self._config.node.data_dir / item.path).read_bytes() for item in objects], paths, result)
         except GuardFailed as failed:
