@@ -42,6 +42,7 @@ from salsa_node.store import NewInstance, Store, Verdict
 
 log = logging.getLogger(__name__)
 
+INCOMING = "incoming"  #: folder of the data folder for what is on its way in
 _TOGETHER = 64  # instances in one commit at most
 _LOCKS = 1024
 _COMMIT_S = 120.0  # a disk that takes longer is one that cannot write
@@ -175,7 +176,7 @@ class Intake:
 
     def begin(self, request: Request) -> Incoming:
         """A place for the instance that `request` announces."""
-        return Incoming(request, self._data_dir / "incoming")
+        return Incoming(request, self._data_dir / INCOMING)
 
     def take(self, incoming: Incoming) -> tuple[int, str]:
         """Keep an instance that has come wholly; the status that the sender gets and, unless Success, why.

@@ -31,10 +31,12 @@ from salsa_node.association import VERIFICATION, called_by, without_delay
 from salsa_node.errors import ConfigError, DeliveryError, StoreError
 from salsa_node.fast_receive import Connection, SharedContexts
 from salsa_node.instance_header import SUCCESS
-from salsa_node.intake import Intake, Request
+from salsa_node.intake import INCOMING, Intake, Request
 from salsa_node.notes import Notes
 from salsa_node.settings import ListenerSettings, Peer, invalid_peer
 from salsa_node.store import Commitment, Store
+
+__all__ = ["INCOMING", "Listener"]
 
 log = logging.getLogger(__name__)
 

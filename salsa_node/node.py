@@ -23,7 +23,7 @@ from types import FrameType
 from salsa_node import assembly, commitment, delivery, durable, preflight, verification
 from salsa_node.config import Config
 from salsa_node.errors import ConfigError, SalsaNodeError
-from salsa_node.listener import Listener
+from salsa_node.listener import INCOMING, Listener
 from salsa_node.log import unforeseen
 from salsa_node.store import Store, StoreSettings, hold
 from salsa_node.supervisor import WorkerProcess
@@ -53,7 +53,8 @@ def serve(config: Config, config_path: Path | None) -> None:
         stack.enter_context(hold(StoreSettings(config.store_url)))
         store = stack.enter_context(Store.open(StoreSettings(config.store_url), create=True))
         store.release_owner(None, _now())  # the folder is ours alone: whatever is leased was left by the dead
-        left = durable.sweep(config.node.data_dir)
+        left = durable.sweep(config.node.data_dir / INCOMING, older_than_s=0.0)  # the door's alone, and it is shut
+        left += durable.sweep(config.node.data_dir)
         log.info("record open", extra={"event": "node.record", "interrupted_writes_removed": left})
         own_copy = _own_copy(config, config_path)
         devices = config.worker.devices or ("",)

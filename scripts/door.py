@@ -1,4 +1,4 @@
-"""The door alone in a process of its own, as the scripts that prove and measure it start, watch and kill it."""
+"""A node, or its door alone, in a process of its own, as the scripts that prove it start, watch and kill it."""
 
 from __future__ import annotations
 
@@ -54,16 +54,44 @@ def store_url(folder: Path) -> str:
 
 
 @contextmanager
-def running(folder: Path, *, fast: bool = True, idle_timeout_s: float = 60.0) -> Iterator[Door]:
-    """A door that keeps everything below `folder`, until the block ends."""
+def running(folder: Path, *, fast: bool = True, idle_timeout_s: float = 60.0, node: bool = False) -> Iterator[Door]:
+    """A door that keeps everything below `folder`, until the block ends.
+
+    node: `salsa-node serve`, with its loops and its worker process; studies wait longer there than anybody measures.
+    """
     port = free_port()
     command = [sys.executable, __file__, str(port), str(folder), str(int(fast)), str(idle_timeout_s)]
+    if node:
+        config = folder / "node.toml"
+        config.write_text(node_config(port, folder, fast=fast, idle_timeout_s=idle_timeout_s))
+        command = [sys.executable, "-m", "salsa_node", "serve", "--config", str(config)]
     process = subprocess.Popen(command)
     try:
         wait_for(port, process)
         yield Door(process, port)
     finally:
         end(process)
+
+
+def node_config(port: int, folder: Path, *, fast: bool, idle_timeout_s: float) -> str:
+    """The settings of such a node, as TOML."""
+    return f"""
+[node]
+data_dir = "{folder.absolute()}"
+store_url = "{store_url(folder)}"
+log_level = "error"
+[listener]
+port = {port}
+fast = {str(fast).lower()}
+min_free_gib = 0.0
+max_associations = 20
+idle_timeout_s = {idle_timeout_s}
+[assembly]
+quiet_s = 86400.0
+max_wait_s = 604800.0
+[pipeline]
+name = "demo"
+"""
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
