@@ -70,10 +70,12 @@ room imports exactly what stands right of its arrow):
     store_arrivals         <- errors store_prepared store_queries store_rows store_transaction
     store_commitments      <- errors store_queries store_rows store_transaction
     store_deliveries       <- errors store_queries store_rows store_transaction
+    store_interventions    <- errors store_queries store_rows store_transaction
     store_looks            <- errors store_queries store_rows store_transaction
+    store_search           <- store_queries store_rows store_transaction
     store_switches         <- store_queries store_rows store_transaction
     store_proofs           <- errors store_queries store_rows store_transaction
-  store                  <- store_arrivals store_commitments store_deliveries store_looks store_proofs store_rows store_switches store_transaction
+  store                  <- store_arrivals store_commitments store_deliveries store_interventions store_looks store_proofs store_rows store_search store_switches store_transaction
     association            <-
     notes                  <- errors store
     instance_header        <-
@@ -116,13 +118,14 @@ room imports exactly what stands right of its arrow):
     model_fetch            <- errors model_cards model_import model_manifest models
     cli_queue              <- config console options store
     cli_series             <- assembly config console errors nifti options preflight series store upright
+    cli_studies            <- config console durable options overview store
     cli_models             <- config console errors model_cards model_fetch model_import model_manifest models options
     cases                  <- candidate errors nifti selection selection_rules series series_rules volume
     film                   <- dicom_result findings picture volume
     batch                  <- analysis cases criteria durable errors film findings guards limits log models nifti pipelines series_rules uids upright volume
     scripting              <- batch cases config criteria dicom_result dicom_seg errors findings limits nifti pipelines preflight series
     cli_batch              <- batch cases config console criteria errors options pipelines preflight settings
-  cli                    <- assembly cli_batch cli_models cli_queue cli_series config console delivery demo durable errors log nifti node offline options overview preflight settings store worker
+  cli                    <- assembly cli_batch cli_models cli_queue cli_series cli_studies config console delivery demo durable errors log nifti node offline options preflight settings store worker
     __main__               <- cli
 """  # noqa: E501 - one room, one line
 

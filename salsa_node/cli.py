@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from salsa_node import __version__, cli_batch, cli_models, cli_queue, cli_series, config, console, errors
+from salsa_node import __version__, cli_batch, cli_models, cli_queue, cli_series, cli_studies, config, console, errors
 from salsa_node.options import EXIT_NO, AsJson, ConfigFile, LesionLabels, OrganLabels, StudyName
 from salsa_node.settings import SENDER
 
@@ -32,11 +32,14 @@ app.command()(cli_series.select)
 app.command()(cli_series.export)
 app.command()(cli_queue.pause)
 app.command()(cli_queue.resume)
+for _command in cli_studies.COMMANDS:
+    app.command()(_command)
 
 GIVEN_MASKS = "given_masks"
 _EXIT_CODES = (
     (errors.ConfigError, 3),
     (errors.UnknownStudy, 4),
+    (errors.IllegalTransition, 4),
     (errors.StoreError, 5),
     (errors.DeliveryError, 6),
     (errors.SalsaNodeError, 7),
@@ -92,36 +95,6 @@ def work(
 
     log.start(settings.node.log_level, settings.node.log_format)
     worker.work(settings, owner)
-
-
-@app.command()
-def studies(
-    config_file: ConfigFile = None,
-    as_json: AsJson = False,
-    limit: Annotated[int, typer.Option(min=1, help="How many, newest first.")] = 50,
-) -> None:
-    """List the studies, newest first."""
-    from salsa_node import overview, store
-
-    with store.Store.open(store.StoreSettings(config.load(config_file).store_url)) as record:
-        rows = [overview.row(overview.glance(record, study)) for study in record.studies(limit)]
-    if as_json:
-        console.put_json(rows)
-    else:
-        console.put_studies(rows)
-
-
-@app.command()
-def show(study: StudyName, config_file: ConfigFile = None, as_json: AsJson = False) -> None:
-    """Show one study: series, runs, findings, deliveries, time line."""
-    from salsa_node import overview, store
-
-    with store.Store.open(store.StoreSettings(config.load(config_file).store_url)) as record:
-        page = overview.detail(record, overview.glance(record, record.study(study)))
-    if as_json:
-        console.put_json(page)
-    else:
-        console.put_detail(page)
 
 
 @app.command()

@@ -11,15 +11,32 @@ from rich.console import Console
 from rich.table import Table
 
 NEXT = {
-    "failed": "salsa-node rerun STUDY, once the cause is mended",
+    "failed": "salsa-node retry STUDY, once the cause is mended",
     "blocked": "look at the objects that salsa-node show STUDY names, then rerun with other settings or --masks",
-    "not delivered": "salsa-node echo DESTINATION, then salsa-node resend STUDY",
+    "not delivered": "salsa-node echo DESTINATION, then salsa-node retry STUDY",
 }
 
 
 def put_json(value: object) -> None:
     """One JSON document on standard output."""
     sys.stdout.write(json.dumps(value, indent=2, default=str) + "\n")
+
+
+def put_json_lines(values: Sequence[object]) -> None:
+    """A JSON document a line on standard output, at once."""
+    for value in values:
+        sys.stdout.write(json.dumps(value, default=str) + "\n")
+    sys.stdout.flush()
+
+
+def clear() -> None:
+    """Empty a terminal's screen; whatever else standard output is gets an empty line."""
+    sys.stdout.write("\x1b[2J\x1b[H" if sys.stdout.isatty() else "\n")
+
+
+def flush() -> None:
+    """Let whoever reads standard output have it now."""
+    sys.stdout.flush()
 
 
 def printable(text: str) -> str:
@@ -49,10 +66,10 @@ def put_table(columns: Mapping[str, str], rows: Sequence[Mapping[str, object]], 
     console.print(table)
 
 
-def put_studies(rows: Sequence[Mapping[str, object]]) -> None:
-    """The table of `studies`, and what to do about those that need a person."""
+def put_studies(rows: Sequence[Mapping[str, object]], none: str = "no study has arrived yet") -> None:
+    """The table of `studies`, and what to do about those that need a person; `none` where there are no rows."""
     if not rows:
-        put("no study has arrived yet")
+        put(none)
         return
     columns = {
         "last_at": "last image",
@@ -138,6 +155,8 @@ def put_detail(study: Mapping[str, object]) -> None:
                 put(f"{'BLOCKED' if flag['blocks'] else 'note'}: {flag['text']}")
             if findings.get("reason"):
                 put(f"not analysed: {findings['reason']}")
+            if isinstance(findings.get("pipeline"), Mapping):
+                _put_provenance(findings["pipeline"], str(run["source_digest"]))
     objects = [item for run in runs for item in _rows(run["objects"])]
     if objects:
         put_table(
@@ -158,6 +177,41 @@ def put_detail(study: Mapping[str, object]) -> None:
             "Quarantine: images that contradict what is stored; a person must say which is right",
         )  # fmt: skip
     put_table({"at": "at", "name": "event", "detail": "detail"}, _rows(study["events"]), "Time line")
+
+
+def _put_provenance(made_by: Mapping[str, object], source_digest: str) -> None:
+    """What made a result: enough to make it again."""
+    put(f"made by: {made_by['name']} {made_by['version']} on {made_by['device']}; of images {source_digest[:16]}")
+    for title, key, length in (("weights", "weights_sha256", 16), ("parameters", "parameters", 200),
+                               ("libraries", "libraries", 64)):  # fmt: skip
+        values = made_by[key]
+        assert isinstance(values, Mapping)
+        if values:
+            put(f"  {title}: {', '.join(f'{name} {str(value)[:length]}' for name, value in values.items())}")
+
+
+def put_events(events: Sequence[Mapping[str, object]]) -> None:
+    """Lines of `logs`: one for each event, as people read a log."""
+    for event in events:
+        about = event["study_uid"] or ""
+        put(f"{event['at']}  {event['name']:22} {event['subject']} {event['subject_id']}  {event['detail']}"
+            f"{f'  study={about}' if about and about != event['subject_id'] else ''}")  # fmt: skip
+    sys.stdout.flush()
+
+
+def put_statistics(figures: Mapping[str, object]) -> None:
+    """The page of `stats`."""
+    for title, key in (("Runs", "runs"), ("Results", "outcomes"), ("Deliveries", "deliveries")):
+        counts = figures[key]
+        assert isinstance(counts, Mapping)
+        put(f"{title}: {', '.join(f'{name} {count}' for name, count in counts.items()) or 'none'}")
+    put(f"Kept: {figures['studies']} studies, {figures['images']} images ({figures['image_gib']} GiB), "
+        f"{figures['quarantined']} in quarantine")  # fmt: skip
+    names = (("a run", "run_s"), ("last image to result", "last_image_to_result_s"))
+    rows = [{"what": title, **spread} for title, key in names if isinstance(spread := figures[key], Mapping)]
+    put_table({"what": "seconds", "count": ">count", "p50": ">median", "p95": ">95 %", "max": ">longest"}, rows)
+    if figures["oldest_queued_at"]:
+        put(f"waiting since {figures['oldest_queued_at']}")
 
 
 def _rows(value: object) -> Sequence[Mapping[str, object]]:

@@ -106,6 +106,20 @@ def publish(files: Iterable[tuple[Path, Path]]) -> None:
         _sync_folder(folder)
 
 
+def remove(folder: Path, paths: Iterable[str]) -> None:
+    """Take files below `folder` away; one that is gone already is no error. Raises OSError.
+
+    A name comes back only by a power cut, and then stands for its content. Folders stay: another process may be
+    about to put a file there.
+    """
+    root = folder.absolute().resolve()
+    for path in paths:
+        file = root / path
+        if root not in file.resolve().parents:
+            raise PermissionError(f"{path} does not lie in the folder whose files may be removed")
+        file.unlink(missing_ok=True)
+
+
 def sweep(folder: Path, older_than_s: float = 60.0) -> int:
     """Remove what interrupted writes left below `folder`; returns how many files.
 

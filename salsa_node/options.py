@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +12,26 @@ import typer
 from salsa_node import config
 
 EXIT_NO = 1  #: done, and the answer is no
+
+_AGO = {"m": "minutes", "h": "hours", "d": "days"}
+
+
+def moment(text: str) -> datetime:
+    """A point in time from the command line: "90m", "24h" or "7d" ago, or ISO 8601, UTC where no zone is named.
+
+    Raises typer.BadParameter.
+    """
+    ago = re.fullmatch(r"(\d{1,5})([mhd])", text)
+    if ago:
+        return datetime.now(UTC) - timedelta(**{_AGO[ago[2]]: int(ago[1])})
+    try:
+        found = datetime.fromisoformat(text)
+    except ValueError:
+        raise typer.BadParameter(
+            f"expected 90m, 24h, 7d (ago), or a date such as 2026-01-31 or 2026-01-31T18:00 (UTC), found {text!r}"
+        ) from None
+    return found if found.tzinfo else found.replace(tzinfo=UTC)
+
 
 ConfigFile = Annotated[
     Path | None,
@@ -21,6 +43,12 @@ AsJson = Annotated[bool, typer.Option("--json", help="One JSON document instead 
 StudyName = Annotated[
     str, typer.Argument(metavar="STUDY", help="Study Instance UID, a unique beginning of one, or an accession number.")
 ]
+Since = Annotated[
+    datetime | None,
+    typer.Option(parser=moment, metavar="WHEN", help="From then on: 24h, 7d, or a date, with or without a time (UTC)."),
+]
+Until = Annotated[datetime | None, typer.Option(parser=moment, metavar="WHEN", help="Before then.")]
+Yes = Annotated[bool, typer.Option("--yes", help="Do it without asking.")]
 OrganLabels = Annotated[
     list[int] | None, typer.Option("--organ-label", help="A label of --masks that is liver; may be repeated.")
 ]

@@ -8,7 +8,22 @@ from datetime import datetime
 from enum import Enum
 
 from salsa_node.failures import POLICIES, Failure
-from salsa_node.store import Delivery, DeliveryState, Run, RunState, Series, SeriesState, Store, Study
+from salsa_node.store import (
+    Delivery,
+    DeliveryState,
+    Event,
+    Figures,
+    Rows,
+    Run,
+    RunState,
+    Series,
+    SeriesState,
+    Sought,
+    Store,
+    Study,
+)
+
+_AT_ONCE = 200  # studies that one question to the store is about
 
 
 class Standing(Enum):
@@ -45,12 +60,32 @@ class Glance:
 
 def glance(store: Store, study: Study) -> Glance:
     """The study as the store knows it now."""
-    series = store.series_of(study.study_uid)
     runs = store.runs_of(study.study_uid)
-    current = next((run for run in reversed(runs) if run.state is RunState.PRODUCED), None)
-    latest = runs[-1] if runs else None
-    deliveries = store.deliveries_of(current.id) if current else ()
-    return Glance(study, _standing(study, series, latest, deliveries), series, runs, current, latest, deliveries)
+    deliveries = tuple(item for run in runs for item in store.deliveries_of(run.id))
+    return _glance(Rows(study, store.series_of(study.study_uid), runs, deliveries))
+
+
+def search(store: Store, sought: Sought, standings: Sequence[Standing], limit: int) -> tuple[Glance, ...]:
+    """The studies sought that stand as one of `standings` (none named: however they stand), at most `limit`."""
+    found: list[Glance] = []
+    skip = 0
+    while len(found) < limit:
+        count = _AT_ONCE if standings else min(_AT_ONCE, limit - len(found))
+        rows = store.find_studies(sought, count, skip)
+        seen = [_glance(one) for one in rows]
+        found += [one for one in seen if not standings or one.standing in standings]
+        if len(rows) < count:
+            break
+        skip += count
+    return tuple(found[:limit])
+
+
+def _glance(rows: Rows) -> Glance:
+    current = next((run for run in reversed(rows.runs) if run.state is RunState.PRODUCED), None)
+    latest = rows.runs[-1] if rows.runs else None
+    deliveries = tuple(item for item in rows.deliveries if current is not None and item.run_id == current.id)
+    standing = _standing(rows.study, rows.series, latest, deliveries)
+    return Glance(rows.study, standing, rows.series, rows.runs, current, latest, deliveries)
 
 
 def _standing(study: Study, series: Sequence[Series], latest: Run | None, deliveries: Sequence[Delivery]) -> Standing:
@@ -74,7 +109,9 @@ def row(seen: Glance) -> dict[str, object]:
     return {
         "study_uid": seen.study.study_uid,
         "accession_number": seen.study.accession_number,
+        "study_date": seen.study.study_date,
         "from": seen.study.calling_ae,
+        "called": seen.study.called_ae,
         "last_at": seen.study.last_at.isoformat(timespec="seconds"),
         "series": len(seen.series),
         "instances": seen.study.instances,
@@ -111,6 +148,36 @@ def action(run: Run) -> str | None:
     if run.state is not RunState.FAILED or run.failure is None:
         return None
     return POLICIES[Failure(run.failure)].action.replace("STUDY", run.study_uid)
+
+
+def event(happened: Event) -> dict[str, object]:
+    """A line of `logs`."""
+    return _plain(happened)
+
+
+def statistics(figures: Figures) -> dict[str, object]:
+    """What `stats` prints: counts, and the middle and the slow end of how long things took."""
+    oldest = figures.oldest_queued_at
+    return {
+        "studies": figures.studies,
+        "images": figures.instances,
+        "image_gib": round(figures.instance_bytes / 2**30, 3),
+        "quarantined": figures.quarantined,
+        "runs": dict(figures.runs),
+        "deliveries": dict(figures.deliveries),
+        "outcomes": dict(figures.outcomes),
+        "run_s": _spread(figures.run_s),
+        "last_image_to_result_s": _spread(figures.waits_s),
+        "oldest_queued_at": oldest.isoformat(timespec="seconds") if oldest else None,
+    }
+
+
+def _spread(seconds: Sequence[float]) -> dict[str, float | int | None]:
+    """How many, the median, the value that 95 of 100 stay below, and the largest; None where there is none."""
+    ordered = sorted(seconds)
+    last = len(ordered) - 1
+    picked = {"p50": last // 2, "p95": last * 95 // 100, "max": last}
+    return {"count": len(ordered)} | {name: round(ordered[at], 1) if ordered else None for name, at in picked.items()}
 
 
 def _plain(value: object) -> dict[str, object]:

@@ -12,6 +12,7 @@ States (a test holds this drawing against `store_rows.TRANSITIONS`)::
     Run       QUEUED -> RUNNING | CANCELLED
               RUNNING -> PRODUCED | QUEUED | FAILED | BLOCKED | CANCELLED
               PRODUCED -> SUPERSEDED
+              FAILED -> QUEUED
     Delivery  PENDING -> SENT | PENDING | GAVE_UP | WITHDRAWN | LEFT_OUT
               SENT -> VERIFIED | PENDING
               VERIFIED -> PENDING
@@ -21,8 +22,9 @@ States (a test holds this drawing against `store_rows.TRANSITIONS`)::
 A study has one current result. Queueing a newer run cancels the runs of that study that wait or run;
 its worker hears LeaseLost at the next heartbeat. The older result stays current until the newer one
 is PRODUCED; then it is SUPERSEDED and what had not yet gone out of it is WITHDRAWN. What a destination
-does not does not want, as it is configured when its turn comes, is LEFT_OUT, until a resend asks again. What it took
-is SENT, and VERIFIED once it says that it holds it; what it took and lost is PENDING again.
+does not want, as it is configured when its turn comes, is LEFT_OUT, until a resend asks again. What it took
+is SENT, and VERIFIED once it says that it holds it; what it took and lost is PENDING again. What FAILED or was given up
+waits for a person, who may have it tried again.
 
 Times are aware UTC datetimes and come in as `now`. Every method raises StoreError where the
 database cannot be read or written.
@@ -40,6 +42,7 @@ from salsa_node import migrations
 from salsa_node.store_arrivals import Arrivals, Verdict
 from salsa_node.store_commitments import Commitment, Commitments
 from salsa_node.store_deliveries import Deliveries
+from salsa_node.store_interventions import Interventions
 from salsa_node.store_looks import Looks
 from salsa_node.store_proofs import Proofs
 from salsa_node.store_rows import (
@@ -64,15 +67,18 @@ from salsa_node.store_rows import (
     SeriesState,
     Study,
 )
+from salsa_node.store_search import ORDERS, Figures, Rows, Search, Sought
 from salsa_node.store_switches import Pause, Switches, paused
 from salsa_node.store_transaction import StoreSettings, columns, connect, hold, transaction, writer
 
 __all__ = [
+    "ORDERS",
     "Arrival",
     "Commitment",
     "Delivery",
     "DeliveryState",
     "Event",
+    "Figures",
     "Instance",
     "Look",
     "NewInstance",
@@ -80,10 +86,12 @@ __all__ = [
     "Pause",
     "Quarantined",
     "ResultObject",
+    "Rows",
     "Run",
     "RunState",
     "Series",
     "SeriesState",
+    "Sought",
     "Store",
     "StoreSettings",
     "Study",
@@ -95,7 +103,7 @@ KEPT = "images came after the person's masks; the masks stay, salsa-node rerun a
 _UNDER_WAY = (RunState.QUEUED, RunState.RUNNING)
 
 
-class Store(Arrivals, Commitments, Deliveries, Looks, Proofs, Switches):
+class Store(Arrivals, Commitments, Deliveries, Interventions, Looks, Proofs, Search, Switches):
     """An open store; made by `Store.open`. Threads may share it, processes open their own."""
 
     @classmethod

@@ -57,7 +57,7 @@ TRANSITIONS: Final[Mapping[State, frozenset[State]]] = {
         {RunState.PRODUCED, RunState.QUEUED, RunState.FAILED, RunState.BLOCKED, RunState.CANCELLED}
     ),
     RunState.PRODUCED: frozenset({RunState.SUPERSEDED}),
-    RunState.FAILED: frozenset(),
+    RunState.FAILED: frozenset({RunState.QUEUED}),
     RunState.BLOCKED: frozenset(),
     RunState.CANCELLED: frozenset(),
     RunState.SUPERSEDED: frozenset(),

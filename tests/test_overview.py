@@ -101,9 +101,9 @@ def test_tables_say_what_to_do_next_and_let_no_control_character_through(store, 
     seen = overview.glance(store, store.study(STUDY))
     console.put_studies([overview.row(seen)])
     told = capsys.readouterr().out
-    assert "failed: salsa-node rerun STUDY" in told
+    assert "failed: salsa-node retry STUDY" in told
     assert "\x1b" not in told
     console.put_detail(overview.detail(store, seen))
-    assert "next: salsa-node rerun STUDY" in capsys.readouterr().out
+    assert "next: salsa-node retry STUDY" in capsys.readouterr().out
     console.put_studies([])
     assert capsys.readouterr().out == "no study has arrived yet\n"

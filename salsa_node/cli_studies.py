@@ -1,0 +1,248 @@
+"""The commands about studies: list, look into, stop, try again, let go; and what happened in the node."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+
+from salsa_node import config, console, durable, overview
+from salsa_node.options import EXIT_NO, AsJson, ConfigFile, Since, StudyName, Until, Yes, moment
+from salsa_node.overview import Standing
+from salsa_node.store import ORDERS, Event, Sought, Store, StoreSettings
+
+#: where a study needs a person, and `retry` has something to do
+TO_RETRY = (Standing.FAILED, Standing.NOT_DELIVERED)
+
+
+def studies(
+    config_file: ConfigFile = None,
+    as_json: AsJson = False,
+    limit: Annotated[int, typer.Option(min=1, help="How many.")] = 50,
+    state: Annotated[
+        list[str] | None, typer.Option("--state", help="Only studies that stand so, such as failed; may be repeated.")
+    ] = None,
+    since: Since = None,
+    until: Until = None,
+    date: Annotated[str, typer.Option(help="Study Date: 20260131, or 20260101-20260131.")] = "",
+    ae: Annotated[str, typer.Option("--ae", help="The AE title that sent it.")] = "",
+    called: Annotated[str, typer.Option(help="The AE title of ours that it was sent to.")] = "",
+    accession: Annotated[str, typer.Option(help="A beginning of the accession number.")] = "",
+    sort: Annotated[str, typer.Option(help=f"By {', '.join(ORDERS)}.")] = "last",
+    reverse: Annotated[bool, typer.Option("--reverse", help="The other way round.")] = False,
+    uids: Annotated[bool, typer.Option("--uids", help="Only Study Instance UIDs, a line each, for other programs.")] = (
+        False
+    ),
+    watch: Annotated[bool, typer.Option("--watch", help="Go on, and print again what changed, until Ctrl-C.")] = False,
+    every_s: Annotated[float, typer.Option("--every", min=0.1, help="With --watch: seconds between looks.")] = 2.0,
+) -> None:
+    """List the studies, newest first."""
+    sought = Sought(since, until, _dates(date), ae, called, accession, _order(sort), reverse)
+    standings = [_standing(word) for word in state or ()]
+    with _store(config_file) as record:
+        rows = [overview.row(seen) for seen in overview.search(record, sought, standings, limit)]
+        any_at_all = bool(rows) or bool(record.studies(1))
+        _put_studies(rows, as_json, uids, any_at_all)
+        with suppress(KeyboardInterrupt):
+            while watch:
+                console.flush()
+                time.sleep(every_s)
+                now = [overview.row(seen) for seen in overview.search(record, sought, standings, limit)]
+                if now != rows:
+                    rows = now
+                    console.clear()
+                    _put_studies(rows, as_json, uids, True)
+
+
+def _put_studies(rows: Sequence[dict[str, object]], as_json: bool, uids: bool, any_at_all: bool) -> None:
+    if as_json:
+        console.put_json(rows)
+    elif uids:
+        for row in rows:
+            console.put(str(row["study_uid"]))
+    else:
+        console.put_studies(rows, "no such study" if any_at_all else "no study has arrived yet")
+
+
+def show(study: StudyName, config_file: ConfigFile = None, as_json: AsJson = False) -> None:
+    """Show one study: series, scores, runs, findings, deliveries, provenance, time line."""
+    with _store(config_file) as record:
+        page = overview.detail(record, overview.glance(record, record.study(study)))
+    if as_json:
+        console.put_json(page)
+    else:
+        console.put_detail(page)
+
+
+def cancel(study: StudyName, config_file: ConfigFile = None, as_json: AsJson = False, yes: Yes = False) -> None:
+    """Stop the runs of a study that wait or run; the result that it has stays."""
+    with _store(config_file) as record:
+        wanted = record.study(study).study_uid
+        _ask(yes, as_json, f"cancel what is under way for study {wanted}?")
+        runs = record.cancel(wanted, datetime.now(UTC))
+    if as_json:
+        console.put_json([{"run": run.id, "state": run.state.value} for run in runs])
+    else:
+        numbers = ", ".join(str(run.id) for run in runs)
+        told = f"cancelled: run {numbers}; salsa-node rerun {wanted} starts another" if runs else "nothing is under way"
+        console.put(told)
+    if not runs:
+        raise SystemExit(EXIT_NO)
+
+
+def retry(
+    study: Annotated[str, typer.Argument(metavar="[STUDY]", help="As for show; or --all.")] = "",
+    config_file: ConfigFile = None,
+    as_json: AsJson = False,
+    every: Annotated[bool, typer.Option("--all", help="Every study that failed or was not delivered.")] = False,
+    since: Since = None,
+) -> None:
+    """Try again what failed: a run as it was, a delivery that was given up; with all their attempts."""
+    if bool(study) == every:
+        raise typer.BadParameter("name a STUDY, or say --all")
+    with _store(config_file) as record:
+        if every:
+            found = overview.search(record, Sought(since=since), TO_RETRY, 1_000_000)
+            wanted = [seen.study.study_uid for seen in found]
+        else:
+            wanted = [record.study(study).study_uid]
+        done = [(uid, *record.retry(uid, datetime.now(UTC))) for uid in wanted]
+    done = [(uid, run, due) for uid, run, due in done if run or due]
+    if as_json:
+        console.put_json(
+            [
+                {"study_uid": uid, "run": run.id if run else None, "deliveries": [item.id for item in due]}
+                for uid, run, due in done
+            ]
+        )
+    else:
+        for uid, run, due in done:
+            what = f"run {run.id}" if run else f"{len(due)} deliveries"
+            console.put(f"study {uid}: {what} will be tried again by a running node")
+        if not done:
+            console.put("nothing there has failed or was given up")
+    if not done:
+        raise SystemExit(EXIT_NO)
+
+
+def stats(
+    config_file: ConfigFile = None,
+    as_json: AsJson = False,
+    since: Annotated[
+        datetime, typer.Option(parser=moment, metavar="WHEN", help="Durations and results from then on.")
+    ] = "7d",  # type: ignore[assignment]
+) -> None:
+    """Count studies, runs, results and deliveries, and say how long they took."""
+    with _store(config_file) as record:
+        figures = overview.statistics(record.figures(since))
+    if as_json:
+        console.put_json(figures)
+    else:
+        console.put_statistics(figures)
+
+
+def logs(
+    config_file: ConfigFile = None,
+    as_json: AsJson = False,
+    study: Annotated[str, typer.Option(help="Only of this study.")] = "",
+    event: Annotated[str, typer.Option(help="Only events whose name begins so: run, delivery.gave_up.")] = "",
+    subject: Annotated[str, typer.Option(help="Only about: study, series, run, delivery, instance, node.")] = "",
+    since: Since = None,
+    limit: Annotated[int, typer.Option(min=1, help="The newest so many.")] = 100,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what happens next, until Ctrl-C.")] = False,
+    every_s: Annotated[float, typer.Option("--every", min=0.1, help="With --follow: seconds between looks.")] = 1.0,
+) -> None:
+    """Print what happened, oldest first; with --json one object a line."""
+    with _store(config_file) as record:
+        uid = record.study(study).study_uid if study else None
+        found = record.find_events(study_uid=uid, name=event, subject=subject, since=since, limit=limit)
+        last = _put_events(found, as_json, 0)
+        with suppress(KeyboardInterrupt):
+            while follow:
+                time.sleep(every_s)
+                found = record.find_events(study_uid=uid, name=event, subject=subject, after=last, limit=10_000)
+                last = _put_events(found, as_json, last)
+
+
+def _put_events(found: Sequence[Event], as_json: bool, last: int) -> int:
+    """Print them; the highest number of them and `last`."""
+    lines = [overview.event(one) for one in found]
+    if as_json:
+        console.put_json_lines(lines)
+    else:
+        console.put_events(lines)
+    return max([last, *(one.id for one in found)])
+
+
+def purge(
+    study: Annotated[list[str], typer.Argument(metavar="STUDY…", help="As for show.")],
+    config_file: ConfigFile = None,
+    as_json: AsJson = False,
+    yes: Yes = False,
+    results: Annotated[bool, typer.Option("--results", help="The result files too.")] = False,
+) -> None:
+    """Let the images of studies go; what came and what was found stays in the record."""
+    data_dir = config.load(config_file).node.data_dir
+
+    def let_go(paths: Sequence[str]) -> None:
+        durable.remove(data_dir, paths)
+
+    with _store(config_file) as record:
+        wanted = [record.study(name).study_uid for name in study]
+        what = "images and results" if results else "images"
+        _ask(yes, as_json, f"remove the {what} of {len(wanted)} studies from this machine for good?")
+        told = []
+        for uid in wanted:
+            files, size = record.purge(uid, "by hand", datetime.now(UTC), let_go, results=results)
+            told.append({"study_uid": uid, "files": files, "image_bytes": size})
+    if as_json:
+        console.put_json(told)
+    else:
+        for line in told:
+            console.put(f"study {line['study_uid']}: {line['files']} files removed ({line['image_bytes']} image bytes)")
+
+
+def _store(config_file: Path | None) -> Store:
+    return Store.open(StoreSettings(config.load(config_file).store_url))
+
+
+def _ask(yes: bool, as_json: bool, question: str) -> None:
+    """Go on where the answer is yes. Raises typer.Abort (exit code 1) where it is not."""
+    if yes:
+        return
+    if as_json:
+        raise typer.BadParameter("--json asks no questions: add --yes")
+    typer.confirm(question, abort=True, err=True)
+
+
+def _standing(word: str) -> Standing:
+    wanted = word.lower().replace("-", " ").replace("_", " ")
+    for standing in Standing:
+        if wanted in (standing.value, standing.name.lower().replace("_", " ")):
+            return standing
+    raise typer.BadParameter(f"--state: expected {', '.join(one.value for one in Standing)}; found {word!r}")
+
+
+def _order(word: str) -> str:
+    if word not in ORDERS:
+        raise typer.BadParameter(f"--sort: expected {', '.join(ORDERS)}; found {word!r}")
+    return word
+
+
+def _dates(text: str) -> tuple[str, str] | None:
+    """First and last day of `text`, one day or two with a "-" between them."""
+    if not text:
+        return None
+    first, _, last = text.partition("-")
+    if not re.fullmatch(r"\d{8}", first) or not re.fullmatch(r"\d{8}", last or first):
+        raise typer.BadParameter(f"--date: expected 20260131 or 20260101-20260131, found {text!r}")
+    return first, last or first
+
+
+COMMANDS: Final = (studies, show, cancel, retry, stats, logs, purge)
