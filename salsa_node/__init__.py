@@ -87,7 +87,9 @@ room imports exactly what stands right of its arrow):
     listener               <- association commitment errors fast_receive instance_header intake notes settings store tls
     requestor              <- association errors settings
     destinations           <- errors settings store
-    delivery               <- association destinations errors log requestor settings store
+    outgoing               <- durable errors store uids
+    way_dicom              <- association errors outgoing requestor settings
+    delivery               <- destinations errors log outgoing settings store way_dicom
     verification           <- commitment destinations errors log requestor settings store
 
   where they meet
@@ -125,7 +127,7 @@ room imports exactly what stands right of its arrow):
     batch                  <- analysis cases criteria durable errors film findings guards limits log models nifti pipelines series_rules uids upright volume
     scripting              <- batch cases config criteria dicom_result dicom_seg errors findings limits nifti pipelines preflight series
     cli_batch              <- batch cases config console criteria errors options pipelines preflight settings
-  cli                    <- assembly cli_batch cli_models cli_queue cli_series cli_studies config console delivery demo durable errors log nifti node offline options preflight settings store worker
+  cli                    <- assembly cli_batch cli_models cli_queue cli_series cli_studies config console demo durable errors log nifti node offline options preflight settings store way_dicom worker
     __main__               <- cli
 """  # noqa: E501 - one room, one line
 

@@ -200,9 +200,9 @@ def echo(
     """C-ECHO to a destination of the config."""
     settings = config.load(config_file)
     named = settings.destination_named(destination)
-    from salsa_node import delivery
+    from salsa_node import way_dicom
 
-    delivery.echo(named, settings.delivery)
+    way_dicom.echo(named, settings.delivery.timeout_s)
     told = {
         "destination": named.name,
         "ae_title": named.ae_title,

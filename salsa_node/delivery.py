@@ -1,4 +1,4 @@
-"""The way out: result objects to their destinations by C-STORE, one status for each, retried until it makes no sense.
+"""The way out: result objects to their destinations, one status for each, retried until it makes no sense.
 
 A delivery that a crash interrupted is sent again under the same SOP Instance UID: the destination sees
 one object, whatever happened here.
@@ -6,31 +6,28 @@ one object, whatever happened here.
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
-from io import BytesIO
 from pathlib import Path
 
-import pydicom
-from pydicom.uid import UID
-from pynetdicom.association import Association
-from pynetdicom.status import STATUS_SUCCESS, STATUS_WARNING, code_to_category
-
-from salsa_node.association import VERIFICATION
 from salsa_node.destinations import resolve
-from salsa_node.errors import DeliveryError, DestinationRefused, LeaseLost, SalsaNodeError
+from salsa_node.errors import (
+    DeliveryError,
+    DestinationRefused,
+    FormRefused,
+    IllegalTransition,
+    LeaseLost,
+    SalsaNodeError,
+)
 from salsa_node.log import unforeseen
-from salsa_node.requestor import accepts, associated
+from salsa_node.outgoing import NEXT_FORM, REPORT_FORMS, Outgoing, Way, next_report, read
 from salsa_node.settings import SEG_KINDS, DeliverySettings, Destination
-from salsa_node.store import Delivery, ResultObject, Store
+from salsa_node.store import Delivery, DeliveryState, Store
+from salsa_node.way_dicom import opened
 
 log = logging.getLogger(__name__)
-
-_SOP_CLASS_NOT_SUPPORTED = 0x0122  # PS3.7 C.5.6: the same answer tomorrow
-_ALREADY_THERE = 0x0111  # PS3.7 C.5.8, duplicate SOP instance: what an interrupted delivery meets the second time
 
 
 def step(
@@ -69,47 +66,43 @@ def _send_out(
     outbox: _Outbox,
     due: Sequence[Delivery],
 ) -> None:
-    """One association for all that can be read. Raises DeliveryError for what hinders every object alike."""
+    """One way for all that can be read. Raises DeliveryError for what hinders every object alike."""
     if not due:
         return
     destination = resolve(store, due[0], destinations)
     made = {item.id: item for item in store.objects_of(due[0].run_id)}
-    kinds = {item.kind for item in made.values()}
-    files: list[tuple[Delivery, pydicom.Dataset]] = []
+    there = [row for row in store.deliveries_of(due[0].run_id) if row.destination == due[0].destination]
+    states = {made[row.object_id].kind: row.state for row in there}
+    files: list[tuple[Delivery, Outgoing]] = []
     for delivery in due:
-        unwanted = _unwanted(made[delivery.object_id].kind, kinds, destination)
+        unwanted = _unwanted(made[delivery.object_id].kind, states, destination)
         if unwanted:
             outbox.leave_out(delivery, unwanted)
             continue
         try:
             with _in_words("reading failed"):
-                files.append((delivery, _read(data_dir, made[delivery.object_id])))
+                files.append((delivery, read(data_dir, made[delivery.object_id])))
         except DeliveryError as error:
             outbox.failed(delivery, error)
     if not files:
         return
-    with associated(destination, {_context(ds) for _, ds in files}, settings.timeout_s) as assoc:
-        for delivery, ds in files:
-            outbox.send(assoc, destination, delivery, ds)
+    with opened(destination, [outgoing for _, outgoing in files], settings.timeout_s) as way:
+        for delivery, outgoing in files:
+            outbox.send(way, destination, delivery, outgoing, data_dir)
 
 
-def _unwanted(kind: str, kinds: Set[str], destination: Destination) -> str:
-    """Why this destination does not get an object of that kind, of a result of those `kinds`; "" where it does."""
+def _unwanted(kind: str, states: Mapping[str, DeliveryState], destination: Destination) -> str:
+    """Why this destination does not get an object of that kind, beside those of the `states`; "" where it does."""
     wanted = SEG_KINDS[destination.seg]
-    if kind not in SEG_KINDS.values() or kind == wanted or wanted not in kinds:
+    if kind in SEG_KINDS.values():
+        better, because = wanted, " (its setting seg)"
+    else:
+        better, because = next((one for one, other in NEXT_FORM.items() if other == kind), kind), ""
+    if better == kind or better not in states:
         return ""
-    return f"not sent: {destination.name} gets {wanted} instead (its setting seg)"
-
-
-def echo(destination: Destination, settings: DeliverySettings) -> None:
-    """C-ECHO. Raises DeliveryError that says how far it came."""
-    with associated(destination, {(VERIFICATION, pydicom.uid.ImplicitVRLittleEndian)}, settings.timeout_s) as assoc:
-        if not assoc.accepted_contexts:
-            raise DestinationRefused(f"{destination.name}: accepts the association but not C-ECHO")
-        status = assoc.send_c_echo().get("Status")
-    if status != 0:
-        answer = "no answer" if status is None else f"status 0x{status:04X}"
-        raise DeliveryError(f"{destination.name}: {answer} to C-ECHO", status)
+    if states[better] is DeliveryState.LEFT_OUT and NEXT_FORM.get(better) == kind:
+        return ""  # it was refused
+    return f"not sent: {destination.name} gets {better} instead{because}"
 
 
 class _Outbox:
@@ -142,14 +135,17 @@ class _Outbox:
         )
         return False
 
-    def send(self, assoc: Association, destination: Destination, delivery: Delivery, ds: pydicom.Dataset) -> None:
-        """One C-STORE and its outcome; raises DeliveryError only when the association itself is gone."""
+    def send(self, way: Way, destination: Destination, delivery: Delivery, outgoing: Outgoing, data_dir: Path) -> None:
+        """One object and its outcome; raises DeliveryError only when the way itself is gone."""
         try:
             with _in_words(f"{destination.name}: sending failed"):
-                status, note = _store_one(assoc, destination, ds)
+                status, note = way.send(outgoing)
+        except FormRefused as refused:
+            self._in_other_form(delivery, outgoing, refused, data_dir)
+            return
         except DeliveryError as error:
             self.failed(delivery, error)
-            if error.retryable and not assoc.is_established:
+            if error.retryable and not way.is_open:
                 raise
             return
         wait = timedelta(seconds=self._settings.verify_after_s)
@@ -160,6 +156,22 @@ class _Outbox:
 
         if self._settle(delivery, write):
             log.info("object delivered", extra={"event": "delivery.sent", "delivery": delivery.id, "status": status})
+
+    def _in_other_form(self, delivery: Delivery, outgoing: Outgoing, refused: FormRefused, data_dir: Path) -> None:
+        """The next form of what was refused is due at once; where there is none, it is given up."""
+        kind = NEXT_FORM.get(outgoing.kind)
+        if kind is None:
+            self.failed(delivery, refused)
+            return
+        why = f"{refused}; {kind} goes in its place"
+        try:
+            with _in_words("making another form failed"):
+                form = next_report(outgoing, data_dir) if kind in REPORT_FORMS else None
+                self._settle(delivery, lambda now: self._store.stand_in(delivery.id, self._owner, kind, form, why, now))
+        except (DeliveryError, IllegalTransition) as error:
+            self.failed(delivery, DestinationRefused(f"{refused}; and in no other form: {error}", refused.status))
+            return
+        log.warning(why, extra={"event": "delivery.other_form", "delivery": delivery.id})
 
     def leave_out(self, delivery: Delivery, why: str) -> None:
         """The destination does not want this object."""
@@ -208,49 +220,3 @@ def _wait_s(settings: DeliverySettings, attempt: int) -> float:
     """How long after the attempt of that number (1, 2, ...) the next one follows."""
     doublings = min(attempt - 1, 60)
     return float(min(settings.first_retry_s * 2**doublings, settings.max_retry_s))
-
-
-def _read(data_dir: Path, item: ResultObject) -> pydicom.Dataset:
-    """The object as it was produced. Raises DestinationRefused where the file is gone or not that any more."""
-    try:
-        content = (data_dir / item.path).read_bytes()
-    except OSError as error:
-        raise DestinationRefused(f"the {item.kind} of run {item.run_id} cannot be read: {error.strerror}") from error
-    if hashlib.sha256(content).hexdigest() != item.sha256:
-        raise DestinationRefused(
-            f"the {item.kind} of run {item.run_id} has changed on disk since it was made; not sent"
-        )
-    return pydicom.dcmread(BytesIO(content))
-
-
-def _context(ds: pydicom.Dataset) -> tuple[str, UID]:
-    """The presentation context that an object needs: its own SOP class in its own transfer syntax."""
-    return str(ds.SOPClassUID), ds.file_meta.TransferSyntaxUID
-
-
-def _store_one(assoc: Association, destination: Destination, ds: pydicom.Dataset) -> tuple[int, str | None]:
-    """The status of one C-STORE, and the destination's warning if it gave one. Raises DeliveryError."""
-    sop_class, syntax = _context(ds)
-    if not accepts(assoc, sop_class, syntax):
-        raise DestinationRefused(
-            f"{destination.name}: does not accept {UID(sop_class).name} as {syntax.name}; allow this SOP class there"
-        )
-    if not assoc.is_established:
-        raise DeliveryError(f"{destination.name}: the association ended before the object was sent")
-    try:
-        answer = assoc.send_c_store(ds)
-    except (RuntimeError, ValueError, OSError) as error:
-        raise DeliveryError(f"{destination.name}: sending failed ({type(error).__name__}: {error})") from error
-    status = answer.get("Status")
-    if status is None:
-        raise DeliveryError(f"{destination.name}: the association ended without an answer to C-STORE")
-    told = f"{destination.name}: status 0x{status:04X}"  # the peer's comment may quote the patient
-    category = code_to_category(status)
-    if category == STATUS_SUCCESS:
-        return status, None
-    if category == STATUS_WARNING:
-        return status, f"taken with a warning: {told}"
-    if status == _ALREADY_THERE:
-        return status, f"it was there already: {told}"
-    refused = DestinationRefused if status == _SOP_CLASS_NOT_SUPPORTED else DeliveryError
-    raise refused(told, status)

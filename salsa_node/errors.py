@@ -11,6 +11,7 @@
     * GuardFailed            the result may be wrong: keep everything, send nothing, a person decides
     * DeliveryError          retryable
         * DestinationRefused the peer will not take this object: a person decides
+            * FormRefused    nor any of its SOP class: it may take the same content in another form
     * StoreError
         * UnknownStudy       the admin named a study that the store does not hold
         * IllegalTransition  a state was asked to become one that it cannot become
@@ -93,6 +94,10 @@ class DestinationRefused(DeliveryError):
     """The destination will not take this object, now or later."""
 
     retryable = False
+
+
+class FormRefused(DestinationRefused):
+    """The destination takes no object of that SOP class in any transfer syntax that we have."""
 
 
 class StoreError(SalsaNodeError):

@@ -6,10 +6,20 @@ from datetime import datetime, timedelta
 
 import sqlalchemy as sa
 
-from salsa_node.errors import UnknownStudy
+from salsa_node.errors import IllegalTransition, UnknownStudy
 from salsa_node.store_queries import Queries
-from salsa_node.store_rows import DELIVERIES, OBJECTS, RUNS, Delivery, DeliveryState, ResultObject, Run, RunState
-from salsa_node.store_transaction import transaction, writer
+from salsa_node.store_rows import (
+    DELIVERIES,
+    OBJECTS,
+    RUNS,
+    Delivery,
+    DeliveryState,
+    NewObject,
+    ResultObject,
+    Run,
+    RunState,
+)
+from salsa_node.store_transaction import columns, transaction, writer
 
 
 class Deliveries(Queries):
@@ -79,6 +89,34 @@ class Deliveries(Queries):
         """The destination does not want this object, until a person asks again. Raises LeaseLost."""
         with transaction(self._writer) as t:
             delivery = t.leased_delivery(delivery_id, owner)
+            changes = {"last_status": None, "last_error": reason}
+            return t.become_delivery(delivery, DeliveryState.LEFT_OUT, now, reason, **changes)
+
+    def stand_in(
+        self, delivery_id: int, owner: str, kind: str, form: NewObject | None, reason: str, now: datetime
+    ) -> Delivery:
+        """The destination refuses the object: LEFT_OUT, and the one of that kind of the same run is due in its place.
+
+        form: that object, where it may have been made just now. Raises LeaseLost; IllegalTransition where the run
+        has none of that kind.
+        """
+        with transaction(self._writer) as t:
+            delivery = t.leased_delivery(delivery_id, owner)
+            run = t.run(delivery.run_id)
+            wanted = sa.select(OBJECTS).where(OBJECTS.c.run_id == run.id, OBJECTS.c.kind == kind)
+            item = t.one(ResultObject, wanted)
+            if item is None and form is not None:
+                t.insert(OBJECTS, run_id=run.id, **columns(form))
+                item = t.one(ResultObject, wanted)
+            if item is None:
+                raise IllegalTransition(f"run {run.id} made no {kind} that could go in its place")
+            of_item = sa.and_(DELIVERIES.c.object_id == item.id, DELIVERIES.c.destination == delivery.destination)
+            there = t.one(Delivery, sa.select(DELIVERIES).where(of_item))
+            if there is None:
+                t.new_deliveries(run, item.id, [delivery.destination], now)
+            elif there.state is DeliveryState.LEFT_OUT:
+                again = {"attempt": 0, "not_before": None, "last_error": None}
+                t.become_delivery(there, DeliveryState.PENDING, now, "in place of what was refused", **again)
             changes = {"last_status": None, "last_error": reason}
             return t.become_delivery(delivery, DeliveryState.LEFT_OUT, now, reason, **changes)
 

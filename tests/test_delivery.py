@@ -22,11 +22,13 @@ from pydicom.uid import (
 from pynetdicom import AE, evt
 from told import events
 
-from salsa_node import delivery, requestor
+from salsa_node import delivery, requestor, way_dicom
 from salsa_node.dicom_result import Kind
 from salsa_node.errors import DeliveryError, DestinationRefused, StoreError
+from salsa_node.outgoing import Outgoing
 from salsa_node.settings import SEG_KINDS, DeliverySettings, Destination
 from salsa_node.store import Delivery, DeliveryState, NewInstance, NewObject, Store, StoreSettings
+from salsa_node.way_dicom import DicomWay
 
 T0 = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
 STUDY = "1.2.3"
@@ -249,26 +251,37 @@ def test_a_wait_never_overflows() -> None:
 
 def test_a_refused_context_gives_up_in_words_and_sends_the_rest(step: Step, produced: Produced, store: Store) -> None:
     produced("pacs")
-    with a_pacs([SegmentationStorage]) as pacs:
+    with a_pacs([Comprehensive3DSRStorage]) as pacs:
         step(T0, pacs.destination)
-    assert states(store) == [SENT, GAVE_UP]
-    assert store.deliveries_of(1)[1].last_error == (
-        "pacs: does not accept Comprehensive 3D SR Storage as Explicit VR Little Endian; allow this SOP class there"
+    assert states(store) == [GAVE_UP, SENT]
+    assert store.deliveries_of(1)[0].last_error == (
+        "pacs: does not accept Segmentation Storage as Explicit VR Little Endian; allow this SOP class there"
     )
 
 
-@pytest.mark.parametrize("syntax", [None, ImplicitVRLittleEndian])
-def test_where_every_context_is_refused_each_object_says_so(
-    step: Step, produced: Produced, store: Store, syntax: UID | None
+def test_where_every_context_is_refused_each_object_says_so_in_each_form(
+    step: Step, produced: Produced, store: Store
 ) -> None:
     produced("pacs")
-    with a_pacs(["1.2.840.10008.1.1"]) if syntax is None else a_pacs(syntax=syntax) as pacs:
-        step(T0, pacs.destination)
-    assert states(store) == [GAVE_UP, GAVE_UP]
+    with a_pacs(["1.2.840.10008.1.1"]) as pacs:
+        while step(T0, pacs.destination):
+            pass
+    assert states(store) == [GAVE_UP, LEFT_OUT, LEFT_OUT, GAVE_UP]
     assert [str(row.last_error).split(" as ")[0] for row in store.deliveries_of(1)] == [
         "pacs: does not accept Segmentation Storage",
         "pacs: does not accept Comprehensive 3D SR Storage",
+        "pacs: does not accept Comprehensive SR Storage",
+        "pacs: does not accept Enhanced SR Storage",
     ]
+
+
+def test_implicit_vr_does_where_nothing_else_is_taken(step: Step, produced: Produced, store: Store) -> None:
+    produced("pacs")
+    with a_pacs(syntax=ImplicitVRLittleEndian) as pacs:
+        step(T0, pacs.destination)
+    assert states(store) == [SENT, SENT]
+    assert [row.last_error for row in store.deliveries_of(1)] == ["sent as Implicit VR Little Endian"] * 2
+    assert pacs.uids == [SEG, SR]
 
 
 def test_a_peer_that_dies_half_way_keeps_what_it_had_and_gets_the_rest_later(
@@ -472,14 +485,14 @@ def test_an_attempt_that_never_came_to_an_end_counts(step: Step, produced: Produ
 def test_what_nobody_foresaw_in_one_object_is_retried_and_the_other_goes(
     step: Step, produced: Produced, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = delivery._store_one
+    plain = DicomWay.send
 
-    def odd(assoc: object, destination: object, ds: Dataset) -> object:
-        if ds.SOPInstanceUID == SEG:
+    def odd(way: DicomWay, outgoing: Outgoing) -> object:
+        if outgoing.sop_instance_uid == SEG:
             raise ZeroDivisionError(f"{SECRET} has no width")
-        return plain(assoc, destination, ds)  # type: ignore[arg-type]
+        return plain(way, outgoing)
 
-    monkeypatch.setattr(delivery, "_store_one", odd)
+    monkeypatch.setattr(DicomWay, "send", odd)
     produced("pacs")
     now = T0
     with a_pacs() as pacs:
@@ -492,7 +505,7 @@ def test_what_nobody_foresaw_in_one_object_is_retried_and_the_other_goes(
     assert SECRET not in f"{events(store)}"
 
 
-@pytest.mark.parametrize("place", ["resolve", "_read", "associated"])
+@pytest.mark.parametrize("place", ["resolve", "read", "opened"])
 def test_what_nobody_foresaw_before_the_sending_is_retried(
     step: Step, produced: Produced, store: Store, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
@@ -603,10 +616,10 @@ def test_neither_logs_nor_events_hold_patient_identity(
 @unreachable
 def test_echo_reaches_a_peer_or_says_how_far_it_came() -> None:
     with a_pacs() as pacs:
-        delivery.echo(pacs.destination, SETTINGS)
+        way_dicom.echo(pacs.destination, 10)
         with pytest.raises(DeliveryError, match="Called AE title not recognised"):
-            delivery.echo(replace(pacs.destination, ae_title="OTHER"), SETTINGS)
+            way_dicom.echo(replace(pacs.destination, ae_title="OTHER"), 10)
     with pytest.raises(DeliveryError, match="nobody listens there"):
-        delivery.echo(pacs.destination, SETTINGS)
+        way_dicom.echo(pacs.destination, 10)
     with a_pacs(BOTH) as pacs, pytest.raises(DestinationRefused, match="but not C-ECHO"):
-        delivery.echo(pacs.destination, SETTINGS)
+        way_dicom.echo(pacs.destination, 10)
