@@ -102,8 +102,10 @@ room imports exactly what stands right of its arrow):
 
   on top
     preflight              <- config errors model_fetch models pipelines settings
-    node                   <- assembly commitment config delivery durable errors listener log preflight store supervisor verification
     overview               <- failures store
+    retention              <- durable errors overview settings store
+    integrity              <- durable store
+    node                   <- assembly commitment config delivery durable errors integrity listener log preflight retention store supervisor verification
     console                <-
     dicom_ct               <- errors uids volume
     offline                <- analysis candidate config criteria dicom_ct dicom_result errors findings log nifti picture pipelines selection series uids upright volume
@@ -120,6 +122,7 @@ room imports exactly what stands right of its arrow):
     model_fetch            <- errors model_cards model_import model_manifest models
     cli_queue              <- config console options store
     cli_series             <- assembly config console errors nifti options preflight series store upright
+    cli_upkeep             <- config console integrity options store
     cli_studies            <- config console durable options overview store
     cli_models             <- config console errors model_cards model_fetch model_import model_manifest models options
     cases                  <- candidate errors nifti selection selection_rules series series_rules volume
@@ -127,7 +130,7 @@ room imports exactly what stands right of its arrow):
     batch                  <- analysis cases criteria durable errors film findings guards limits log models nifti pipelines series_rules uids upright volume
     scripting              <- batch cases config criteria dicom_result dicom_seg errors findings limits nifti pipelines preflight series
     cli_batch              <- batch cases config console criteria errors options pipelines preflight settings
-  cli                    <- assembly cli_batch cli_models cli_queue cli_series cli_studies config console demo durable errors log nifti node offline options preflight settings store way_dicom worker
+  cli                    <- assembly cli_batch cli_models cli_queue cli_series cli_studies cli_upkeep config console demo durable errors log nifti node offline options preflight settings store way_dicom worker
     __main__               <- cli
 """  # noqa: E501 - one room, one line
 

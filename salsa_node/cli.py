@@ -15,7 +15,18 @@ from typing import Annotated
 
 import typer
 
-from salsa_node import __version__, cli_batch, cli_models, cli_queue, cli_series, cli_studies, config, console, errors
+from salsa_node import (
+    __version__,
+    cli_batch,
+    cli_models,
+    cli_queue,
+    cli_series,
+    cli_studies,
+    cli_upkeep,
+    config,
+    console,
+    errors,
+)
 from salsa_node.options import EXIT_NO, AsJson, ConfigFile, LesionLabels, OrganLabels, StudyName
 from salsa_node.settings import SENDER
 
@@ -32,7 +43,7 @@ app.command()(cli_series.select)
 app.command()(cli_series.export)
 app.command()(cli_queue.pause)
 app.command()(cli_queue.resume)
-for _command in cli_studies.COMMANDS:
+for _command in (*cli_studies.COMMANDS, *cli_upkeep.COMMANDS):
     app.command()(_command)
 
 GIVEN_MASKS = "given_masks"

@@ -34,6 +34,7 @@ from salsa_node.settings import (
     PipelineChoice,
     Profile,
     QuerySettings,
+    RetentionSettings,
     WorkerSettings,
     invalid_peer,
 )
@@ -57,6 +58,7 @@ class Config:
     results: Products = field(default_factory=Products)
     worker: WorkerSettings = field(default_factory=WorkerSettings)
     delivery: DeliverySettings = field(default_factory=DeliverySettings)
+    retention: RetentionSettings = field(default_factory=RetentionSettings)
     destination: tuple[Destination, ...] = ()
     profile: tuple[Profile, ...] = ()
 

@@ -16,11 +16,11 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import FrameType
 
-from salsa_node import assembly, commitment, delivery, durable, preflight, verification
+from salsa_node import assembly, commitment, delivery, durable, integrity, preflight, retention, verification
 from salsa_node.config import Config
 from salsa_node.errors import ConfigError, SalsaNodeError
 from salsa_node.listener import INCOMING, Listener
@@ -107,12 +107,20 @@ def _loops(store: Store, config: Config, workers: Sequence[WorkerProcess]) -> tu
     def report(now: datetime) -> object | None:
         return commitment.step(store, config.delivery, config.destination, data_dir, now)
 
+    def let_go(now: datetime) -> object | None:
+        return retention.step(store, data_dir, config.retention, now)
+
+    def compare(now: datetime) -> object | None:
+        return integrity.step(store, data_dir, timedelta(hours=config.retention.verify_hours), now)
+
     return (
         *(Loop("worker", worker.step, config.worker.poll_s) for worker in workers),
         Loop("assembly", assemble, config.assembly.poll_s),
         Loop("delivery", deliver, config.delivery.poll_s),
         Loop("verification", verify, config.delivery.poll_s),
         Loop("commitment", report, config.delivery.poll_s),
+        Loop("retention", let_go, config.retention.poll_s),
+        Loop("integrity", compare, config.retention.poll_s),
     )
 
 

@@ -67,7 +67,7 @@ from salsa_node.store_rows import (
     SeriesState,
     Study,
 )
-from salsa_node.store_search import ORDERS, Figures, Rows, Search, Sought
+from salsa_node.store_search import ORDERS, Figures, Rows, Search, Sought, StoredFile
 from salsa_node.store_switches import Pause, Switches, paused
 from salsa_node.store_transaction import StoreSettings, columns, connect, hold, transaction, writer
 
@@ -94,6 +94,7 @@ __all__ = [
     "Sought",
     "Store",
     "StoreSettings",
+    "StoredFile",
     "Study",
     "Verdict",
     "hold",

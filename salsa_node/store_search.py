@@ -45,7 +45,7 @@ class Sought:
 
     since, until: when the last image came. dates: first and last Study Date (YYYYMMDD), both included.
     sender, called: AE titles, the calling and ours. accession: a beginning of the accession number.
-    order: a key of `ORDERS`.
+    order: a key of `ORDERS`. images, results: only studies of which such files are kept.
     """
 
     since: datetime | None = None
@@ -56,6 +56,8 @@ class Sought:
     accession: str = ""
     order: str = "last"
     reverse: bool = False
+    images: bool = False
+    results: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +88,20 @@ class Figures:
     run_s: tuple[float, ...]
     waits_s: tuple[float, ...]
     oldest_queued_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """A file that a row names.
+
+    path: relative to the data folder. kind: "image", "quarantined", "result" or "masks". digest: XXH3 (128 bits) of
+    the data set of an image, SHA-256 of the whole file of a result or of masks; "" where it is not known.
+    """
+
+    path: str
+    kind: str
+    digest: str
+    study_uid: str
 
 
 class Search(Queries):
@@ -173,17 +189,24 @@ class Search(Queries):
                 oldest_queued_at=t.connection.execute(queued).scalar(),
             )
 
-    def paths(self) -> Mapping[str, str]:
-        """Every file that a row names, relative to the data folder -> "instance", "quarantine", "object" or "masks"."""
-        named: dict[str, str] = {}
+    def files(self, study_uid: str | None = None) -> tuple[StoredFile, ...]:
+        """Every file that a row names, of one study or of all; what was purged has none."""
+        masks = RUNS.c.masks_path.is_not(None)
+        asked = (
+            (INSTANCES, "image", INSTANCES.c.path, INSTANCES.c.digest, INSTANCES.c.study_uid, sa.true()),
+            (QUARANTINE, "quarantined", QUARANTINE.c.path, QUARANTINE.c.digest, QUARANTINE.c.study_uid, sa.true()),
+            (OBJECTS.join(RUNS), "result", OBJECTS.c.path, OBJECTS.c.sha256, RUNS.c.study_uid, OBJECTS.c.path != ""),
+            (RUNS, "masks", RUNS.c.masks_path, RUNS.c.masks_sha256, RUNS.c.study_uid, masks),
+        )
+        found: dict[str, StoredFile] = {}
         with transaction(self._engine) as t:
-            kinds = ((INSTANCES, "instance"), (QUARANTINE, "quarantine"), (OBJECTS, "object"))
-            for table, kind in kinds:
-                named |= dict.fromkeys(map(str, t.connection.execute(sa.select(table.c.path)).scalars()), kind)
-            masks = sa.select(RUNS.c.masks_path).where(RUNS.c.masks_path.is_not(None))
-            named |= dict.fromkeys(map(str, t.connection.execute(masks).scalars()), "masks")
-        named.pop("", None)
-        return named
+            for table, kind, path, digest, study, kept in asked:
+                wanted = sa.select(path, digest, study).select_from(table).where(kept)
+                if study_uid is not None:
+                    wanted = wanted.where(study == study_uid)
+                for row in t.connection.execute(wanted):
+                    found.setdefault(row[0], StoredFile(row[0], kind, row[1], row[2]))
+        return tuple(found.values())
 
 
 def _conditions(sought: Sought) -> list[sa.ColumnElement[bool]]:
@@ -200,6 +223,11 @@ def _conditions(sought: Sought) -> list[sa.ColumnElement[bool]]:
         found.append(STUDIES.c.called_ae == sought.called)
     if sought.accession:
         found.append(STUDIES.c.accession_number.startswith(sought.accession, autoescape=True))
+    if sought.images:
+        found.append(STUDIES.c.instances > 0)
+    if sought.results:
+        of_study = sa.and_(RUNS.c.study_uid == STUDIES.c.study_uid, OBJECTS.c.run_id == RUNS.c.id)
+        found.append(sa.exists().where(of_study, OBJECTS.c.path != ""))
     return found
 
 
