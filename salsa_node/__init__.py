@@ -105,7 +105,7 @@ room imports exactly what stands right of its arrow):
     overview               <- failures store
     retention              <- durable errors overview settings store
     integrity              <- durable store
-    node                   <- assembly commitment config delivery durable errors integrity listener log preflight retention store supervisor verification
+    node                   <- assembly commitment config delivery durable errors integrity listener log pacs_count preflight retention store supervisor verification
     console                <-
     dicom_ct               <- errors uids volume
     offline                <- analysis candidate config criteria dicom_ct dicom_result errors findings log nifti picture pipelines selection series uids upright volume

@@ -24,6 +24,7 @@ from salsa_node import evidence, pacs_count, series, store
 from salsa_node.candidate import Candidate, read_candidate
 from salsa_node.errors import SeriesRejected
 from salsa_node.log import unforeseen
+from salsa_node.pacs_count import Answer, Archive
 from salsa_node.selection import choose_volume
 from salsa_node.selection_rules import SelectionRules
 from salsa_node.series_rules import SeriesRules
@@ -79,28 +80,34 @@ def step(
     now: datetime,
     rules: Rules = DEFAULT_RULES,
     profiles: Mapping[str, PipelineChoice] = MappingProxyType({}),
+    archive: Archive | None = None,
 ) -> store.Series | Study | None:
     """Complete one quiet series, or look at one whole study; what was done, or None when there is nothing to do.
 
     profiles: AE title of ours -> what looks at the studies that came to that, in place of `pipeline`.
-    A file that cannot be read is a verdict on its series, never an error here; only StoreError is raised.
+    archive: the one of `rules.query`, asked beside the caller; without it a question holds up the step.
+    A study is looked at when it is overdue, whatever still comes. A file that cannot be read is a verdict on its
+    series, never an error here; only StoreError is raised.
     """
-    quiet_since, overdue_since = (now - timedelta(seconds=s) for s in (rules.whole.quiet_s, rules.whole.max_wait_s))
-    waiting = _incomplete(record, quiet_since, overdue_since, now, rules.query)
-    if waiting is not None:
-        return waiting
-    complete = record.complete_series(quiet_since, now, overdue_since)
-    if complete is not None:
-        log.info("series complete", extra={"event": "series.complete", "series_uid": complete.series_uid})
-        return complete
-    study = record.study_to_assemble()
-    if study is None:
-        return None
+    overdue = record.overdue_study(now - timedelta(seconds=rules.whole.max_wait_s))
+    if overdue is not None:
+        study = record.end_wait(overdue.study_uid, now)
+    else:
+        done = _complete(record, now, rules, archive)
+        if done is not None:
+            return done
+        whole = record.study_to_assemble()
+        if whole is None:
+            return None
+        study = whole
     found = examine(record, data_dir, study, rules)
     if found is None:
         return record.study_assembled(study, "no CT image in this study; nothing to analyse", now)
     pipeline = profiles.get(study.called_ae, pipeline)
-    run = _queue(record, study, found, pipeline, now, rules)
+    pacs = archive.latest(study.study_uid) if archive else pacs_count.ask(rules.query, study.study_uid)
+    run = _queue(record, study, found, pipeline, now, rules, pacs)
+    if overdue is not None:
+        record.wait_no_longer(run.id)
     if run.masks_path is not None:
         told = store.KEPT
     else:
@@ -109,19 +116,33 @@ def step(
     return record.study_assembled(study, f"run {run.id}: {told}", now)
 
 
-def _incomplete(
-    record: Store, quiet_since: datetime, overdue_since: datetime, now: datetime, query: QuerySettings
-) -> store.Series | None:
-    """The next quiet series, where the archive holds more images of it than came: it waits, until it is overdue."""
-    quiet = record.quiet_series(quiet_since, overdue_since) if query.ae_title else None
-    if quiet is None or quiet.modality != "CT" or record.overdue(quiet.study_uid, overdue_since):
-        return None
-    held = pacs_count.ask(query, quiet.study_uid).images.get(quiet.series_uid, 0)
-    if held <= quiet.instances:
-        return None
-    log.info("series waits", extra={"event": "series.waiting", "series_uid": quiet.series_uid})
-    why = f"the archive holds {held} images, {quiet.instances} came"
-    return record.wait_for_series(quiet.series_uid, why, now)
+def _complete(record: Store, now: datetime, rules: Rules, archive: Archive | None) -> store.Series | None:
+    """The next quiet series: COMPLETE, or waiting again where the archive holds more images of it than came.
+
+    What the archive still has to be asked about is passed over.
+    """
+    quiet_since = now - timedelta(seconds=rules.whole.quiet_s)
+    unanswered: set[str] = set()
+    while rules.query.ae_title and (quiet := record.quiet_series(quiet_since, unanswered)) is not None:
+        if quiet.modality != "CT":
+            break
+        if archive is None:
+            told: Answer | None = pacs_count.ask(rules.query, quiet.study_uid)
+        else:
+            told = archive.counts(quiet.study_uid, quiet.last_instance_at + timedelta(seconds=rules.whole.quiet_s))
+        if told is None:
+            unanswered.add(quiet.study_uid)
+            continue
+        held = told.images.get(quiet.series_uid, 0)
+        if held <= quiet.instances:
+            break
+        log.info("series waits", extra={"event": "series.waiting", "series_uid": quiet.series_uid})
+        why = f"the archive holds {held} images, {quiet.instances} came"
+        return record.wait_for_series(quiet.series_uid, why, now)
+    complete = record.complete_series(quiet_since, now, unanswered)
+    if complete is not None:
+        log.info("series complete", extra={"event": "series.complete", "series_uid": complete.series_uid})
+    return complete
 
 
 def select(
@@ -134,10 +155,13 @@ def select(
     found = examine(record, data_dir, study, rules)
     if found is None:
         raise SeriesRejected(NO_CT)
-    return found, _queue(record, study, found, pipeline, now, rules)
+    pacs = pacs_count.ask(rules.query, study.study_uid)
+    return found, _queue(record, study, found, pipeline, now, rules, pacs)
 
 
-def _queue(record: Store, study: Study, found: Input, pipeline: PipelineChoice, now: datetime, rules: Rules) -> Run:
+def _queue(
+    record: Store, study: Study, found: Input, pipeline: PipelineChoice, now: datetime, rules: Rules, pacs: Answer
+) -> Run:
     """The verdicts written down, and the run of what was chosen."""
     _write_down(record, study, found, now)
     run = record.queue_run(
@@ -149,7 +173,7 @@ def _queue(record: Store, study: Study, found: Input, pipeline: PipelineChoice, 
         options=pipeline.options,
         refusal=found.refusal,
     )
-    _note(record, study, run, found, now, rules)
+    _note(record, study, run, found, now, rules, pacs)
     return run
 
 
@@ -184,13 +208,12 @@ def queue_again(
         refusal=found.refusal,
         force=True,
     )
-    _note(record, study, run, found, now, rules)
+    _note(record, study, run, found, now, rules, pacs_count.ask(rules.query, study.study_uid))
     return run
 
 
-def _note(record: Store, study: Study, run: Run, found: Input, now: datetime, rules: Rules) -> None:
+def _note(record: Store, study: Study, run: Run, found: Input, now: datetime, rules: Rules, pacs: Answer) -> None:
     """Write down how the series scored, and what speaks for and against the study's being whole."""
-    pacs = pacs_count.ask(rules.query, study.study_uid)
     told = evidence.of_study(study, record.series_of(study.study_uid), found.candidates, pacs, rules.whole.quiet_s, now)
     association = evidence.of_association(study, record.events_of(study.study_uid))
     pieces = [piece.as_json() for piece in (association, *told)]

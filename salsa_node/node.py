@@ -25,6 +25,7 @@ from salsa_node.config import Config
 from salsa_node.errors import ConfigError, SalsaNodeError
 from salsa_node.listener import INCOMING, Listener
 from salsa_node.log import unforeseen
+from salsa_node.pacs_count import Archive
 from salsa_node.store import Store, StoreSettings, hold
 from salsa_node.supervisor import WorkerProcess
 
@@ -94,9 +95,10 @@ def _loops(store: Store, config: Config, workers: Sequence[WorkerProcess]) -> tu
     owner = f"{socket.gethostname()}:{uuid.uuid4().hex[:12]}"
 
     rules = assembly.Rules(config.selection, config.series, config.assembly, config.query)
+    archive = Archive(config.query)
 
     def assemble(now: datetime) -> object | None:
-        return assembly.step(store, data_dir, config.pipeline, now, rules, config.profile_pipelines)
+        return assembly.step(store, data_dir, config.pipeline, now, rules, config.profile_pipelines, archive)
 
     def deliver(now: datetime) -> object | None:
         return delivery.step(store, config.delivery, config.destination, data_dir, owner, now)

@@ -32,7 +32,7 @@ database cannot be read or written.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime, timedelta
 from types import TracebackType
 
@@ -138,16 +138,13 @@ class Store(Arrivals, Commitments, Deliveries, Interventions, Looks, Proofs, Sea
 
     # ---- assembling -----------------------------------------------------------------------------
 
-    def complete_series(
-        self, quiet_since: datetime, now: datetime, overdue_since: datetime | None = None
-    ) -> Series | None:
+    def complete_series(self, quiet_since: datetime, now: datetime, but_of: Collection[str] = ()) -> Series | None:
         """The RECEIVING series that `quiet_series` names, now COMPLETE."""
         with transaction(self._writer) as t:
-            series = t.one(Series, self._whole(quiet_since, overdue_since))
+            series = t.one(Series, self._quiet(quiet_since, but_of))
             if series is None:
                 return None
-            late = "" if series.last_instance_at <= quiet_since else "; it has been waited for long enough"
-            return t.become_series(series, SeriesState.COMPLETE, now, f"{series.instances} instances{late}")
+            return t.become_series(series, SeriesState.COMPLETE, now, f"{series.instances} instances")
 
     def reject_series(self, series_uid: str, reason: str, now: datetime) -> Series:
         """A COMPLETE series becomes REJECTED for that reason. Raises UnknownStudy, IllegalTransition."""
@@ -235,7 +232,8 @@ class Store(Arrivals, Commitments, Deliveries, Interventions, Looks, Proofs, Sea
         """The run that has waited longest, now RUNNING and leased to `owner`; a lease that ran out counts as waiting.
 
         No run, a forced one neither, is claimed while a series of its study is RECEIVING, or while images
-        came after it that assembly has not looked at: an outdated refusal must not go out. None while work is paused.
+        came after it that assembly has not looked at: an outdated refusal must not go out. One that is overdue
+        waits for none of this. None while work is paused.
 
         owner: unique to this process. Counts an attempt; how many are allowed is the caller's to say.
         stat_ae_titles: runs of studies that one of these sent go before all others.
@@ -254,7 +252,8 @@ class Store(Arrivals, Commitments, Deliveries, Interventions, Looks, Proofs, Sea
         stat = sa.exists().where(STUDIES.c.study_uid == RUNS.c.study_uid, STUDIES.c.calling_ae.in_(stat_ae_titles))
         later = sa.exists().where(STUDIES.c.study_uid == RUNS.c.study_uid, STUDIES.c.calling_ae.in_(later_ae_titles))
         order = (sa.case((stat, 0), else_=1), RUNS.c.queued_at, RUNS.c.id)
-        wanted = (due, ~receiving, ~not_looked_at, sa.or_(~later, RUNS.c.forced))
+        is_whole = sa.or_(RUNS.c.overdue, sa.and_(~receiving, ~not_looked_at))
+        wanted = (due, is_whole, sa.or_(~later, RUNS.c.forced))
         with transaction(self._writer) as t:
             if paused(t) is not None:
                 return None

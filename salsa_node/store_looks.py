@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -10,7 +10,7 @@ import sqlalchemy as sa
 
 from salsa_node.errors import UnknownStudy
 from salsa_node.store_queries import Queries
-from salsa_node.store_rows import INSTANCES, LOOKS, SERIES, STUDIES, Look, Series, SeriesState, Study
+from salsa_node.store_rows import INSTANCES, LOOKS, RUNS, SERIES, STUDIES, Look, Series, SeriesState, Study
 from salsa_node.store_transaction import transaction, writer
 
 
@@ -55,13 +55,10 @@ class Looks(Queries):
             raise UnknownStudy(f"the store holds no look {number}")
         return look
 
-    def quiet_series(self, quiet_since: datetime, overdue_since: datetime | None = None) -> Series | None:
-        """The longest quiet RECEIVING series without an instance after `quiet_since`.
-
-        overdue_since: one also counts whose study has new images from then or before that nobody has looked at.
-        """
+    def quiet_series(self, quiet_since: datetime, but_of: Collection[str] = ()) -> Series | None:
+        """The longest quiet RECEIVING series without an instance after `quiet_since`, of no study in `but_of`."""
         with transaction(self._engine) as t:
-            return t.one(Series, self._whole(quiet_since, overdue_since))
+            return t.one(Series, self._quiet(quiet_since, but_of))
 
     def wait_for_series(self, series_uid: str, why: str, now: datetime) -> Series:
         """A RECEIVING series that is quiet, and not whole, is given as much time again; an event says why."""
@@ -71,23 +68,34 @@ class Looks(Queries):
             t.event(now, series.study_uid, "series", series_uid, "series.waiting", why)
             return t.series(series_uid)
 
-    def overdue(self, study_uid: str, since: datetime) -> bool:
-        """Whether the study has new images from `since` or before that nobody has looked at."""
+    def overdue_study(self, since: datetime) -> Study | None:
+        """The study, waiting longest, that has new images from `since` or before that nobody has looked at."""
+        new = sa.select(STUDIES).where(STUDIES.c.instances > STUDIES.c.assembled_instances, _waiting(since))
         with transaction(self._engine) as t:
-            return t.one(Study, sa.select(STUDIES).where(STUDIES.c.study_uid == study_uid, _waiting(since))) is not None
+            return t.one(Study, new.order_by(STUDIES.c.first_at, STUDIES.c.study_uid).limit(1))
+
+    def end_wait(self, study_uid: str, now: datetime) -> Study:
+        """Whatever of a study is still RECEIVING is COMPLETE as it is; the study as it then is. Raises UnknownStudy."""
+        with transaction(self._writer) as t:
+            of_study = sa.select(SERIES).where(SERIES.c.study_uid == study_uid)
+            for series in t.all(Series, of_study.where(SERIES.c.state == SeriesState.RECEIVING)):
+                told = f"{series.instances} instances; it has been waited for long enough"
+                t.become_series(series, SeriesState.COMPLETE, now, told)
+            return t.study(study_uid)
+
+    def wait_no_longer(self, run_id: int) -> None:
+        """That run may be claimed though images of its study still come."""
+        with transaction(self._writer) as t:
+            t.execute(sa.update(RUNS).where(RUNS.c.id == run_id).values(overdue=True))
 
     @staticmethod
-    def _whole(quiet_since: datetime, overdue_since: datetime | None) -> sa.Select[Any]:
-        due: sa.ColumnElement[bool] = SERIES.c.last_instance_at <= quiet_since
-        if overdue_since is not None:
-            due = sa.or_(due, sa.and_(STUDIES.c.study_uid == SERIES.c.study_uid, _waiting(overdue_since)))
-        return (
-            sa.select(SERIES)
-            .join(STUDIES, STUDIES.c.study_uid == SERIES.c.study_uid)
-            .where(SERIES.c.state == SeriesState.RECEIVING, due)
-            .order_by(SERIES.c.last_instance_at, SERIES.c.series_uid)
-            .limit(1)
+    def _quiet(quiet_since: datetime, but_of: Collection[str]) -> sa.Select[Any]:
+        quiet = sa.select(SERIES).where(
+            SERIES.c.state == SeriesState.RECEIVING, SERIES.c.last_instance_at <= quiet_since
         )
+        if but_of:
+            quiet = quiet.where(SERIES.c.study_uid.not_in(but_of))
+        return quiet.order_by(SERIES.c.last_instance_at, SERIES.c.series_uid).limit(1)
 
     def association_ended(self, calling_ae: str, since: datetime, now: datetime, *, released: bool) -> tuple[str, ...]:
         """An event on every study that got images from that AE title since then: its association ended; their UIDs.

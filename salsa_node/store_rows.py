@@ -202,6 +202,7 @@ class Run:
     outcome: "lesions", "no_candidate" or "not_analysed" once PRODUCED or BLOCKED.
     findings: the numbers that `show` prints.
     digest: the findings' run digest, from which the UIDs of the objects derive.
+    overdue: its study was waited for long enough, so it does not wait for images that still come.
     """
 
     id: int
@@ -228,6 +229,7 @@ class Run:
     findings: Mapping[str, object] | None
     digest: str | None
     failure: str | None = None
+    overdue: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -437,6 +439,7 @@ RUNS = sa.Table(
     sa.Column("findings", sa.JSON(none_as_null=True)),
     sa.Column("digest", sa.String(64)),
     sa.Column("failure", sa.String(32)),
+    sa.Column("overdue", sa.Boolean, nullable=False, server_default=sa.false()),
 )
 
 OBJECTS = sa.Table(
