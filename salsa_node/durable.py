@@ -7,7 +7,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 PART = ".part"  # what a file is called while it is written; such files mean nothing and may be removed
@@ -15,6 +15,7 @@ PART = ".part"  # what a file is called while it is written; such files mean not
 _on_disk: set[Path] = set()  # folders whose own names, and all above them, this process has seen on disk
 _on_disk_lock = threading.Lock()
 _REMEMBERED = 10_000
+_PIECES = 512  # written at once; Linux takes 1024
 
 
 def write(path: Path, chunks: Iterable[bytes]) -> int:
@@ -24,7 +25,7 @@ def write(path: Path, chunks: Iterable[bytes]) -> int:
     disk. When it raises OSError, the name stands for what it stood for before or for all of `chunks`, never for
     a part of them; where it stood for nothing, a power cut decides between the two.
     """
-    _make_folder(path.parent.absolute())
+    _make_folder(path.parent)
     part = path.with_name(f"{uuid.uuid4().hex}{PART}")
     try:
         with part.open("xb") as file:
@@ -46,18 +47,22 @@ class Staged:
     """
 
     def __init__(self, folder: Path) -> None:
-        _make_folder(folder.absolute())
+        _make_folder(folder)
         self.path = folder / f"{uuid.uuid4().hex}{PART}"
         self.size = 0
         self._is_there = True
         self._handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
 
-    def write(self, chunk: bytes | memoryview) -> None:
-        """Append all of `chunk`."""
-        rest = memoryview(chunk)
-        while rest:
-            rest = rest[os.write(self._handle, rest) :]
-        self.size += len(chunk)
+    def write(self, pieces: Sequence[bytes | memoryview]) -> None:
+        """Append them all, one after the other."""
+        for begin in range(0, len(pieces), _PIECES):
+            some = pieces[begin : begin + _PIECES]
+            size = sum(map(len, some))
+            done = os.writev(self._handle, some)
+            rest = memoryview(b"".join(some))[done:] if done < size else memoryview(b"")
+            while rest:
+                rest = rest[os.write(self._handle, rest) :]
+            self.size += size
 
     def settle(self, path: Path) -> bool:
         """The content is on disk when this returns, and where nothing had the name `path` the file has it, on disk too.
@@ -65,15 +70,16 @@ class Staged:
         False where the name is taken; the file keeps the one that means nothing. Nobody else may be about to give a
         file that name. The name comes before the flush, so that one flush does for both where the disk allows it.
         """
-        _make_folder(path.parent.absolute())
+        folder = path.parent
+        _make_folder(folder)
         is_named = not path.exists()
         if is_named:
             self.path.rename(path)
             self._is_there = False
         try:
             os.fsync(self._handle)
-            if is_named and not _names_follow_content(path.parent.stat().st_dev):
-                _sync_folder(path.parent)
+            if is_named and not _names_follow_content(os.fstat(self._handle).st_dev):
+                _sync_folder(folder)
         except OSError:
             if is_named:
                 path.unlink(missing_ok=True)
@@ -99,7 +105,7 @@ def publish(files: Iterable[tuple[Path, Path]]) -> None:
     folders = set()
     for staged, path in files:
         if path.parent not in folders:
-            _make_folder(path.parent.absolute())
+            _make_folder(path.parent)
             folders.add(path.parent)
         staged.replace(path)
     for folder in folders:
@@ -144,6 +150,9 @@ def _make_folder(folder: Path) -> None:
     A folder that is there may be one that another thread or process made a moment ago and has not yet synced.
     So each is synced here once; it counts as known only after that.
     """
+    if folder in _on_disk and os.path.isdir(folder):  # noqa: PTH112 - for each image, and a third of Path's time
+        return
+    folder = folder.absolute()
     with _on_disk_lock:
         if len(_on_disk) > _REMEMBERED:
             _on_disk.clear()

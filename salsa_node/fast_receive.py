@@ -1,9 +1,10 @@
 """The quick way in for C-STORE, through pynetdicom's insides; nothing else reaches into them.
 
 pynetdicom negotiates, answers C-ECHO, releases and aborts. The thread that it gives each connection reads
-PDUs here: the fragments of a C-STORE request go straight from one buffer into their file, and the response
-is packed as pynetdicom packs it. Whatever is not plainly that (another command, a request in fragments, a
-name that is no UID, a PDU that is no P-DATA) is put back, and pynetdicom reads it as if nothing were here.
+PDUs here, as many at once as have come: the fragments of a C-STORE request go straight from one buffer into
+their file, and the response is packed as pynetdicom packs it. Whatever is not plainly that (another command,
+a request in fragments, a name that is no UID, a PDU that is no P-DATA) is put back, and pynetdicom reads it
+as if nothing were here.
 
 The thread that pynetdicom lets ask every millisecond whether a message has come sleeps meanwhile.
 """
@@ -17,6 +18,7 @@ import ssl
 import struct
 import time
 from contextlib import suppress
+from functools import cached_property, lru_cache
 from typing import Final
 
 from pydicom.uid import UID
@@ -34,6 +36,8 @@ log = logging.getLogger(__name__)
 _P_DATA, _ABORT = 0x04, 0x07  # PDU types; the latter is the highest (PS3.8 9.3)
 _HEADER_BYTES = 6
 _UL = struct.Struct(">L")
+_PDU = struct.Struct(">BxL")  # type and length (PS3.8 9.3)
+_PDV = struct.Struct(">LBB")  # length, context, message control header (PS3.8 9.3.5.1, E.2)
 _COMMAND, _LAST = 0x01, 0x02  # bits of the message control header (PS3.8 E.2)
 _AFFECTED_CLASS, _FIELD, _MESSAGE_ID = 0x0002, 0x0100, 0x0110  # elements of group 0000 (PS3.7 E.1)
 _PRIORITY = 0x0700
@@ -44,6 +48,8 @@ _NO_DATA_SET = 0x0101
 _REQUEST_BYTES = 1 << 20  # of a request for an association, which has no limit of its own
 _QUIET_S = 0.25  # how long a quiet connection is waited at before pynetdicom's own loop has a turn
 _COMMAND_BYTES = 1 << 16  # of a command in fragments; a larger one is pynetdicom's for good
+_BUFFER_BYTES = 1 << 20  # of an instance, gathered before they are written; a CT image of 512 x 512 fits
+_PIECES = 512  # fragments gathered at most
 _SMALLEST_PDU: Final = 1024  # a peer that takes no more gets no response from here: it might not fit
 
 
@@ -68,8 +74,9 @@ class Connection:
         self._max_pdu_bytes = max_pdu_bytes
         self._stalled_s = stalled_s
         self._socket: socket.socket = transport.socket
-        self._flags = 0 if isinstance(self._socket, ssl.SSLSocket) else socket.MSG_WAITALL
-        self._buffer = bytearray(_HEADER_BYTES)
+        self._is_tls = isinstance(self._socket, ssl.SSLSocket)
+        self._at, self._came = 0, 0  # in the buffer: what has come and is not yet read lies between
+        self._pieces: list[memoryview] = []  # of the instance, in the buffer, not yet written
         self._put_back = b""
         self._incoming: Incoming | None = None
         self._answer = b""
@@ -111,6 +118,9 @@ class Connection:
         if nr_bytes > max(self._max_pdu_bytes, _REQUEST_BYTES):
             raise OSError(f"a PDU of {nr_bytes} bytes is longer than any that is taken")
         taken, self._put_back = bytearray(self._put_back[:nr_bytes]), self._put_back[nr_bytes:]
+        if ahead := min(nr_bytes - len(taken), self._came - self._at):
+            taken += self._buffer[self._at : self._at + ahead]
+            self._at += ahead
         return taken + self._plain_recv(nr_bytes - len(taken)) if len(taken) < nr_bytes else taken
 
     def _give(self, pdu: bytes) -> None:
@@ -143,6 +153,7 @@ class Connection:
         self._dul.event_queue.put(event)
 
     def _drop(self) -> None:
+        self._pieces.clear()
         if self._incoming is not None:
             self._incoming.discard()
             self._incoming = None
@@ -157,6 +168,9 @@ class Connection:
             return True
         if state != "Sta6" or self._assoc._kill or self._intake is None:
             self._drop()
+            if self._came > self._at:  # the peer did not wait for an answer
+                self._dul._read_pdu_data()
+                return True
             return self._plain_event()
         if not self._assoc.is_established:
             return False  # accepted this moment; the other thread is about to say so
@@ -187,7 +201,7 @@ class Connection:
                 return True
 
     def _is_readable(self) -> bool:
-        if isinstance(self._socket, ssl.SSLSocket) and self._socket.pending():
+        if self._came > self._at or (isinstance(self._socket, ssl.SSLSocket) and self._socket.pending()):
             return True
         try:
             return bool(select.select([self._socket], [], [], _QUIET_S if self._is_quick else 0)[0])
@@ -196,55 +210,76 @@ class Connection:
 
     def _read_pdu(self) -> bool:
         """Read one PDU; whether it was taken here. Raises OSError, Invalid."""
-        buffer = self._buffer
-        with memoryview(buffer) as view:
-            self._fill(view[:_HEADER_BYTES])
-        length = _UL.unpack_from(buffer, 2)[0]
-        if length > self._max_pdu_bytes or not 1 <= buffer[0] <= _ABORT:
+        self._need(_HEADER_BYTES)
+        kind, length = _PDU.unpack_from(self._buffer, self._at)
+        if length > self._max_pdu_bytes or not 1 <= kind <= _ABORT:
             raise Invalid
-        end = _HEADER_BYTES + length
-        if end > len(buffer):
-            buffer = self._buffer = bytearray(buffer[:_HEADER_BYTES]) + bytearray(length)
-        with memoryview(buffer) as view:
-            self._fill(view[_HEADER_BYTES:end])
-            if buffer[0] != _P_DATA or self._is_theirs:
-                return self._pass_on(view[:end])
-            return self._take(view, end)
+        self._need(_HEADER_BYTES + length)
+        begin, self._at = self._at, self._at + _HEADER_BYTES + length
+        if kind != _P_DATA or self._is_theirs:
+            return self._pass_on(self._buffer[begin : self._at])
+        return self._take(begin + _HEADER_BYTES, self._at)
 
-    def _fill(self, view: memoryview) -> None:
-        """Read until `view` is full. Raises OSError where the peer stalls or leaves."""
-        if self._flags and hasattr(socket, "TCP_QUICKACK"):  # not sticky: the kernel falls back to waiting 40 ms
+    def _need(self, count: int) -> None:
+        """Have `count` bytes at hand, and whatever else has come. Raises OSError where the peer stalls or leaves."""
+        missing = count - (self._came - self._at)
+        if missing <= 0:
+            return
+        if self._at + count > len(self._buffer) or self._at == self._came:
+            self._make_room(count)
+        if not self._is_tls and hasattr(socket, "TCP_QUICKACK"):  # not sticky: the kernel falls back to waiting 40 ms
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
-        got = self._socket.recv_into(view, len(view), self._flags)
-        if got == len(view):
+        got = self._socket.recv_into(self._buffer[self._came :])
+        self._came += got
+        if got >= missing:
             return
         until = time.monotonic() + self._stalled_s
-        while got < len(view):
-            more = self._socket.recv_into(view[got:], len(view) - got, self._flags)
-            if not more or time.monotonic() > until:
+        while True:
+            missing -= got
+            if not got or time.monotonic() > until:
                 raise ConnectionError("the peer left, or left a PDU unfinished")
-            got += more
+            if missing <= 0:
+                return
+            flags = 0 if self._is_tls else socket.MSG_WAITALL
+            got = self._socket.recv_into(self._buffer[self._came : self._came + missing], missing, flags)
+            self._came += got
 
-    def _take(self, view: memoryview, end: int) -> bool:
-        """Take the presentation data values of one P-DATA PDU."""
-        at = _HEADER_BYTES
+    def _make_room(self, count: int) -> None:
+        """Begin the buffer anew, where `count` bytes would not fit behind what is not yet read, or nothing is."""
+        if self._at + count > len(self._buffer):
+            self._write_pieces()
+        if not self._pieces:
+            rest = bytes(self._buffer[self._at : self._came])
+            self._buffer[: len(rest)] = rest
+            self._at, self._came = 0, len(rest)
+
+    def _write_pieces(self) -> None:
+        if self._incoming is not None:
+            self._incoming.write(self._pieces)
+        self._pieces = []
+
+    def _take(self, at: int, end: int) -> bool:
+        """Take the presentation data values of one P-DATA PDU, which lie there in the buffer."""
+        buffer = self._buffer
         while at < end:
             if end - at < 6:
                 raise Invalid
-            stop = at + 4 + int(_UL.unpack_from(view, at)[0])
+            length, context_id, control = _PDV.unpack_from(buffer, at)
+            stop = at + 4 + length
             if not at + 6 <= stop <= end:
                 raise Invalid
-            context_id, control = view[at + 4], view[at + 5]
             if self._incoming is None:
-                if not self._begin(context_id, control, view[at + 6 : stop]):
-                    rest = view[at:end]
+                if not self._begin(context_id, control, buffer[at + 6 : stop]):
+                    rest = buffer[at:end]
                     return self._pass_on(memoryview(b"\x04\x00" + _UL.pack(len(rest)) + rest))
             else:
                 if control & _COMMAND or context_id != self._context_id:
                     raise Invalid
-                self._incoming.write(view[at + 6 : stop])
+                self._pieces.append(buffer[at + 6 : stop])
                 if control & _LAST:
                     self._finish()
+                elif len(self._pieces) >= _PIECES:
+                    self._write_pieces()
             at = stop
         return True
 
@@ -265,7 +300,7 @@ class Connection:
             or len(message_id) != 2
             or not (sop_class and instance)
             or sop_class != context.abstract_syntax
-            or uid_to_service_class(UID(sop_class)) is not StorageServiceClass
+            or not _is_storage(sop_class)
             or 0 < (self._assoc.requestor.maximum_length or 0) < _SMALLEST_PDU
         ):
             return False
@@ -280,14 +315,25 @@ class Connection:
                 sop_instance_uid=instance,
                 context_sop_class_uid=sop_class,
                 transfer_syntax=context.transfer_syntax[0],
-                sender=str(self._assoc.requestor.ae_title).strip(),
-                called=called_by(self._assoc),
+                sender=self._titles[0],
+                called=self._titles[1],
             )
         )
         return True
 
+    @cached_property
+    def _buffer(self) -> memoryview:
+        """Where it is read into; made for the first message."""
+        return memoryview(bytearray(max(_BUFFER_BYTES, _HEADER_BYTES + self._max_pdu_bytes)))
+
+    @cached_property
+    def _titles(self) -> tuple[str, str]:
+        """The calling and called AE title of the association, once it is accepted."""
+        return str(self._assoc.requestor.ae_title).strip(), called_by(self._assoc)
+
     def _finish(self) -> None:
         """The instance has come wholly: keep it, then answer."""
+        self._write_pieces()
         incoming, self._incoming = self._incoming, None
         assert incoming is not None, "only what was begun is finished"
         assert self._intake is not None, "without it pynetdicom reads"
@@ -331,6 +377,11 @@ class SharedContexts(list[PresentationContext]):
 
     def __deepcopy__(self, memo: dict[int, object]) -> SharedContexts:
         return self  # nobody changes them
+
+
+@lru_cache(maxsize=512)
+def _is_storage(sop_class_uid: str) -> bool:
+    return uid_to_service_class(UID(sop_class_uid)) is StorageServiceClass
 
 
 def _limit_waiting(connection: socket.socket, seconds: float) -> None:

@@ -68,39 +68,39 @@ class Incoming:
 
     def __init__(self, request: Request, folder: Path) -> None:
         self.request = request
+        self._folder = folder
         self._hash = xxhash.xxh3_128()
-        self._head = bytearray()
+        self._head = b""
         self._size = 0
         self._staged: durable.Staged | None = None
         self._failed: Refused | None = None
-        self._offset = 0
+        self._prefix = b""
         if not (uid_or_nothing(request.sop_class_uid) and uid_or_nothing(request.sop_instance_uid)):
             self._fail(Refused(CANNOT_UNDERSTAND, "the request names no SOP class or no SOP instance"))
             return
         if request.sop_class_uid != request.context_sop_class_uid:
             self._fail(Refused(SOP_CLASS_NOT_SUPPORTED, "this SOP class was not agreed upon for this context"))
             return
-        prefix = file_head(request.sop_class_uid, request.sop_instance_uid, request.transfer_syntax)
-        self._offset = len(prefix)
-        try:
-            self._staged = durable.Staged(folder)
-            self._staged.write(prefix)
-        except OSError as error:
-            self._fail(Refused(OUT_OF_RESOURCES, f"cannot write: {error.strerror}"))
+        self._prefix = file_head(request.sop_class_uid, request.sop_instance_uid, request.transfer_syntax)
 
-    def write(self, chunk: bytes | memoryview) -> None:
-        """Take a part of the encoded data set; after a failure it is let go, `Intake.take` says why."""
-        self._size += len(chunk)
-        if self._staged is None:
+    def write(self, pieces: Sequence[bytes | memoryview]) -> None:
+        """Take the next parts of the encoded data set; after a failure they are let go, `Intake.take` says why."""
+        self._size += sum(map(len, pieces))
+        if self._failed is not None:
             return
         try:
-            self._staged.write(chunk)
+            if self._staged is None:
+                self._staged = durable.Staged(self._folder)
+                self._staged.write([self._prefix, *pieces])
+            else:
+                self._staged.write(pieces)
         except OSError as error:
             self._fail(Refused(OUT_OF_RESOURCES, f"cannot write: {error.strerror}"))
             return
-        self._hash.update(chunk)
-        if len(self._head) < HEAD_BYTES:
-            self._head += chunk[: HEAD_BYTES - len(self._head)]
+        for piece in pieces:
+            self._hash.update(piece)
+            if len(self._head) < HEAD_BYTES:
+                self._head += bytes(piece[: HEAD_BYTES - len(self._head)])
 
     def discard(self) -> None:
         """Leave nothing behind; harmless at any time."""
@@ -110,10 +110,10 @@ class Incoming:
     def described(self) -> NewInstance:
         """The row that it asks for. Raises Refused, OSError."""
         if self._failed is not None or self._staged is None:
-            raise self._failed or Refused(NODE_FAILED, "nothing was staged")
+            raise self._failed or Refused(CANNOT_UNDERSTAND, "the data set is empty")
         request, staged = self.request, self._staged
         whole = self._size <= len(self._head)
-        header = header_of_file(staged.path, self._offset, bytes(self._head), whole, request.transfer_syntax)
+        header = header_of_file(staged.path, len(self._prefix), self._head, whole, request.transfer_syntax)
         if header.sop_instance_uid != request.sop_instance_uid:
             raise Refused(DOES_NOT_MATCH, "SOP Instance UID differs between request and data set")
         if header.sop_class_uid != request.sop_class_uid:
@@ -128,7 +128,6 @@ class Incoming:
     def _fail(self, refused: Refused) -> None:
         self._failed = refused
         self.discard()
-        self._staged = None
 
 
 def _row(request: Request, header: Header, digest: str, size_bytes: int) -> NewInstance:
@@ -153,9 +152,13 @@ def _row(request: Request, header: Header, digest: str, size_bytes: int) -> NewI
 
 @dataclass(slots=True, eq=False)
 class _Waiting:
-    """An instance that lies on disk and waits for the next commit; then it has a verdict, or what went wrong."""
+    """An instance that lies on disk and waits for the next commit; then it has a verdict, or what went wrong.
+
+    file: where it lies; path: where its row will say that it does.
+    """
 
     file: Path
+    path: Path
     new: NewInstance
     verdict: Verdict = None
     error: Exception | None = None
@@ -167,7 +170,7 @@ class Intake:
 
     def __init__(self, store: Store, data_dir: Path, notes: Notes, clock: Callable[[], datetime]) -> None:
         self._store = store
-        self._data_dir = data_dir
+        self._data_dir = data_dir.absolute()
         self._notes = notes
         self._clock = clock
         self._waiting: deque[_Waiting] = deque()
@@ -207,7 +210,7 @@ class Intake:
         new = incoming.described()
         path = self._data_dir / new.path
         with self._locks[hash(new.sop_instance_uid) % _LOCKS]:  # two that ask for one name, one after the other
-            waiting = _Waiting(incoming.settle(path), new)
+            waiting = _Waiting(incoming.settle(path), path, new)
             try:
                 verdict = self._committed(waiting)
             except Exception:
@@ -270,11 +273,11 @@ class Intake:
         return mine.verdict
 
     def _commit(self, batch: Sequence[_Waiting]) -> None:
-        files = {id(waiting.new): waiting.file for waiting in batch}
+        unnamed = {id(waiting.new): (waiting.file, waiting.path) for waiting in batch if waiting.file != waiting.path}
 
         def publish(new: Sequence[NewInstance]) -> None:
-            named = [(files[id(each)], self._data_dir / each.path) for each in new]
-            durable.publish([(file, path) for file, path in named if file != path])
+            if unnamed:
+                durable.publish([unnamed[id(each)] for each in new if id(each) in unnamed])
 
         try:
             verdicts = self._store.add_instances([waiting.new for waiting in batch], self._clock(), publish)

@@ -249,7 +249,7 @@ class Listener:
                 called=called_by(event.assoc),
             )
         )
-        incoming.write(request.DataSet.getbuffer() if request.DataSet else b"")
+        incoming.write([request.DataSet.getbuffer() if request.DataSet else b""])
         status, reason = self._intake.take(incoming)
         if status == SUCCESS:
             return SUCCESS

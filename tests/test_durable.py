@@ -115,7 +115,7 @@ def test_sweep_removes_only_parts_that_nobody_writes_any_more(tmp_path):
 def test_a_staged_file_gets_the_name_that_nothing_has(tmp_path: Path) -> None:
     first, second = durable.Staged(tmp_path / "in"), durable.Staged(tmp_path / "in")
     for staged, content in ((first, b"first"), (second, b"second")):
-        staged.write(content)
+        staged.write([content])
     name = tmp_path / "new" / "folder" / "file"
     assert [first.settle(name), second.settle(name)] == [True, False]
     assert (name.read_bytes(), second.path.read_bytes()) == (b"first", b"second")
@@ -129,7 +129,7 @@ def test_a_staged_file_that_cannot_be_flushed_has_no_name(tmp_path: Path, monkey
         raise OSError(errno.ENOSPC, "No space left on device")
 
     staged = durable.Staged(tmp_path / "in")
-    staged.write(b"text")
+    staged.write([b"te", memoryview(b"xt")])
     (tmp_path / "new").mkdir()
     with monkeypatch.context() as patch:
         patch.setattr(durable, "_make_folder", lambda _: None)

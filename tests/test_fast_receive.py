@@ -146,6 +146,35 @@ def test_pdus_of_every_size_make_the_same_file(tmp_path: Path, taken: list[str],
     assert taken == [image.uid]
 
 
+def test_an_instance_larger_than_the_buffer_makes_the_same_file(
+    tmp_path: Path, taken: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fast_receive, "_BUFFER_BYTES", 1)
+    made = some(2, pixels=400)
+    with door(tmp_path / "one", max_pdu_bytes=70_000) as (listener, store):
+        for largest in (70_000, 9_000):
+            with Association(listener.port, largest_pdu=largest) as assoc:
+                assert assoc.store(made[largest == 9_000]) == SUCCESS
+        rows = store.instances_of("2.25.7")
+        for row, image in zip(rows, made, strict=True):
+            assert (tmp_path / "one" / "data" / row.path).read_bytes().endswith(image.content)
+    assert taken == [image.uid for image in made]
+
+
+def test_a_peer_that_waits_for_no_answer_is_answered_in_turn(tmp_path: Path, taken: list[str]) -> None:
+    first, second = some(2)
+    echo = p_data(3, 3, raw_scu.command(raw_scu.VERIFICATION, 0x0030, 2, None))
+    with door(tmp_path / "one") as (listener, store):
+        assoc = Association(listener.port, timeout_s=20)
+        pdus = [*raw_scu.store_pdus(first, 1, 4096), echo, *raw_scu.store_pdus(second, 3, 4096)]
+        assoc.connection.sendall(b"".join(pdus) + struct.pack(">BBLL", 5, 0, 4, 0))
+        assert [assoc.status() for _ in range(3)] == [SUCCESS] * 3
+        assert assoc.read_pdu()[0] == 6, "release"
+        assoc.connection.close()
+        assert len(store.instances_of("2.25.7")) == 2
+    assert taken == [first.uid, second.uid]
+
+
 def test_bytes_that_come_one_by_one_make_the_same_file(port: int, taken: list[str]) -> None:
     (image,) = some(1, pixels=4)
     with Association(port) as assoc:
