@@ -85,12 +85,15 @@ room imports exactly what stands right of its arrow):
     commitment             <- association errors settings store
     tls                    <- errors settings
     listener               <- association commitment errors fast_receive instance_header intake notes settings store tls
-    requestor              <- association errors settings
+    requestor              <- association errors settings tls
     destinations           <- errors settings store
     outgoing               <- durable errors store uids
     way_dicom              <- association errors outgoing requestor settings
-    delivery               <- destinations errors log outgoing settings store way_dicom
-    verification           <- commitment destinations errors log requestor settings store
+    way_folder             <- durable errors outgoing settings
+    way_web                <- errors outgoing settings
+    ways                   <- errors outgoing settings way_dicom way_folder way_web
+    delivery               <- destinations errors log outgoing settings store ways
+    verification           <- commitment destinations errors log outgoing requestor settings store ways
 
   where they meet
     evidence               <- candidate pacs_count store
@@ -130,7 +133,7 @@ room imports exactly what stands right of its arrow):
     batch                  <- analysis cases criteria durable errors film findings guards limits log models nifti pipelines series_rules uids upright volume
     scripting              <- batch cases config criteria dicom_result dicom_seg errors findings limits nifti pipelines preflight series
     cli_batch              <- batch cases config console criteria errors options pipelines preflight settings
-  cli                    <- assembly cli_batch cli_models cli_queue cli_series cli_studies cli_upkeep config console demo durable errors log nifti node offline options preflight settings store way_dicom worker
+  cli                    <- assembly cli_batch cli_models cli_queue cli_series cli_studies cli_upkeep config console demo durable errors log nifti node offline options preflight settings store ways worker
     __main__               <- cli
 """  # noqa: E501 - one room, one line
 

@@ -208,23 +208,24 @@ def echo(
     config_file: ConfigFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """C-ECHO to a destination of the config."""
+    """Knock at a destination of the config and send nothing: C-ECHO, a DICOMweb query, or a look for the folder."""
     settings = config.load(config_file)
     named = settings.destination_named(destination)
-    from salsa_node import way_dicom
+    from salsa_node import ways
 
-    way_dicom.echo(named, settings.delivery.timeout_s)
+    answer = ways.echo(named, settings.delivery.timeout_s)
     told = {
         "destination": named.name,
         "ae_title": named.ae_title,
         "host": named.host,
         "port": named.port,
-        "answer": "0x0000",
+        "where": named.where,
+        "answer": answer,
     }
     if as_json:
         console.put_json(told)
     else:
-        console.put(f"{named.name} ({named.ae_title} at {named.host}:{named.port}) answered 0x0000")
+        console.put(f"{named.name} ({named.where}) answered {answer}")
 
 
 @config_app.command("check")

@@ -9,9 +9,11 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import socket
 import tomllib
 import types
 import typing
+import urllib.parse
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
 from enum import Enum
@@ -255,6 +257,8 @@ def _check_together(config: Config) -> None:
     for name in names:
         if names.count(name) > 1 or name == SENDER:
             raise ConfigError(f"destination: the name {name!r} is taken; each needs its own")
+    for number, destination in enumerate(config.destination):
+        _check_way(f"destination[{number}]", destination, config.listener)
     _check_destinations("delivery.to", config.delivery.to, names)
     titles = [config.listener.ae_title]
     for number, profile in enumerate(config.profile):
@@ -264,6 +268,35 @@ def _check_together(config: Config) -> None:
         if profile.options and not profile.pipeline:
             raise ConfigError(f"profile[{number}].options: name the pipeline that they belong to")
         _check_destinations(f"profile[{number}].to", profile.to, names)
+
+
+def _check_way(key: str, destination: Destination, door: ListenerSettings) -> None:
+    """One way to each destination, whole, and none of them back to ourselves."""
+    network = {name: getattr(destination, name) for name in ("ae_title", "host", "port")}
+    ways = [name for name in ("url", "folder") if getattr(destination, name)]
+    if not ways:
+        for name, value in network.items():
+            if not value:
+                raise ConfigError(f"{key}.{name}: missing; or give a url (DICOMweb) or a folder instead")
+    elif len(ways) > 1 or any(network.values()):
+        raise ConfigError(
+            f"{key}: expected ae_title, host and port, or a url, or a folder; found more than one of them"
+        )
+    if bool(destination.certificate) != bool(destination.key):
+        raise ConfigError(f"{key}: certificate and key go together")
+    if destination.tls and not destination.host:
+        raise ConfigError(f"{key}.tls: is for DICOM; with a url write https")
+    if destination.secret and not destination.url:
+        raise ConfigError(f"{key}.secret: is for a url; DICOM shows a certificate instead")
+    if destination.secret and not destination.url.startswith("https:") and not _is_here(destination.url):
+        raise ConfigError(f"{key}.secret: would go over the network unencrypted; use https")
+    here = destination.host in ("localhost", "127.0.0.1", "::1", door.host, socket.gethostname())
+    if here and destination.port in (door.port, door.tls.port):
+        raise ConfigError(f"{key}: {destination.host} port {destination.port} is this node itself; name the archive's")
+
+
+def _is_here(url: str) -> bool:
+    return urllib.parse.urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
 
 
 def _check_destinations(key: str, to: tuple[str, ...], names: list[str]) -> None:

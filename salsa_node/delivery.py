@@ -25,7 +25,7 @@ from salsa_node.log import unforeseen
 from salsa_node.outgoing import NEXT_FORM, REPORT_FORMS, Outgoing, Way, next_report, read
 from salsa_node.settings import SEG_KINDS, DeliverySettings, Destination
 from salsa_node.store import Delivery, DeliveryState, Store
-from salsa_node.way_dicom import opened
+from salsa_node.ways import opened
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +84,10 @@ def _send_out(
                 files.append((delivery, read(data_dir, made[delivery.object_id])))
         except DeliveryError as error:
             outbox.failed(delivery, error)
+    if not files:
+        return
+    if destination.per_minute:
+        files = outbox.within_rate(destination, files)
     if not files:
         return
     with opened(destination, [outgoing for _, outgoing in files], settings.timeout_s) as way:
@@ -156,6 +160,20 @@ class _Outbox:
 
         if self._settle(delivery, write):
             log.info("object delivered", extra={"event": "delivery.sent", "delivery": delivery.id, "status": status})
+
+    def within_rate(
+        self, destination: Destination, files: Sequence[tuple[Delivery, Outgoing]]
+    ) -> list[tuple[Delivery, Outgoing]]:
+        """As many of them as may go this minute; the others wait for the next, which is no attempt."""
+        now, minute = self._clock(), timedelta(minutes=1)
+        may_go = max(0, destination.per_minute - self._store.sent_since(files[0][0].destination, now - minute))
+        why = f"{destination.name} gets {destination.per_minute} objects a minute"
+        for delivery, _ in files[may_go:]:
+            self._settle(delivery, lambda now, it=delivery: self._postponed(it, why, now + minute, now))  # type: ignore[misc]
+        return list(files[:may_go])
+
+    def _postponed(self, delivery: Delivery, why: str, not_before: datetime, now: datetime) -> Delivery:
+        return self._store.postpone(delivery.id, self._owner, why, not_before, now)
 
     def _in_other_form(self, delivery: Delivery, outgoing: Outgoing, refused: FormRefused, data_dir: Path) -> None:
         """The next form of what was refused is due at once; where there is none, it is given up."""

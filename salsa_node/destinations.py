@@ -14,7 +14,7 @@ def resolve(store: Store, delivery: Delivery, destinations: Sequence[Destination
     if delivery.destination == SENDER:
         calling = store.study(store.run(delivery.run_id).study_uid).calling_ae
         for destination in destinations:
-            if destination.ae_title.strip() == calling:
+            if calling and destination.ae_title.strip() == calling:
                 return destination
         raise DestinationRefused(
             f"the study came from AE title {calling!r} and no [[destination]] has this ae_title; add one with its host "

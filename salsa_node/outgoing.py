@@ -58,6 +58,16 @@ class Outgoing:
         return pydicom.dcmread(BytesIO(self.content))
 
 
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """An object as an archive names it."""
+
+    sop_class_uid: str
+    sop_instance_uid: str
+    series_uid: str
+    study_uid: str
+
+
 class Way(Protocol):
     """A way to one destination that is open."""
 

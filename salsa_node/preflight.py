@@ -227,6 +227,6 @@ def _destinations(config: Config) -> Check:
     if not config.destination:
         detail = "no [[destination]] yet: results wait on this machine until one is added, then salsa-node resend STUDY"
         return Check(name, ok=True, detail=detail)
-    known = ", ".join(f"{d.name} = {d.ae_title} at {d.host}:{d.port}" for d in config.destination)
+    known = ", ".join(f"{d.name} = {d.where}" for d in config.destination)
     sender = f" ({SENDER}: the one whose AE title sent the study)" if SENDER in config.delivery.to else ""
     return Check(name, ok=True, detail=f"{', '.join(config.delivery.to)}{sender}; destinations: {known}")

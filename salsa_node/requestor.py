@@ -11,8 +11,9 @@ from pynetdicom.association import Association
 from pynetdicom.pdu_primitives import A_ASSOCIATE, SCP_SCU_RoleSelectionNegotiation
 
 from salsa_node.association import without_delay
-from salsa_node.errors import DeliveryError
+from salsa_node.errors import ConfigError, DeliveryError, DestinationRefused
 from salsa_node.settings import Destination
+from salsa_node.tls import client_context
 
 _MAX_PDU_BYTES = 131072
 
@@ -34,7 +35,11 @@ def associated(
     ae.connection_timeout = ae.acse_timeout = ae.dimse_timeout = ae.network_timeout = timeout_s
     for sop_class, syntax in sorted(set(contexts)):
         ae.add_requested_context(sop_class, syntax)
-    where = f"{destination.name} ({destination.ae_title} at {destination.host}:{destination.port})"
+    where = f"{destination.name} ({destination.where})"
+    try:
+        secure = client_context(destination) if destination.tls else None
+    except ConfigError as error:
+        raise DestinationRefused(str(error)) from error
     try:
         assoc = ae.associate(
             destination.host,
@@ -42,12 +47,14 @@ def associated(
             ae_title=destination.ae_title,
             max_pdu=_MAX_PDU_BYTES,
             ext_neg=list(roles) or None,
+            tls_args=(secure, destination.host) if secure else None,
             evt_handlers=[(evt.EVT_CONN_OPEN, without_delay), *handlers],
         )
     except (RuntimeError, ValueError, OSError) as error:
         raise DeliveryError(f"{where}: cannot be reached ({type(error).__name__}: {error})") from error
     if not assoc.is_established and not assoc.rejected_contexts:
-        raise DeliveryError(f"{where}: {_why_not(assoc)}")
+        fault = f"no TLS with it: {secure.fault}" if secure is not None and secure.fault else _why_not(assoc)
+        raise DeliveryError(f"{where}: {fault}")
     try:
         yield assoc
     finally:

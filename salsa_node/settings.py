@@ -120,21 +120,40 @@ class QuerySettings:
 
 @dataclass(frozen=True, slots=True)
 class Destination:
-    """Where results may go, by DICOM C-STORE.
+    """Where results may go: by DICOM to an AE title at host and port, by DICOMweb to a url, or into a folder.
 
     calling_ae_title: what we call ourselves there.
+    url: of its DICOMweb service, as "https://192.0.2.10/dicom-web". folder: that exists.
+    tls: DICOM behind TLS. authorities: who may have signed its certificate, a PEM file; "" for those of the system.
+    certificate, key: our own, as PEM files, where it asks for one.
+    user, secret: HTTP credentials, basic with a user and else bearer; secret says where: "env:NAME" or "file:PATH".
+    per_minute: so many objects at most; 0 for any number.
     seg: the form in which it gets the lesions by class; "labelmap" (DICOM Supplement 243) is smaller, and few read it.
     verify: how it is asked afterwards whether it holds what it took; "auto" is storage commitment where it has that,
         else a query.
     """
 
     name: str = field(metadata={"pattern": r"\S+"})
-    ae_title: str
-    host: str = field(metadata={"pattern": r"\S+"})
-    port: int = field(metadata={"min": 1, "max": 65535})
+    ae_title: str = ""
+    host: str = field(default="", metadata={"pattern": r"\S+"})
+    port: int = field(default=0, metadata={"min": 1, "max": 65535})
     calling_ae_title: str = "SALSA_NODE"
     seg: str = field(default="binary", metadata={"choices": tuple(SEG_KINDS)})
     verify: str = field(default="auto", metadata={"choices": ("auto", "commitment", "query", "off")})
+    url: str = field(default="", metadata={"pattern": r"https?://[^\s@]+"})
+    folder: str = ""
+    tls: bool = False
+    authorities: str = ""
+    certificate: str = ""
+    key: str = ""
+    user: str = field(default="", metadata={"pattern": r"[^\s:]+"})
+    secret: str = field(default="", metadata={"pattern": r"(env|file):\S+"})
+    per_minute: int = 0
+
+    @property
+    def where(self) -> str:
+        """In words."""
+        return self.folder or self.url or f"{self.ae_title} at {self.host}:{self.port}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,6 +79,21 @@ class Deliveries(Queries):
             changes = {"last_status": status, "last_error": error, "not_before": not_before}
             return t.become_delivery(delivery, DeliveryState.PENDING, now, error, **changes)
 
+    def postpone(self, delivery_id: int, owner: str, why: str, not_before: datetime, now: datetime) -> Delivery:
+        """It is not its time yet: PENDING until then, the attempt taken back. Raises LeaseLost."""
+        with transaction(self._writer) as t:
+            delivery = t.leased_delivery(delivery_id, owner)
+            changes = {"attempt": delivery.attempt - 1, "last_error": why, "not_before": not_before}
+            return t.become_delivery(delivery, DeliveryState.PENDING, now, why, **changes)
+
+    def sent_since(self, destination: str, since: datetime) -> int:
+        """How many objects a destination has taken after that time."""
+        with transaction(self._engine) as t:
+            sent = sa.select(sa.func.count()).where(
+                DELIVERIES.c.destination == destination, DELIVERIES.c.sent_at > since
+            )
+            return int(t.connection.execute(sent).scalar_one())
+
     def give_up(self, delivery_id: int, owner: str, status: int | None, error: str, now: datetime) -> Delivery:
         """The delivery is not tried again until a person asks. Raises LeaseLost."""
         with transaction(self._writer) as t:

@@ -1,4 +1,4 @@
-"""TLS for the door: both sides show a certificate, and a peer that is slow about it holds up nobody else."""
+"""TLS for DICOM: at the door both sides show a certificate and a slow peer holds up nobody else; and outward."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import socket
 import ssl
 
 from salsa_node.errors import ConfigError
-from salsa_node.settings import TlsSettings
+from salsa_node.settings import Destination, TlsSettings
 
 
 class _LateHandshake(ssl.SSLContext):
@@ -44,6 +44,50 @@ def server_context(settings: TlsSettings) -> ssl.SSLContext:
     except OSError as error:
         raise ConfigError(
             f"listener.tls.authorities: {settings.authorities} holds no certificate as a PEM file ({_why(error)})"
+        ) from error
+    return context
+
+
+class _Noting(ssl.SSLSocket):
+    """A socket that tells its context why a handshake failed: pynetdicom keeps that to itself."""
+
+    def do_handshake(self, block: bool = False) -> None:
+        try:
+            super().do_handshake(block)
+        except OSError as error:
+            if isinstance(self.context, ClientContext):
+                self.context.fault = str(getattr(error, "verify_message", "") or getattr(error, "reason", "") or error)
+            raise
+
+
+class ClientContext(ssl.SSLContext):
+    """TLS 1.2 or newer towards one destination; fault: why the last handshake failed, "" where it did not."""
+
+    fault = ""
+    sslsocket_class = _Noting
+
+
+def client_context(destination: Destination) -> ClientContext:
+    """The destination's certificate is required, for its host, by a known authority. Raises ConfigError."""
+    context = ClientContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    name = destination.name
+    try:
+        if destination.authorities:
+            context.load_verify_locations(destination.authorities)
+        else:
+            context.load_default_certs()
+    except OSError as error:
+        raise ConfigError(
+            f"{name}: authorities {destination.authorities} holds no certificate as a PEM file ({_why(error)})"
+        ) from error
+    try:
+        if destination.certificate:
+            context.load_cert_chain(destination.certificate, destination.key, password=_no_password)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{name}: {destination.certificate} and {destination.key} are not a certificate and its key without a "
+            f"password, as PEM files ({_why(error)})"
         ) from error
     return context
 

@@ -1,7 +1,8 @@
 """Proof of delivery: a destination is asked afterwards whether it holds what it took, and gets again what it lost.
 
 By storage commitment (PS3.4 annex J) where it offers that: the report comes on the association that asked, or later
-to our door. Else by C-FIND for the very SOP Instance UIDs. Where it offers neither, the object stays sent, unverified.
+to our door. Else by a query (C-FIND, QIDO-RS) for the very SOP Instance UIDs. Where it offers neither, the object
+stays sent, unverified.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Final
@@ -20,33 +20,21 @@ from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence as DicomSequence
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, generate_uid
 from pynetdicom import evt
-from pynetdicom.association import Association
-from pynetdicom.status import STATUS_PENDING, code_to_category
 
-from salsa_node import commitment
+from salsa_node import commitment, ways
 from salsa_node.destinations import resolve
 from salsa_node.errors import DeliveryError, DestinationRefused, LeaseLost, SalsaNodeError, StoreError
 from salsa_node.log import unforeseen
+from salsa_node.outgoing import Reference
 from salsa_node.requestor import accepts, associated
 from salsa_node.settings import DeliverySettings, Destination
 from salsa_node.store import Delivery, Store
 
 log = logging.getLogger(__name__)
 
-FIND: Final = "1.2.840.10008.5.1.4.1.2.2.1"  # Study Root Query/Retrieve Information Model - FIND
 ABSENT_CHECKS: Final = 3  # an archive may index a little later what it took; absent so often it is lost
 _SYNTAXES = (ExplicitVRLittleEndian, ImplicitVRLittleEndian)
 _SAME_ASSOCIATION_S = 2.0  # how long a report may take on the association that asked
-
-
-@dataclass(frozen=True, slots=True)
-class Reference:
-    """An object as an archive names it."""
-
-    sop_class_uid: str
-    sop_instance_uid: str
-    series_uid: str
-    study_uid: str
 
 
 def step(
@@ -88,20 +76,20 @@ def _look(store: Store, settings: DeliverySettings, destination: Destination, da
         checks.never("verify is off for this destination")
     elif mode == "commitment" and checks.disowned:
         checks.lost(destination)
-    elif mode == "commitment" or (mode == "auto" and checks.first):
+    elif destination.ae_title and (mode == "commitment" or (mode == "auto" and checks.first)):
         if _commit(destination, list(references.values()), checks.ask(store), timeout_s):
             checks.later("no report on storage commitment yet", settings.commitment_s)
         elif mode == "commitment":
             checks.never("it does not offer storage commitment")
     if mode not in ("auto", "query") or not checks.open:
         return
-    held = query(destination, list(references.values()), timeout_s)
+    held = ways.held(destination, list(references.values()), timeout_s)
     if held is None:
-        checks.never("it offers neither storage commitment nor C-FIND" if mode == "auto" else "it offers no C-FIND")
+        checks.never("it offers neither storage commitment nor a query" if mode == "auto" else "it offers no query")
         return
     for delivery in checks.open:
         if references[delivery.id].sop_instance_uid in held:
-            checks.verified(delivery, "C-FIND")
+            checks.verified(delivery, ways.proof(destination))
     checks.absent(destination)
 
 
@@ -259,37 +247,3 @@ def _commit(destination: Destination, references: Sequence[Reference], request: 
             return False
         request.reported.wait(_SAME_ASSOCIATION_S)
     return True
-
-
-# ---- query ------------------------------------------------------------------------------------------
-
-
-def query(destination: Destination, references: Sequence[Reference], timeout_s: float) -> frozenset[str] | None:
-    """The SOP Instance UIDs among those that the destination holds, by C-FIND; None where it offers none.
-
-    Raises DeliveryError where it does not answer.
-    """
-    with associated(destination, [(FIND, syntax) for syntax in _SYNTAXES], timeout_s) as assoc:
-        if not accepts(assoc, FIND):
-            return None
-        return frozenset(one.sop_instance_uid for one in references if _is_held(assoc, destination, one))
-
-
-def _is_held(assoc: Association, destination: Destination, wanted: Reference) -> bool:
-    """One question for one instance: lists of UIDs are not understood everywhere."""
-    asked = Dataset()
-    asked.QueryRetrieveLevel = "IMAGE"
-    asked.StudyInstanceUID, asked.SeriesInstanceUID = wanted.study_uid, wanted.series_uid
-    asked.SOPInstanceUID = wanted.sop_instance_uid
-    found, last = False, None
-    try:
-        for told, match in assoc.send_c_find(asked, FIND):
-            last = told.get("Status")
-            if last is not None and code_to_category(last) == STATUS_PENDING and match is not None:
-                found = found or str(match.get("SOPInstanceUID", "")) == wanted.sop_instance_uid
-    except (RuntimeError, ValueError, OSError) as error:
-        raise DeliveryError(f"{destination.name}: no answer to C-FIND ({type(error).__name__})") from error
-    if last != 0:
-        answer = "no answer" if last is None else f"status 0x{last:04X}"
-        raise DeliveryError(f"{destination.name}: {answer} to C-FIND", last)
-    return found

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Final
 
+from pydicom.dataset import Dataset
 from pydicom.uid import UID
 from pynetdicom import _config
 from pynetdicom.association import Association
-from pynetdicom.status import STATUS_SUCCESS, STATUS_WARNING, code_to_category
+from pynetdicom.status import STATUS_PENDING, STATUS_SUCCESS, STATUS_WARNING, code_to_category
 
 from salsa_node.association import VERIFICATION
 from salsa_node.errors import DeliveryError, DestinationRefused, FormRefused
-from salsa_node.outgoing import PLAIN, Outgoing, in_syntax
+from salsa_node.outgoing import PLAIN, Outgoing, Reference, in_syntax
 from salsa_node.requestor import accepts, associated
 from salsa_node.settings import Destination
 
+FIND: Final = "1.2.840.10008.5.1.4.1.2.2.1"  # Study Root Query/Retrieve Information Model - FIND
 _SOP_CLASS_NOT_SUPPORTED = 0x0122  # PS3.7 C.5.6: the same answer tomorrow
 _ALREADY_THERE = 0x0111  # PS3.7 C.5.8, duplicate SOP instance: what an interrupted delivery meets the second time
 
@@ -97,3 +100,34 @@ def echo(destination: Destination, timeout_s: float) -> None:
     if status != 0:
         answer = "no answer" if status is None else f"status 0x{status:04X}"
         raise DeliveryError(f"{destination.name}: {answer} to C-ECHO", status)
+
+
+def held(destination: Destination, references: Sequence[Reference], timeout_s: float) -> frozenset[str] | None:
+    """The SOP Instance UIDs among those that the destination holds, by C-FIND; None where it offers none.
+
+    Raises DeliveryError where it does not answer.
+    """
+    with associated(destination, [(FIND, syntax) for syntax in PLAIN], timeout_s) as assoc:
+        if not accepts(assoc, FIND):
+            return None
+        return frozenset(one.sop_instance_uid for one in references if _is_held(assoc, destination, one))
+
+
+def _is_held(assoc: Association, destination: Destination, wanted: Reference) -> bool:
+    """One question for one instance: lists of UIDs are not understood everywhere."""
+    asked = Dataset()
+    asked.QueryRetrieveLevel = "IMAGE"
+    asked.StudyInstanceUID, asked.SeriesInstanceUID = wanted.study_uid, wanted.series_uid
+    asked.SOPInstanceUID = wanted.sop_instance_uid
+    found, last = False, None
+    try:
+        for told, match in assoc.send_c_find(asked, FIND):
+            last = told.get("Status")
+            if last is not None and code_to_category(last) == STATUS_PENDING and match is not None:
+                found = found or str(match.get("SOPInstanceUID", "")) == wanted.sop_instance_uid
+    except (RuntimeError, ValueError, OSError) as error:
+        raise DeliveryError(f"{destination.name}: no answer to C-FIND ({type(error).__name__})") from error
+    if last != 0:
+        answer = "no answer" if last is None else f"status 0x{last:04X}"
+        raise DeliveryError(f"{destination.name}: {answer} to C-FIND", last)
+    return found

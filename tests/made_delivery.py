@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import ssl
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import UID, Comprehensive3DSRStorage, ExplicitVRLittleEndian, SegmentationStorage
 from pynetdicom import AE, build_role, evt
 
-from salsa_node import commitment, verification
+from salsa_node import commitment, way_dicom
 from salsa_node.settings import Destination
 from salsa_node.store import NewInstance, NewObject, Store
 
@@ -156,6 +157,7 @@ def an_archive(
     finds: bool = True,
     commits: bool = False,
     syntaxes: Sequence[str] = (ExplicitVRLittleEndian,),
+    secure: ssl.SSLContext | None = None,
 ) -> Iterator[Archive]:
     """A PACS that takes those SOP classes in those transfer syntaxes; C-FIND and storage commitment as told."""
     archive = Archive()
@@ -165,7 +167,7 @@ def an_archive(
         ae.add_supported_context(sop_class, list(syntaxes))
     ae.add_supported_context("1.2.840.10008.1.1")
     if finds:
-        ae.add_supported_context(verification.FIND)
+        ae.add_supported_context(way_dicom.FIND)
     if commits:
         ae.add_supported_context(commitment.SOP_CLASS)
     handlers: list[evt.EventHandlerType] = [
@@ -173,7 +175,7 @@ def an_archive(
         (evt.EVT_C_FIND, archive.find),
         (evt.EVT_N_ACTION, archive.action),
     ]
-    server = ae.start_server(("127.0.0.1", 0), block=False, evt_handlers=handlers)
+    server = ae.start_server(("127.0.0.1", 0), block=False, ssl_context=secure, evt_handlers=handlers)
     assert server is not None
     archive.port = int(server.server_address[1])
     try:

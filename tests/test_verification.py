@@ -125,7 +125,7 @@ def test_where_nothing_can_be_asked_it_stays_sent_unverified(store: Store, tmp_p
     assert standing(store) == [(SENT, "unverified")] * 2
     assert (
         told(store, "delivery.unverified")
-        == ["pacs: sent, unverified: it offers neither storage commitment nor C-FIND"] * 2
+        == ["pacs: sent, unverified: it offers neither storage commitment nor a query"] * 2
     )
     assert store.claim_checks("x", 1, after(1e6)) == ()
 
