@@ -106,6 +106,8 @@ room imports exactly what stands right of its arrow):
   on top
     preflight              <- config errors model_fetch models pipelines settings
     overview               <- failures store
+    doctor                 <- config errors loopback overview preflight settings store way_dicom
+    backup                 <- durable errors store
     retention              <- durable errors overview settings store
     integrity              <- durable store
     node                   <- assembly commitment config delivery durable errors integrity listener log pacs_count preflight retention store supervisor verification
@@ -125,7 +127,7 @@ room imports exactly what stands right of its arrow):
     model_fetch            <- errors model_cards model_import model_manifest models
     cli_queue              <- config console options store
     cli_series             <- assembly config console errors nifti options preflight series store upright
-    cli_upkeep             <- config console integrity options store
+    cli_upkeep             <- backup config console doctor integrity options store
     cli_studies            <- config console durable options overview store
     cli_models             <- config console errors model_cards model_fetch model_import model_manifest models options
     cases                  <- candidate errors nifti selection selection_rules series series_rules volume

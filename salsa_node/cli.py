@@ -38,6 +38,7 @@ app = typer.Typer(
 config_app = typer.Typer(help="The settings.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 app.add_typer(cli_models.app, name="models")
+app.add_typer(cli_upkeep.db_app, name="db")
 app.command()(cli_batch.batch)
 app.command()(cli_series.select)
 app.command()(cli_series.export)
@@ -235,12 +236,7 @@ def config_check(config_file: ConfigFile = None, as_json: AsJson = False) -> Non
     from salsa_node import preflight
 
     checks = preflight.checks(settings)
-    if as_json:
-        console.put_json([{"check": c.name, "ok": c.ok, "warns": c.warns, "detail": c.detail} for c in checks])
-    else:
-        for check in checks:
-            verdict = "FAIL" if not check.ok else "warn" if check.warns else "ok  "
-            console.put(f"{verdict}  {check.name}: {check.detail}")
+    console.put_checks(checks, as_json)
     if not all(check.ok for check in checks):
         raise SystemExit(3)
 

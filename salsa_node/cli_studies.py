@@ -13,7 +13,7 @@ from typing import Annotated, Final
 import typer
 
 from salsa_node import config, console, durable, overview
-from salsa_node.options import EXIT_NO, AsJson, ConfigFile, Since, StudyName, Until, Yes, moment
+from salsa_node.options import EXIT_NO, AsJson, ConfigFile, Since, StudyName, Until, Yes, ask, moment
 from salsa_node.overview import Standing
 from salsa_node.store import ORDERS, Event, Sought, Store, StoreSettings
 
@@ -84,7 +84,7 @@ def cancel(study: StudyName, config_file: ConfigFile = None, as_json: AsJson = F
     """Stop the runs of a study that wait or run; the result that it has stays."""
     with _store(config_file) as record:
         wanted = record.study(study).study_uid
-        _ask(yes, as_json, f"cancel what is under way for study {wanted}?")
+        ask(yes, as_json, f"cancel what is under way for study {wanted}?")
         runs = record.cancel(wanted, datetime.now(UTC))
     if as_json:
         console.put_json([{"run": run.id, "state": run.state.value} for run in runs])
@@ -196,7 +196,7 @@ def purge(
     with _store(config_file) as record:
         wanted = [record.study(name).study_uid for name in study]
         what = "images and results" if results else "images"
-        _ask(yes, as_json, f"remove the {what} of {len(wanted)} studies from this machine for good?")
+        ask(yes, as_json, f"remove the {what} of {len(wanted)} studies from this machine for good?")
         told = []
         for uid in wanted:
             files, size = record.purge(uid, "by hand", datetime.now(UTC), let_go, results=results)
@@ -210,15 +210,6 @@ def purge(
 
 def _store(config_file: Path | None) -> Store:
     return Store.open(StoreSettings(config.load(config_file).store_url))
-
-
-def _ask(yes: bool, as_json: bool, question: str) -> None:
-    """Go on where the answer is yes. Raises typer.Abort (exit code 1) where it is not."""
-    if yes:
-        return
-    if as_json:
-        raise typer.BadParameter("--json asks no questions: add --yes")
-    typer.confirm(question, abort=True, err=True)
 
 
 def _standing(word: str) -> Standing:

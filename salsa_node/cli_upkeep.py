@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Annotated, Final
 
 import typer
 
 from salsa_node import config, console
-from salsa_node.options import EXIT_NO, AsJson, ConfigFile
+from salsa_node.options import EXIT_NO, AsJson, ConfigFile, Yes, ask
 from salsa_node.store import Store, StoreSettings
+
+db_app = typer.Typer(help="The record.", no_args_is_help=True)
 
 
 def verify(
@@ -44,4 +48,80 @@ def verify(
         raise SystemExit(EXIT_NO)
 
 
-COMMANDS: Final = (verify,)
+def doctor(config_file: ConfigFile = None, as_json: AsJson = False) -> None:
+    """Look at config, port, disk, record, weights, GPU, clock and peers; each finding with what to do."""
+    settings = config.load(config_file)
+    from salsa_node import doctor as surroundings
+
+    checks = surroundings.examine(settings, datetime.now(UTC))
+    console.put_checks(checks, as_json)
+    if not all(check.ok for check in checks):
+        raise SystemExit(EXIT_NO)
+
+
+def backup(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A new folder; made by this.")],
+    config_file: ConfigFile = None,
+    as_json: AsJson = False,
+    no_images: Annotated[bool, typer.Option("--no-images", help="Without the images that came.")] = False,
+) -> None:
+    """Save the record, results, masks and images with their digests; beside a running node."""
+    settings = config.load(config_file)
+    from salsa_node import backup as saving
+
+    file = config.source(config_file)
+    made = saving.make(
+        settings.store_url, settings.node.data_dir, folder, datetime.now(UTC), file, images=not no_images
+    )
+    told = {"folder": str(made.folder), "files": len(made.digests), "bytes": made.size_bytes, "gone": list(made.gone)}
+    if as_json:
+        console.put_json(told)
+    else:
+        console.put(f"{len(made.digests)} files ({made.size_bytes / 2**20:.1f} MiB) saved to {made.folder}")
+        if made.gone:
+            console.put(f"{len(made.gone)} files that the record names are not there: salsa-node verify says which")
+
+
+def restore(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What salsa-node backup made.")],
+    config_file: ConfigFile = None,
+    as_json: AsJson = False,
+    yes: Yes = False,
+    check: Annotated[bool, typer.Option("--check", help="Only say whether the backup is whole.")] = False,
+) -> None:
+    """Bring a backup back, the node being stopped; what stood there is moved aside, never deleted."""
+    settings = config.load(config_file)
+    from salsa_node import backup as saving
+
+    if check:
+        made, aside = saving.check(folder), None
+        said = f"{folder} is whole: {len(made.digests)} files of {made.made_at}"
+    else:
+        ask(yes, as_json, f"put {folder} in the place of {settings.node.data_dir}?")
+        made, aside = saving.restore(folder, settings.store_url, settings.node.data_dir, datetime.now(UTC))
+        said = f"{len(made.digests)} files of {made.made_at} are back in {settings.node.data_dir}"
+    if as_json:
+        console.put_json({"made_at": made.made_at, "files": len(made.digests), "aside": str(aside) if aside else None})
+    else:
+        console.put(f"{said}{f'; what stood there lies in {aside}' if aside else ''}")
+        if not made.images:
+            console.put("it holds no images: have studies sent again where they are to be analysed again")
+
+
+@db_app.command("upgrade")
+def db_upgrade(config_file: ConfigFile = None, as_json: AsJson = False) -> None:
+    """Bring the record to this program's version, the node being stopped; a copy of it is kept beside it."""
+    settings = config.load(config_file)
+    from salsa_node import backup as saving
+    from salsa_node import migrations
+
+    before, kept = saving.upgrade(settings.store_url, datetime.now(UTC))
+    if as_json:
+        console.put_json({"from": before, "to": migrations.HEAD, "kept": str(kept) if kept else None})
+    elif kept is None:
+        console.put(f"the record has version {before}, which is the newest")
+    else:
+        console.put(f"the record went from version {before} to {migrations.HEAD}; as it was it lies in {kept}")
+
+
+COMMANDS: Final = (verify, doctor, backup, restore)

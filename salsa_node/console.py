@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 from rich import box
 from rich.console import Console
@@ -188,6 +189,27 @@ def _put_provenance(made_by: Mapping[str, object], source_digest: str) -> None:
         assert isinstance(values, Mapping)
         if values:
             put(f"  {title}: {', '.join(f'{name} {str(value)[:length]}' for name, value in values.items())}")
+
+
+class _Checked(Protocol):
+    @property
+    def name(self) -> str: ...
+    @property
+    def ok(self) -> bool: ...
+    @property
+    def warns(self) -> bool: ...
+    @property
+    def detail(self) -> str: ...
+
+
+def put_checks(checks: Sequence[_Checked], as_json: bool) -> None:
+    """What was looked at, each with its verdict and what to do."""
+    if as_json:
+        put_json([{"check": c.name, "ok": c.ok, "warns": c.warns, "detail": c.detail} for c in checks])
+        return
+    for check in checks:
+        verdict = "FAIL" if not check.ok else "warn" if check.warns else "ok  "
+        put(f"{verdict}  {check.name}: {check.detail}")
 
 
 def put_events(events: Sequence[Mapping[str, object]]) -> None:

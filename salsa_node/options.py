@@ -33,6 +33,18 @@ def moment(text: str) -> datetime:
     return found if found.tzinfo else found.replace(tzinfo=UTC)
 
 
+def ask(yes: bool, as_json: bool, question: str) -> None:
+    """Go on where `yes` was said beforehand or is answered now.
+
+    Raises typer.Abort (exit code 1) where it is not, typer.BadParameter where a machine cannot answer.
+    """
+    if yes:
+        return
+    if as_json:
+        raise typer.BadParameter("--json asks no questions: add --yes")
+    typer.confirm(question, abort=True, err=True)
+
+
 ConfigFile = Annotated[
     Path | None,
     typer.Option(

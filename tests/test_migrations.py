@@ -91,3 +91,59 @@ def test_a_migration_that_fails_leaves_no_half_of_itself(tmp_path: Path) -> None
     with transaction(engine) as t:
         assert t.connection.exec_driver_sql("SELECT count(*) FROM sqlite_master").scalar() == 0
     engine.dispose()
+
+
+REVISIONS = [revision.revision for revision in ScriptDirectory(str(Path(migrations.__file__).parent)).walk_revisions()][
+    ::-1
+]
+AT = "2026-11-20 12:00:00.000000"
+#: what a node of any version wrote: table -> the values of one row, by column
+OLD_ROWS = {
+    "studies": {"study_uid": "1.2", "calling_ae": "CT1", "accession_number": "A7", "patient_id": "P", "study_date": "",
+                "first_at": AT, "last_at": AT, "instances": 1, "assembled_instances": 1},
+    "series": {"series_uid": "1.2.1", "study_uid": "1.2", "modality": "CT", "series_number": 3, "state": "COMPLETE",
+               "reason": "", "instances": 1, "duplicates": 0, "last_instance_at": AT},
+    "instances": {"sop_instance_uid": "1.2.1.1", "series_uid": "1.2.1", "study_uid": "1.2", "sop_class_uid": "1.3",
+                  "transfer_syntax_uid": "1.4", "path": "studies/1.dcm", "sha256": "a" * 64, "digest": "b" * 32,
+                  "size_bytes": 5, "received_at": AT},
+    "runs": {"id": 1, "study_uid": "1.2", "series_uid": "1.2.1", "pipeline": "demo", "options": "{}",
+             "source_digest": "d", "forced": 0, "state": "PRODUCED", "attempt": 1, "queued_at": AT, "finished_at": AT,
+             "outcome": "lesions", "findings": '{"lesions": []}', "digest": "r"},
+    "objects": {"id": 1, "run_id": 1, "kind": "SEG", "sop_instance_uid": "2.25.1", "sop_class_uid": "1.5",
+                "path": "results/seg.dcm", "sha256": "c" * 64},
+    "deliveries": {"id": 1, "object_id": 1, "run_id": 1, "destination": "pacs", "state": "GAVE_UP", "attempt": 20,
+                   "last_error": "nobody listens"},
+    "events": {"id": 1, "at": AT, "study_uid": "1.2", "subject": "study", "subject_id": "1.2", "name": "study.new",
+               "detail": "from CT1"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("released", REVISIONS[:-1])
+def test_the_data_of_every_older_version_is_there_after_an_upgrade(tmp_path: Path, released: str) -> None:
+    engine = connect(StoreSettings(url_of(tmp_path)), create=True)
+    with transaction(writer(engine)) as t:
+        migrations.upgrade(t.connection, released)
+        for table, row in OLD_ROWS.items():
+            there = {column["name"] for column in sa.inspect(t.connection).get_columns(table)}
+            known = {name: value for name, value in row.items() if name in there}
+            names = ", ".join(known)
+            t.connection.execute(
+                sa.text(f"INSERT INTO {table} ({names}) VALUES ({', '.join(f':{name}' for name in known)})"), known
+            )
+    engine.dispose()
+    with Store.open(StoreSettings(url_of(tmp_path)), create=True) as store, transaction(store._engine) as t:
+        assert compare_metadata(MigrationContext.configure(t.connection), METADATA) == []
+        assert t.connection.exec_driver_sql("PRAGMA foreign_key_check").fetchall() == []
+    with Store.open(StoreSettings(url_of(tmp_path))) as store:
+        study = store.study("A7")
+        assert (study.study_uid, study.instances, study.first_at.isoformat()) == ("1.2", 1, "2026-11-20T12:00:00+00:00")
+        assert [(one.series_uid, one.state.value) for one in store.series_of("1.2")] == [("1.2.1", "COMPLETE")]
+        assert [one.path for one in store.instances_of("1.2")] == ["studies/1.dcm"]
+        (run,) = store.runs_of("1.2")
+        assert (run.state.value, run.outcome, run.findings) == ("PRODUCED", "lesions", {"lesions": []})
+        assert [item.path for item in store.objects_of(1)] == ["results/seg.dcm"]
+        assert [(item.state.value, item.last_error) for item in store.deliveries_of(1)] == [
+            ("GAVE_UP", "nobody listens")
+        ]
+        assert [event.name for event in store.events_of("1.2")] == ["study.new"]
+        assert store.retry("1.2", study.last_at)[1][0].state.value == "PENDING"
