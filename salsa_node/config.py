@@ -244,8 +244,11 @@ def _check_together(config: Config) -> None:
         )
     if tls.port == config.listener.port:
         raise ConfigError(f"listener.tls.port: {tls.port} is the port of the plain door; each needs its own")
-    if config.node.store_url and not config.node.store_url.startswith("sqlite:///"):
-        raise ConfigError('node.store_url: expected sqlite:///FILE, or "" for a file in node.data_dir')
+    if config.node.store_url and not config.node.store_url.startswith(("sqlite:///", "postgresql://")):
+        raise ConfigError(
+            "node.store_url: expected sqlite:///FILE, postgresql://USER@HOST/DATABASE, "
+            'or "" for a file in node.data_dir'
+        )
     try:
         ZoneInfo(config.results.time_zone or "UTC")
     except (ValueError, OSError, ZoneInfoNotFoundError) as exc:

@@ -53,7 +53,8 @@ def serve(config: Config, config_path: Path | None) -> None:
         stack.enter_context(only_node(config.node.data_dir))
         stack.enter_context(hold(StoreSettings(config.store_url)))
         store = stack.enter_context(Store.open(StoreSettings(config.store_url), create=True))
-        store.release_owner(None, _now())  # the folder is ours alone: whatever is leased was left by the dead
+        if not StoreSettings(config.store_url).is_shared:
+            store.release_owner(None, _now())  # the store is ours alone: whatever is leased was left by the dead
         left = durable.sweep(config.node.data_dir / INCOMING, older_than_s=0.0)  # the door's alone, and it is shut
         left += durable.sweep(config.node.data_dir)
         log.info("record open", extra={"event": "node.record", "interrupted_writes_removed": left})

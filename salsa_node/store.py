@@ -41,6 +41,7 @@ import sqlalchemy as sa
 from salsa_node import migrations
 from salsa_node.store_arrivals import Arrivals, Verdict
 from salsa_node.store_commitments import Commitment, Commitments
+from salsa_node.store_connection import StoreSettings, connect, hold, writer
 from salsa_node.store_deliveries import Deliveries
 from salsa_node.store_interventions import Interventions
 from salsa_node.store_looks import Looks
@@ -69,7 +70,7 @@ from salsa_node.store_rows import (
 )
 from salsa_node.store_search import ORDERS, Figures, Rows, Search, Sought, StoredFile
 from salsa_node.store_switches import Pause, Switches, paused
-from salsa_node.store_transaction import StoreSettings, columns, connect, hold, transaction, writer
+from salsa_node.store_transaction import columns, transaction
 
 __all__ = [
     "ORDERS",
@@ -257,7 +258,7 @@ class Store(Arrivals, Commitments, Deliveries, Interventions, Looks, Proofs, Sea
         with transaction(self._writer) as t:
             if paused(t) is not None:
                 return None
-            run = t.one(Run, sa.select(RUNS).where(*wanted).order_by(*order))
+            run = t.one(Run, sa.select(RUNS).where(*wanted).order_by(*order).limit(1).with_for_update(skip_locked=True))
             if run is None:
                 return None
             if run.state is RunState.RUNNING:

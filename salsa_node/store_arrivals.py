@@ -13,6 +13,7 @@ from datetime import datetime
 import sqlalchemy as sa
 
 from salsa_node.errors import ContentConflict, PatientConflict
+from salsa_node.store_connection import writer
 from salsa_node.store_prepared import Change, Lookup
 from salsa_node.store_queries import Queries
 from salsa_node.store_rows import (
@@ -29,7 +30,7 @@ from salsa_node.store_rows import (
     SeriesState,
     Study,
 )
-from salsa_node.store_transaction import Transaction, columns, transaction, writer
+from salsa_node.store_transaction import Transaction, columns, transaction
 
 # Each runs for every commit of the door.
 _OUR_RESULTS = Lookup(OBJECTS.c.sop_instance_uid, OBJECTS.c.sop_instance_uid)

@@ -7,6 +7,7 @@ from datetime import datetime, timedelta
 import sqlalchemy as sa
 
 from salsa_node.errors import IllegalTransition, UnknownStudy
+from salsa_node.store_connection import writer
 from salsa_node.store_queries import Queries
 from salsa_node.store_rows import (
     DELIVERIES,
@@ -19,7 +20,7 @@ from salsa_node.store_rows import (
     Run,
     RunState,
 )
-from salsa_node.store_transaction import columns, transaction, writer
+from salsa_node.store_transaction import columns, transaction
 
 
 class Deliveries(Queries):

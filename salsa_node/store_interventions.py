@@ -8,6 +8,7 @@ from datetime import datetime
 import sqlalchemy as sa
 
 from salsa_node.errors import IllegalTransition
+from salsa_node.store_connection import writer
 from salsa_node.store_queries import Queries
 from salsa_node.store_rows import (
     DELIVERIES,
@@ -25,7 +26,7 @@ from salsa_node.store_rows import (
     Series,
     SeriesState,
 )
-from salsa_node.store_transaction import Transaction, transaction, writer
+from salsa_node.store_transaction import Transaction, transaction
 
 _UNDER_WAY = (RunState.QUEUED, RunState.RUNNING)
 #: a delivery in such a state has reached its destination, or was never wanted there

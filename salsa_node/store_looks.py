@@ -9,9 +9,10 @@ from typing import Any
 import sqlalchemy as sa
 
 from salsa_node.errors import UnknownStudy
+from salsa_node.store_connection import writer
 from salsa_node.store_queries import Queries
 from salsa_node.store_rows import INSTANCES, LOOKS, RUNS, SERIES, STUDIES, Look, Series, SeriesState, Study
-from salsa_node.store_transaction import transaction, writer
+from salsa_node.store_transaction import transaction
 
 
 def _waiting(since: datetime) -> sa.ColumnElement[bool]:

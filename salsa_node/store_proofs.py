@@ -8,9 +8,10 @@ from datetime import datetime, timedelta
 import sqlalchemy as sa
 
 from salsa_node.errors import LeaseLost
+from salsa_node.store_connection import writer
 from salsa_node.store_queries import Queries
 from salsa_node.store_rows import DELIVERIES, OBJECTS, Delivery, DeliveryState
-from salsa_node.store_transaction import Transaction, transaction, writer
+from salsa_node.store_transaction import Transaction, transaction
 
 
 class Proofs(Queries):

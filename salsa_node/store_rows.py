@@ -390,7 +390,7 @@ INSTANCES = sa.Table(
     sa.Column("transfer_syntax_uid", sa.String(64), nullable=False),
     sa.Column("path", sa.Text, nullable=False),
     sa.Column("digest", sa.String(64), nullable=False),
-    sa.Column("size_bytes", sa.Integer, nullable=False),
+    sa.Column("size_bytes", sa.BigInteger, nullable=False),
     sa.Column("received_at", UtcDateTime, nullable=False),
 )
 
@@ -405,7 +405,7 @@ QUARANTINE = sa.Table(
     sa.Column("transfer_syntax_uid", sa.String(64), nullable=False),
     sa.Column("path", sa.Text, nullable=False),
     sa.Column("digest", sa.String(64), nullable=False),
-    sa.Column("size_bytes", sa.Integer, nullable=False),
+    sa.Column("size_bytes", sa.BigInteger, nullable=False),
     sa.Column("calling_ae", sa.String(16), nullable=False),
     sa.Column("reason", sa.Text, nullable=False),
     sa.Column("times", sa.Integer, nullable=False),

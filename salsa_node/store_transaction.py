@@ -1,28 +1,17 @@
-"""One transaction on the store's database: rows read as frozen values, states changed only along the drawing.
-
-`connect` opens the database so that writers take turns (BEGIN IMMEDIATE), a commit survives a power
-cut (WAL, synchronous=FULL) and a row cannot point at one that is not there (foreign keys).
-"""
+"""One transaction on the store's database: rows read as frozen values, states changed only along the drawing."""
 
 from __future__ import annotations
 
 import dataclasses
-import fcntl
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import sqlalchemy as sa
-from sqlalchemy.engine.interfaces import DBAPIConnection
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
-from sqlalchemy.pool import ConnectionPoolEntry
+from sqlalchemy.exc import SQLAlchemyError
 
-from salsa_node.errors import ConfigError, IllegalTransition, LeaseLost, StoreError, UnknownStudy
-from salsa_node.store_prepared import execute
+from salsa_node.errors import IllegalTransition, LeaseLost, StoreError, UnknownStudy
 from salsa_node.store_rows import (
     DELIVERIES,
     EVENTS,
@@ -45,96 +34,6 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 _Row = TypeVar("_Row")
-
-
-@dataclass(frozen=True, slots=True)
-class StoreSettings:
-    """Where the record is kept.
-
-    url: "sqlite:////absolute/file.sqlite"; other databases are refused for now.
-    busy_timeout_s: how long a writer waits for its turn.
-    """
-
-    url: str
-    busy_timeout_s: float = 10.0
-
-
-def connect(settings: StoreSettings, *, create: bool) -> sa.Engine:
-    """The database behind those settings. Raises ConfigError for what is no SQLite file, StoreError where none is.
-
-    create: make the file (readable by its owner alone) where it is absent; its folder must exist.
-    """
-    file = _sqlite_file(settings.url)
-    if create:
-        try:
-            os.close(os.open(file, os.O_RDWR | os.O_CREAT, 0o600))
-        except OSError as error:
-            raise ConfigError(
-                f"the store cannot be kept in {file}: {error.strerror}; name a file in a folder that exists and that "
-                "this user can write to"
-            ) from error
-    elif not file.is_file():
-        raise StoreError(f"there is no store at {file}; start the node once to make it, or correct the store's url")
-    engine = sa.create_engine(settings.url, connect_args={"timeout": settings.busy_timeout_s}, hide_parameters=True)
-    sa.event.listen(engine, "connect", _prepare)
-    sa.event.listen(engine, "begin", _begin)
-    return engine
-
-
-def writer(engine: sa.Engine) -> sa.Engine:
-    """The same database, each transaction of which takes the writer's turn when it begins."""
-    return engine.execution_options(begin="BEGIN IMMEDIATE")
-
-
-@contextmanager
-def hold(settings: StoreSettings) -> Iterator[None]:
-    """Hold the store for one node, whatever data folder it has: a node that starts frees every lease in the store.
-
-    Only those who ask for it keep each other out; asking and reading stay free. Ends with the process, however
-    that ends. Raises ConfigError where another node holds the store, or where its folder cannot be written.
-    """
-    file = _sqlite_file(settings.url).resolve()
-    try:
-        lock = os.open(file.with_name(f"{file.name}.lock"), os.O_RDWR | os.O_CREAT, 0o600)
-    except OSError as error:
-        raise ConfigError(
-            f"the store's folder {file.parent} cannot be written: {error.strerror}; name a file in a folder that "
-            "exists and that this user can write to"
-        ) from error
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ConfigError(
-                f"the store {file} is in use by another node ({error.strerror}); stop it or give this node its own"
-            ) from error
-        yield
-    finally:
-        os.close(lock)
-
-
-def _sqlite_file(url: str) -> Path:
-    try:
-        parsed = sa.make_url(url)
-    except ArgumentError as error:
-        raise ConfigError("the store's url cannot be read; expected sqlite:////absolute/file.sqlite3") from error
-    if parsed.get_backend_name() != "sqlite" or parsed.database in {None, "", ":memory:"}:
-        raise ConfigError(
-            f"the store's url names {parsed.get_backend_name()!r} and no file; expected sqlite:////absolute/file.sqlite3"
-        )
-    return Path(str(parsed.database))
-
-
-def _prepare(connection: DBAPIConnection, _entry: ConnectionPoolEntry) -> None:
-    setattr(connection, "isolation_level", None)  # noqa: B010 - sqlite3's own name; transactions begin in _begin alone
-    cursor = connection.cursor()
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
-        cursor.execute(f"PRAGMA {pragma}")
-    cursor.close()
-
-
-def _begin(connection: sa.Connection) -> None:
-    execute(connection, str(connection.get_execution_options().get("begin", "BEGIN")))
 
 
 @contextmanager

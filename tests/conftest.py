@@ -6,9 +6,10 @@ import os
 import secrets
 import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import postgres
 import pytest
 
 PROJECT = Path(__file__).parents[1]
@@ -54,3 +55,13 @@ def tool() -> Callable[[str], str]:
         return path
 
     return find
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[str]:
+    """The url of a PostgreSQL server on the loopback, made when first asked for."""
+    if postgres.program("initdb") is None:
+        pytest.skip("PostgreSQL is not installed (apt-get install postgresql)")
+    with postgres.running(unused_port()) as server:
+        postgres.make_template(server)
+        yield server

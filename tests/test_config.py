@@ -88,7 +88,7 @@ def test_the_readme_names_every_key():
         ),
         ("[guards]\nmax_liver_ml = 300", ["guards.min_liver_ml", "max_liver_ml (300)", "found 300"]),
         ("[guards]\nmax_share_of_body = 1.5", ["guards.max_share_of_body", "at most 1"]),
-        ("[node]\nstore_url = 'postgresql://h/db'", ["node.store_url", "sqlite:///"]),
+        ("[node]\nstore_url = 'mysql://h/db'", ["node.store_url", "sqlite:///", "postgresql://"]),
         ("[node]\ndata_dir = 'a?b'", ["node.data_dir", "?"]),
         ("[[destination]]\nname = 'sender'\nae_title = 'A'\nhost = 'h'\nport = 1", ["destination", "'sender'"]),
         (

@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import re
 import signal
-import sqlite3
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -12,10 +11,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
+from postgres import a_database
 from told import events
 
 from salsa_node import store as store_module
-from salsa_node.errors import ConfigError, ContentConflict, IllegalTransition, LeaseLost, StoreError, UnknownStudy
+from salsa_node.errors import ContentConflict, IllegalTransition, LeaseLost, StoreError, UnknownStudy
 from salsa_node.store import (
     DeliveryState,
     NewInstance,
@@ -25,7 +25,6 @@ from salsa_node.store import (
     SeriesState,
     Store,
     StoreSettings,
-    hold,
 )
 from salsa_node.store_rows import TRANSITIONS
 from salsa_node.store_transaction import transaction
@@ -42,13 +41,15 @@ def after(seconds: float) -> datetime:
     return T0 + timedelta(seconds=seconds)
 
 
-def url_of(folder: Path) -> str:
-    return f"sqlite:///{folder / 'record.sqlite'}"
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A database of each kind: what follows holds for both."""
+    return f"sqlite:///{tmp_path / 'record.sqlite'}" if request.param == "sqlite" else a_database(request)
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    with Store.open(StoreSettings(url_of(tmp_path)), create=True) as opened:
+def store(url: str) -> Iterator[Store]:
+    with Store.open(StoreSettings(url), create=True) as opened:
         yield opened
 
 
@@ -606,75 +607,6 @@ def test_times_are_aware_utc_and_naive_ones_are_refused(store: Store) -> None:
         store.add_instance(an_instance(2), datetime(2026, 11, 20))  # noqa: DTZ001
 
 
-# ---- the file -----------------------------------------------------------------------------------
-
-
-def test_the_file_is_durable_and_private(store: Store, tmp_path: Path) -> None:
-    file = tmp_path / "record.sqlite"
-    assert file.stat().st_mode & 0o777 == 0o600
-    with transaction(store._engine) as t:
-        values = [
-            t.connection.exec_driver_sql(f"PRAGMA {name}").scalar()
-            for name in ("journal_mode", "synchronous", "foreign_keys")
-        ]
-    assert values == ["wal", 2, 1]
-
-
-@pytest.mark.parametrize("url", ["", "postgresql://db/salsa", "sqlite://", "sqlite:///:memory:", "no url"])
-def test_other_databases_are_refused(url: str) -> None:
-    with pytest.raises(ConfigError, match="expected sqlite:////"):
-        Store.open(StoreSettings(url))
-
-
-def test_a_folder_that_is_none_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="cannot be kept in"):
-        Store.open(StoreSettings(f"sqlite:///{tmp_path}/file/record.sqlite"), create=True)
-
-
-def test_an_absent_store_is_not_made_by_asking(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match="there is no store at"):
-        Store.open(StoreSettings(url_of(tmp_path)))
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_broken_database_is_a_store_error_without_values(store: Store, tmp_path: Path) -> None:
-    arrived(store)
-    with sqlite3.connect(tmp_path / "record.sqlite") as raw:
-        raw.execute("DROP TABLE instances")
-    raw.close()
-    with pytest.raises(StoreError, match="no such table") as caught:
-        store.add_instance(an_instance(5), T0)
-    assert "P7" not in f"{caught.value} {caught.value.__cause__}"
-
-
-def test_a_store_is_held_for_one_node_by_whatever_name(store: Store, tmp_path: Path) -> None:
-    settings = StoreSettings(url_of(tmp_path))
-    alias = StoreSettings(f"sqlite:///{tmp_path / 'alias.sqlite'}")
-    (tmp_path / "alias.sqlite").symlink_to(tmp_path / "record.sqlite")
-    (tmp_path / "other").mkdir()
-    with hold(settings):
-        for again in (settings, alias):
-            with pytest.raises(ConfigError, match=r"record\.sqlite is in use by another node"), hold(again):
-                pytest.fail("held twice")
-        with hold(StoreSettings(url_of(tmp_path / "other"))):
-            arrived(store)
-    with hold(settings):
-        assert (tmp_path / "record.sqlite.lock").stat().st_mode & 0o777 == 0o600
-
-
-def test_a_store_is_free_again_when_the_node_fails(tmp_path: Path) -> None:
-    with pytest.raises(BlockingIOError, match="its own"), hold(StoreSettings(url_of(tmp_path))):
-        raise BlockingIOError("its own")
-    with hold(StoreSettings(url_of(tmp_path))):
-        pass
-
-
-def test_a_store_in_a_folder_that_is_none_cannot_be_held(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot be written"), hold(StoreSettings(url_of(tmp_path / "absent"))):
-        pytest.fail("held")
-
-
 # ---- several processes --------------------------------------------------------------------------
 
 
@@ -696,7 +628,7 @@ def _claim_and_hang(url: str, ready: Connection) -> None:
         ready.recv()
 
 
-def test_two_processes_never_claim_the_same_run(store: Store, tmp_path: Path) -> None:
+def test_two_processes_never_claim_the_same_run(store: Store, url: str) -> None:
     for number in range(40):
         uid = f"7.{number}"
         store.add_instance(an_instance(number, sop_instance_uid=f"{uid}.2", series_uid=f"{uid}.1", study_uid=uid), T0)
@@ -705,8 +637,7 @@ def test_two_processes_never_claim_the_same_run(store: Store, tmp_path: Path) ->
     context = multiprocessing.get_context("spawn")
     pairs = [context.Pipe() for _ in range(2)]
     children = [
-        context.Process(target=_claim_everything, args=(url_of(tmp_path), f"w{n}", there))
-        for n, (_, there) in enumerate(pairs)
+        context.Process(target=_claim_everything, args=(url, f"w{n}", there)) for n, (_, there) in enumerate(pairs)
     ]
     for child, (_, there) in zip(children, pairs, strict=True):
         child.start()
@@ -722,12 +653,12 @@ def test_two_processes_never_claim_the_same_run(store: Store, tmp_path: Path) ->
     assert all(run.attempt == 1 for run in store.runs_in(RunState.RUNNING))
 
 
-def test_the_work_of_a_killed_process_returns(store: Store, tmp_path: Path) -> None:
+def test_the_work_of_a_killed_process_returns(store: Store, url: str) -> None:
     arrived(store)
     run = queued(store)
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    child = context.Process(target=_claim_and_hang, args=(url_of(tmp_path), there))
+    child = context.Process(target=_claim_and_hang, args=(url, there))
     child.start()
     there.close()
     assert here.recv() == run.id

@@ -53,7 +53,7 @@ def upgrade() -> None:
         sa.Column("transfer_syntax_uid", sa.String(64), nullable=False),
         sa.Column("path", sa.Text, nullable=False),
         sa.Column("sha256", sa.String(64), nullable=False),
-        sa.Column("size_bytes", sa.Integer, nullable=False),
+        sa.Column("size_bytes", sa.BigInteger, nullable=False),
         sa.Column("received_at", sa.DateTime, nullable=False),
         sa.PrimaryKeyConstraint("sop_instance_uid", name="pk_instances"),
         sa.ForeignKeyConstraint(["series_uid"], ["series.series_uid"], name="fk_instances_series_uid"),

@@ -23,7 +23,7 @@ def upgrade() -> None:
         sa.Column("transfer_syntax_uid", sa.String(64), nullable=False),
         sa.Column("path", sa.Text, nullable=False),
         sa.Column("sha256", sa.String(64), nullable=False),
-        sa.Column("size_bytes", sa.Integer, nullable=False),
+        sa.Column("size_bytes", sa.BigInteger, nullable=False),
         sa.Column("calling_ae", sa.String(16), nullable=False),
         sa.Column("reason", sa.Text, nullable=False),
         sa.Column("times", sa.Integer, nullable=False),
