@@ -31,6 +31,8 @@ from salsa_node.supervisor import WorkerProcess
 
 log = logging.getLogger(__name__)
 
+SHARED_SWEEP_S = 86400.0  # another machine may be writing what is younger
+
 
 def serve(config: Config, config_path: Path | None) -> None:
     """Run a node until SIGTERM or SIGINT; what is unfinished goes on at the next start.
@@ -50,14 +52,7 @@ def serve(config: Config, config_path: Path | None) -> None:
         preflight.download(config, _now(), lambda line: log.info(line, extra={"event": "node.models"}))
         preflight.require(config)
         config = preflight.settled(config)
-        stack.enter_context(only_node(config.node.data_dir))
-        stack.enter_context(hold(StoreSettings(config.store_url)))
-        store = stack.enter_context(Store.open(StoreSettings(config.store_url), create=True))
-        if not StoreSettings(config.store_url).is_shared:
-            store.release_owner(None, _now())  # the store is ours alone: whatever is leased was left by the dead
-        left = durable.sweep(config.node.data_dir / INCOMING, older_than_s=0.0)  # the door's alone, and it is shut
-        left += durable.sweep(config.node.data_dir)
-        log.info("record open", extra={"event": "node.record", "interrupted_writes_removed": left})
+        store = stack.enter_context(_record(config))
         own_copy = _own_copy(config, config_path)
         devices = config.worker.devices or ("",)
         workers = [WorkerProcess(store, config, own_copy, device) for device in devices]
@@ -81,11 +76,34 @@ def serve(config: Config, config_path: Path | None) -> None:
         log.info("stopped", extra={"event": "node.stopped"})
 
 
+@contextmanager
+def _record(config: Config) -> Iterator[Store]:
+    """The store, and what the dead left in it and in the data folder cleared away.
+
+    A node alone holds both. Machines that share a store share the data folder too; there leases run out by
+    themselves, and what another machine may be writing stays.
+    """
+    settings, data_dir = StoreSettings(config.store_url), config.node.data_dir
+    with ExitStack() as stack:
+        if not settings.is_shared:
+            stack.enter_context(only_node(data_dir))
+            stack.enter_context(hold(settings))
+        store = stack.enter_context(Store.open(settings, create=True))
+        if settings.is_shared:
+            left = durable.sweep(data_dir, SHARED_SWEEP_S)
+        else:
+            store.release_owner(None, _now())
+            left = durable.sweep(data_dir / INCOMING, older_than_s=0.0)  # the door's alone, and it is shut
+            left += durable.sweep(data_dir)
+        log.info("record open", extra={"event": "node.record", "interrupted_writes_removed": left})
+        yield store
+
+
 def _own_copy(config: Config, config_path: Path | None) -> Path | None:
     """The config as it is now, for the worker process: an edit counts from the next start on, for both alike."""
     if config_path is None:
         return None
-    copy = config.node.data_dir / "running.toml"
+    copy = config.node.data_dir / f"running-{config.listener.port}-{socket.gethostname()}.toml"
     durable.write(copy, [config_path.read_bytes()])
     return copy
 

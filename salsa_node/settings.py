@@ -22,7 +22,7 @@ class NodeSettings:
     """The node itself.
 
     data_dir: everything the node keeps lies below it; made when absent.
-    store_url: SQLAlchemy URL of the record; "" for an SQLite file in data_dir.
+    store_url: SQLAlchemy URL of the record, SQLite or PostgreSQL; "" for an SQLite file in data_dir.
     """
 
     data_dir: Path = field(default=Path("salsa-data"), metadata={"pattern": r"[^?]+"})

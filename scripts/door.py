@@ -104,9 +104,11 @@ def end(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def wait_for(port: int, process: subprocess.Popen[bytes], called: tuple[str, ...] = ("SALSA_NODE",)) -> None:
+def wait_for(
+    port: int, process: subprocess.Popen[bytes], called: tuple[str, ...] = ("SALSA_NODE",), patience_s: float = 60.0
+) -> None:
     """Until C-ECHO is answered under one of those names."""
-    until = time.monotonic() + 60
+    until = time.monotonic() + patience_s
     while time.monotonic() < until:
         for name in called:
             if process.poll() is not None:
@@ -118,7 +120,7 @@ def wait_for(port: int, process: subprocess.Popen[bytes], called: tuple[str, ...
                 time.sleep(0.05)
             else:
                 return
-    raise SystemExit("a receiver did not answer within 60 s")
+    raise SystemExit(f"a receiver did not answer within {patience_s:g} s")
 
 
 def free_port() -> int:
