@@ -16,7 +16,8 @@ from test_retention import T0, arrive, finish
 from salsa_node import backup, integrity, migrations
 from salsa_node.errors import ConfigError, StoreError
 from salsa_node.store import Store, StoreSettings
-from salsa_node.store_transaction import connect, transaction, writer
+from salsa_node.store_connection import connect, writer
+from salsa_node.store_transaction import transaction
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 
