@@ -100,11 +100,11 @@ def work(
     device: Annotated[str, typer.Option(help="Instead of pipeline.device.")] = "",
 ) -> None:
     """Carry runs until standard input closes; `serve` starts this."""
-    settings = config.load(config_file)
+    from salsa_node import log, preflight, worker
+
+    settings = preflight.settled(config.load(config_file))
     if device:
         settings = replace(settings, pipeline=replace(settings.pipeline, device=device))
-    from salsa_node import log, worker
-
     log.start(settings.node.log_level, settings.node.log_format)
     worker.work(settings, owner)
 

@@ -14,7 +14,7 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from datetime import time as time_of_day
@@ -33,7 +33,7 @@ from salsa_node.errors import DeviceExhausted, GuardFailed, LeaseLost, SalsaNode
 from salsa_node.failures import Failure
 from salsa_node.log import unforeseen
 from salsa_node.pipelines import Pipeline, PipelineSettings
-from salsa_node.store import NewObject, Run, RunState, Store, StoreSettings
+from salsa_node.store import NewObject, Run, RunState, SeriesState, Store, StoreSettings
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +66,28 @@ class Worker:
         self._chance = chance
         self._lost = threading.Event()
         self._warm: dict[str, Pipeline] = {}
+        self._looked_ahead = False
+
+    def prepare(self) -> bool:
+        """Load the pipeline that a study needs while it is still arriving, where none is loaded; whether it did.
+
+        Tried once: what stands in the way is told by the run, which meets it again.
+        """
+        if self._looked_ahead or self._warm:
+            return False
+        newest = self._store.studies(limit=1)
+        if not newest or not any(s.state is SeriesState.RECEIVING for s in self._store.series_of(newest[0].study_uid)):
+            return False
+        self._looked_ahead = True
+        choice = self._config.profile_pipelines.get(newest[0].called_ae, self._config.pipeline)
+        try:
+            self._loaded(choice.name, choice.options)
+        except (SalsaNodeError, MemoryError, OSError, RuntimeError, ValueError) as error:
+            told = str(error) if isinstance(error, SalsaNodeError) else unforeseen(error)
+            log.warning("not loaded ahead", extra={"event": "pipeline.not_ahead", "error": told})
+            return False
+        log.info("loaded ahead", extra={"event": "pipeline.ahead", "pipeline": choice.name})
+        return True
 
     def step(self, now: datetime) -> Run | None:
         """Claim one run and carry it to its end; the run as it then is, or None when there is nothing to do.
@@ -171,20 +193,23 @@ class Worker:
         return ""
 
     def _pipeline(self, run: Run) -> Pipeline:
-        choice = self._config.pipeline
-        settings = PipelineSettings(
-            device=choice.device,
-            models_dir=self._config.models_dir,
-            masks_path=self._config.node.data_dir / run.masks_path if run.masks_path else None,
-            options=run.options,
-        )
-        if settings.masks_path:
-            return pipelines.load(run.pipeline, settings)
-        key = json.dumps([run.pipeline, dict(run.options)], sort_keys=True)
+        if run.masks_path:
+            return pipelines.load(
+                run.pipeline, self._settings(run.options, self._config.node.data_dir / run.masks_path)
+            )
+        return self._loaded(run.pipeline, run.options, lambda: self._tell(run, "loading"))
+
+    def _loaded(
+        self, name: str, options: Mapping[str, object], beginning: Callable[[], None] = lambda: None
+    ) -> Pipeline:
+        key = json.dumps([name, dict(options)], sort_keys=True)
         if key not in self._warm:
-            self._tell(run, "loading")
-            self._warm[key] = pipelines.load(run.pipeline, settings)
+            beginning()
+            self._warm[key] = pipelines.load(name, self._settings(options))
         return self._warm[key]
+
+    def _settings(self, options: Mapping[str, object], masks_path: Path | None = None) -> PipelineSettings:
+        return PipelineSettings(self._config.pipeline.device, self._config.models_dir, masks_path, options)
 
     def _unload(self) -> None:
         """Give the device back all that warm pipelines hold, so that the next attempt finds it empty."""
@@ -302,7 +327,7 @@ def work(config: Config, owner: str) -> None:
         worker = Worker(store, config, owner, on_lost=lambda: signal.raise_signal(signal.SIGUSR1))
         while True:
             try:
-                idle = worker.step(datetime.now(UTC)) is None
+                idle = worker.step(datetime.now(UTC)) is None and not worker.prepare()
             except StoreError as error:
                 log.error("step failed", extra={"event": "loop.failed", "loop": "worker", "error": str(error)})
                 idle = True

@@ -26,7 +26,14 @@ from salsa_node.models import CHECKPOINT, ModelFolder, demo_models_dir
 from salsa_node.models import DEMO_STAGES as STAGES
 from salsa_node.phantom import Phantom, Recipe, make
 from salsa_node.pipelines import nnunet, sliding_window
-from salsa_node.pipelines.device import Placement, choose_device, is_exhaustion, placements
+from salsa_node.pipelines.device import (
+    Placement,
+    choose_device,
+    fit_together,
+    is_exhaustion,
+    measure_from_here,
+    placements,
+)
 from salsa_node.pipelines.nnunet import Network, Turn
 from salsa_node.volume import CtVolume, Grid, LabelVolume
 
@@ -388,6 +395,93 @@ def test_the_window_slides_as_nnunets_does_bit_for_bit(axes: tuple[int, ...], sh
         expected = theirs.logits(image)
     assert expected.std() > 0.1
     assert torch.equal(ours.logits(image), expected)
+
+
+@pytest.mark.parametrize("together", [2, 3, 8, 50])
+def test_patches_and_mirrored_passes_together_answer_as_one_by_one(together: int) -> None:
+    image = torch.from_numpy(np.random.default_rng(3).normal(size=(1, 20, 40, 90)).astype(np.float32))
+    lowres = network("lowres")
+    seen: list[int] = []
+
+    def counted(patches: torch.Tensor) -> torch.Tensor:
+        seen.append(len(patches))
+        return lowres.module(patches)
+
+    def slid(count: int) -> torch.Tensor:
+        seen.clear()
+        heads = lowres._predictor.label_manager.num_segmentation_heads
+        size, here = lowres.patch_size, Placement(CPU, CPU)
+        return sliding_window.logits(counted, image, size, heads, here, mirror_axes=(0, 2), together=count)
+
+    alone = slid(1)
+    passes = len(seen)
+    assert set(seen) == {1}
+    assert passes % 4 == 0  # each patch is seen in 4 ways
+    assert passes > 4
+    batched = slid(together)
+    assert seen == [*[together] * (passes // together), *([passes % together] if passes % together else [])]
+    torch.testing.assert_close(batched, alone, atol=2e-3, rtol=2e-3)  # a few steps of half precision
+    assert (batched.argmax(0) == alone.argmax(0)).float().mean() > 0.9999
+
+
+@pytest.mark.parametrize(("axes", "together"), [((), 1), ((2,), 1), ((2,), 4)])
+def test_patches_without_anything_in_them_are_computed_once(axes: tuple[int, ...], together: int) -> None:
+    """A liver that was cut out fills its box badly: most of the patches lie beside it, and are all the same."""
+    lowres = network("lowres")
+    z, y, x = lowres.patch_size
+    image = torch.full((1, z, y, 4 * x), -1.5)
+    image[0, 4 : z - 4, 4 : y - 4, 5 : x // 3] = torch.linspace(-1, 1, x // 3 - 5)
+    count, kept = [0], lowres.module
+
+    def counted(patches: torch.Tensor) -> torch.Tensor:
+        count[0] += len(patches)
+        return kept(patches)
+
+    def slid(module: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        heads, here = lowres._predictor.label_manager.num_segmentation_heads, Placement(CPU, CPU)
+        return sliding_window.logits(module, image, lowres.patch_size, heads, here, mirror_axes=axes, together=together)
+
+    seen = slid(counted)
+    assert count[0] == 2 ** len(axes) + 1  # the patch at the edge, each way, and one of the six beside it
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sliding_window, "_only_values", lambda _: None)
+        torch.testing.assert_close(seen, slid(kept), atol=0 if together == 1 else 2e-3, rtol=0)
+    assert seen.std() > 0.1
+
+
+def test_a_gpu_takes_as_many_patches_together_as_it_has_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {"memory_allocated": 100, "max_memory_allocated": 150, "memory_reserved": 180, "mem_get_info": (320, 1000)}
+    for name, answer in told.items():
+        monkeypatch.setattr(torch.cuda, name, lambda _, answer=answer: answer)
+    reset: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset.append)
+    held = measure_from_here(GPU)
+    assert (held, reset) == (100, [GPU])
+    assert fit_together(GPU, 100, 16) == 6  # three quarters of 320 + 80, by 50 each
+    assert fit_together(GPU, 100, 4) == 4
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (0, 1000))
+    assert fit_together(GPU, 0, 16) == 1  # the one that has run, runs again
+    assert measure_from_here(CPU) is None
+
+
+@pytest.mark.parametrize("finer", [1.0, 0.7])
+def test_the_highest_logit_names_the_label_as_in_nnunets_export(finer: float) -> None:
+    """At the network's own spacing nothing is resampled; of equal logits, and half precision has many, the first."""
+    from nnunetv2.inference import export_prediction
+
+    lowres = network("lowres")
+    spacing_mm = [mm * finer for mm in lowres.spacing_mm]
+    rng = np.random.default_rng(5)
+    channels, _, properties = lowres.preprocess(rng.normal(size=(1, 9, 11, 13)).astype(np.float32), None, spacing_mm)
+    assert (channels.shape[1:] == (9, 11, 13)) == (finer == 1.0)
+    heads = lowres._predictor.label_manager.num_segmentation_heads
+    logits = torch.from_numpy(rng.integers(-2, 3, size=(heads, *channels.shape[1:])).astype(np.float16))
+    predictor = lowres._predictor
+    expected = export_prediction.convert_predicted_logits_to_segmentation_with_correct_shape(
+        logits.float(), predictor.plans_manager, predictor.configuration_manager, predictor.label_manager, properties
+    )
+    assert len(np.unique(expected)) == heads
+    np.testing.assert_array_equal(lowres._labels(logits, properties), expected)
 
 
 def test_numbers_that_are_not_finite_are_refused() -> None:

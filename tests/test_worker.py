@@ -20,13 +20,14 @@ from salsa_node import overview, phantom
 from salsa_node import worker as worker_module
 from salsa_node.analysis import Analysis, analyse
 from salsa_node.config import Config, parse
-from salsa_node.errors import LeaseLost
+from salsa_node.errors import LeaseLost, WeightsMissing
 from salsa_node.limits import Limits
 from salsa_node.nifti import read_labels, write_labels
-from salsa_node.pipelines import Masks, Provenance
+from salsa_node.pipelines import Masks, PipelineSettings, Provenance
+from salsa_node.pipelines.given_masks import GivenMasksPipeline
 from salsa_node.products import Products
 from salsa_node.series import inspect
-from salsa_node.settings import NodeSettings
+from salsa_node.settings import NodeSettings, Profile
 from salsa_node.store import DeliveryState, NewInstance, Run, RunState, Store, StoreSettings
 from salsa_node.volume import Grid, LabelVolume
 from salsa_node.worker import Worker
@@ -452,6 +453,61 @@ def test_exhausted_memory_lets_every_warm_pipeline_go(store, config, study, monk
         assert full.step(T0 + timedelta(hours=n)).state is RunState.QUEUED
     assert Warm.unloaded == 2  # loaded anew for the second attempt, since the first one let go of it
     assert store.run(run.id).attempt == 2
+
+
+def arriving(store: Store, called_ae: str = "") -> None:
+    """The first image of a study that has not come to an end."""
+    new = NewInstance(
+        "1.2.3.4", "1.2.3", "1.2", "1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.1.2.1", "a.dcm", "", 1, "CT",
+        modality="CT", called_ae=called_ae,
+    )  # fmt: skip
+    store.add_instance(new, T0)
+
+
+def test_the_pipeline_is_loaded_while_the_study_still_arrives(store, config, study, monkeypatch):
+    loaded: list[tuple[str, dict[str, object]]] = []
+
+    def load(name: str, settings: PipelineSettings) -> object:
+        loaded.append((name, dict(settings.options)))
+        return GivenMasksPipeline(replace(settings, masks_path=study.truth_labels, options={}))
+
+    monkeypatch.setattr(worker_module.pipelines, "load", load)
+    profile = Profile(ae_title="OTHER", pipeline="demo", options={"mirroring": True})
+    worker = Worker(store, replace(config, profile=(profile,)), "worker", clock=lambda: T0)
+    assert not worker.prepare()
+    queue(store, study)  # whole: nothing arrives any more
+    assert not worker.prepare()
+    assert loaded == []
+    arriving(store, "OTHER")
+    assert worker.prepare()
+    assert not worker.prepare()
+    assert loaded == [("demo", {"mirroring": True})]
+    store.cancel(study.study_uid, T0)
+    run = store.queue_run(
+        study.study_uid, "demo", "digest", T0, series_uid=study.series_uid, options={"mirroring": True}
+    )
+    assert worker.step(T0).state is RunState.PRODUCED, store.run(run.id).error
+    assert len(loaded) == 1
+    stages = [event.detail for event in store.events_of(study.study_uid) if event.name == "run.stage"]
+    assert stages == ["reading", "segmenting", "measuring", "writing", "checking"]
+
+
+@pytest.mark.parametrize("error", [WeightsMissing("no model here"), RuntimeError("no such file: /secret")])
+def test_what_cannot_be_loaded_ahead_is_left_to_the_run(store, worker, monkeypatch, caplog, error):
+    tried: list[str] = []
+
+    def load(name: str, settings: PipelineSettings) -> object:
+        tried.append(name)
+        raise error
+
+    monkeypatch.setattr(worker_module.pipelines, "load", load)
+    arriving(store)
+    assert not worker.prepare()
+    assert not worker.prepare()
+    assert len(tried) == 1
+    (line,) = (record for record in caplog.records if record.event == "pipeline.not_ahead")
+    assert ("no model here" in line.error) == isinstance(error, WeightsMissing)
+    assert "secret" not in line.error
 
 
 def test_a_run_that_kills_its_worker_is_given_up(store, worker, study):

@@ -85,6 +85,25 @@ def release(device: torch.device) -> None:
             torch.cuda.empty_cache()
 
 
+def measure_from_here(device: torch.device) -> int | None:
+    """Begin to measure what a GPU holds at most; the bytes that it holds now, None for a CPU."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def fit_together(device: torch.device, held_bytes: int, most: int) -> int:
+    """How many passes a GPU has room for at once, judged by the one since `measure_from_here`; 1 to `most`.
+
+    held_bytes: what that returned. A quarter of what is free stays free: libraries want work space of their own.
+    """
+    of_one = max(torch.cuda.max_memory_allocated(device) - held_bytes, 1)
+    reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's own, and unused
+    free = torch.cuda.mem_get_info(device)[0] + reserved
+    return max(1, min(most, int(0.75 * free) // of_one))
+
+
 def libraries(*more: str) -> dict[str, str]:
     """Distribution -> version, of the libraries that decide what a network answers, and of `more`."""
     return {name: version(name) for name in (*_LIBRARIES, *more)}
