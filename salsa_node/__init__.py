@@ -63,7 +63,8 @@ room imports exactly what stands right of its arrow):
   analysis               <- contrast_phase criteria dicom_ko dicom_pdf dicom_result dicom_sc dicom_seg dicom_sr dicom_viewer_sr errors findings guards limits page picture pipelines placement products series series_rules uids upright volume
 
   the plumbing wing
-    store_rows             <-
+    store_states           <-
+    store_rows             <- store_states
     store_prepared         <- errors
     store_connection       <- errors store_prepared
     store_transaction      <- errors store_rows
@@ -75,8 +76,9 @@ room imports exactly what stands right of its arrow):
     store_looks            <- errors store_connection store_queries store_rows store_transaction
     store_search           <- store_queries store_rows store_transaction
     store_switches         <- store_connection store_queries store_rows store_transaction
+    store_reviews          <- errors store_connection store_queries store_rows store_transaction
     store_proofs           <- errors store_connection store_queries store_rows store_transaction
-  store                  <- store_arrivals store_commitments store_connection store_deliveries store_interventions store_looks store_proofs store_rows store_search store_switches store_transaction
+  store                  <- store_arrivals store_commitments store_connection store_deliveries store_interventions store_looks store_proofs store_reviews store_rows store_search store_switches store_transaction
     association            <-
     notes                  <- errors store
     instance_header        <-
@@ -126,6 +128,7 @@ room imports exactly what stands right of its arrow):
     model_trial            <- errors models phantom pipelines.nnunet volume
     model_import           <- errors model_cards model_manifest model_source model_trial models task_identity
     model_fetch            <- errors model_cards model_import model_manifest models
+    cli_review             <- config console options store
     cli_queue              <- config console options store
     cli_series             <- assembly config console errors nifti options preflight series store upright
     cli_upkeep             <- backup config console doctor integrity options store
@@ -136,7 +139,7 @@ room imports exactly what stands right of its arrow):
     batch                  <- analysis cases criteria durable errors film findings guards limits log models nifti pipelines series_rules uids upright volume
     scripting              <- batch cases config criteria dicom_result dicom_seg errors findings limits nifti pipelines preflight series
     cli_batch              <- batch cases config console criteria errors options pipelines preflight settings
-  cli                    <- assembly cli_batch cli_models cli_queue cli_series cli_studies cli_upkeep config console demo durable errors log nifti node offline options preflight settings store ways worker
+  cli                    <- assembly cli_batch cli_models cli_queue cli_review cli_series cli_studies cli_upkeep config console demo durable errors log nifti node offline options preflight settings store ways worker
     __main__               <- cli
 """  # noqa: E501 - one room, one line
 

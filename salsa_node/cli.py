@@ -20,6 +20,7 @@ from salsa_node import (
     cli_batch,
     cli_models,
     cli_queue,
+    cli_review,
     cli_series,
     cli_studies,
     cli_upkeep,
@@ -43,6 +44,8 @@ app.command()(cli_batch.batch)
 app.command()(cli_series.select)
 app.command()(cli_series.export)
 app.command()(cli_queue.pause)
+app.command()(cli_review.hold)
+app.command()(cli_review.release)
 app.command()(cli_queue.resume)
 for _command in (*cli_studies.COMMANDS, *cli_upkeep.COMMANDS):
     app.command()(_command)

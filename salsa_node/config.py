@@ -75,7 +75,8 @@ class Config:
 
     def destinations_for(self, called_ae: str) -> tuple[str, ...]:
         """Names of the destinations that results of such studies go to."""
-        return next((p.to for p in self.profile if p.ae_title == called_ae and p.to), self.delivery.to)
+        to = next((p.to for p in self.profile if p.ae_title == called_ae and p.to), self.delivery.to)
+        return tuple(dict.fromkeys((*to, *self.delivery.research))) if self.delivery.shadow else to
 
     @property
     def store_url(self) -> str:
@@ -263,6 +264,7 @@ def _check_together(config: Config) -> None:
     for number, destination in enumerate(config.destination):
         _check_way(f"destination[{number}]", destination, config.listener)
     _check_destinations("delivery.to", config.delivery.to, names)
+    _check_destinations("delivery.research", config.delivery.research, names)
     titles = [config.listener.ae_title]
     for number, profile in enumerate(config.profile):
         if profile.ae_title in titles:

@@ -14,6 +14,7 @@ from rich.table import Table
 NEXT = {
     "failed": "salsa-node retry STUDY, once the cause is mended",
     "blocked": "look at the objects that salsa-node show STUDY names, then rerun with other settings or --masks",
+    "held": "look at the objects that salsa-node show STUDY names, then salsa-node release STUDY",
     "not delivered": "salsa-node echo DESTINATION, then salsa-node retry STUDY",
 }
 

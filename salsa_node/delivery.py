@@ -69,7 +69,14 @@ def _send_out(
     """One way for all that can be read. Raises DeliveryError for what hinders every object alike."""
     if not due:
         return
+    if store.is_held(store.run(due[0].run_id), settings.hold):
+        outbox.hold_back(due)
+        return
     destination = resolve(store, due[0], destinations)
+    if settings.shadow and destination.name not in settings.research:
+        for delivery in due:
+            outbox.leave_out(delivery, "not sent: the node works in the shadow (delivery.shadow)")
+        return
     made = {item.id: item for item in store.objects_of(due[0].run_id)}
     there = [row for row in store.deliveries_of(due[0].run_id) if row.destination == due[0].destination]
     states = {made[row.object_id].kind: row.state for row in there}
@@ -160,6 +167,11 @@ class _Outbox:
 
         if self._settle(delivery, write):
             log.info("object delivered", extra={"event": "delivery.sent", "delivery": delivery.id, "status": status})
+
+    def hold_back(self, deliveries: Sequence[Delivery]) -> None:
+        """They wait for a person."""
+        for delivery in deliveries:
+            self._settle(delivery, lambda now, it=delivery: self._store.hold_back([it.id], self._owner, now)[0])  # type: ignore[misc]
 
     def within_rate(
         self, destination: Destination, files: Sequence[tuple[Delivery, Outgoing]]

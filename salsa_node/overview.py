@@ -37,6 +37,7 @@ class Standing(Enum):
     FAILED = "failed"  #: the last run failed; a person decides
     BLOCKED = "blocked"  #: a guard kept the last result here; a person decides
     SENDING = "sending"
+    HELD = "held"  #: the result waits for a person, who releases it
     NOT_DELIVERED = "not delivered"  #: a delivery was given up; a person decides
     DONE = "done"  #: every object has reached every destination
     CANCELLED = "cancelled"
@@ -100,6 +101,8 @@ def _standing(study: Study, series: Sequence[Series], latest: Run | None, delive
     states = {delivery.state for delivery in deliveries}
     if DeliveryState.GAVE_UP in states:
         return Standing.NOT_DELIVERED
+    if DeliveryState.HELD in states:
+        return Standing.HELD
     return Standing.SENDING if DeliveryState.PENDING in states else Standing.DONE
 
 

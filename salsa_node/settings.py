@@ -165,6 +165,8 @@ class DeliverySettings:
     max_attempts: after so many a delivery is given up and waits for `salsa-node resend`.
     verify_after_s: how long after an object was taken its destination is asked for it; doubled with each question.
     max_checks: after so many questions without an answer it stays sent, unverified.
+    hold: every result waits for a person: `salsa-node release STUDY`.
+    shadow: everything is done and nothing is sent, except to the destinations of `research`, which then get everything.
     commitment_s: how long the answer to a request for storage commitment may take before a query is asked instead.
     """
 
@@ -178,6 +180,9 @@ class DeliverySettings:
     verify_after_s: float = 10.0
     max_checks: int = field(default=8, metadata={"min": 1})
     commitment_s: float = 120.0
+    hold: bool = False
+    shadow: bool = False
+    research: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,11 +13,12 @@ States (a test holds this drawing against `store_rows.TRANSITIONS`)::
               RUNNING -> PRODUCED | QUEUED | FAILED | BLOCKED | CANCELLED
               PRODUCED -> SUPERSEDED
               FAILED -> QUEUED
-    Delivery  PENDING -> SENT | PENDING | GAVE_UP | WITHDRAWN | LEFT_OUT
+    Delivery  PENDING -> SENT | PENDING | GAVE_UP | WITHDRAWN | LEFT_OUT | HELD
               SENT -> VERIFIED | PENDING
               VERIFIED -> PENDING
               GAVE_UP -> PENDING
               LEFT_OUT -> PENDING
+              HELD -> PENDING | WITHDRAWN
 
 A study has one current result. Queueing a newer run cancels the runs of that study that wait or run;
 its worker hears LeaseLost at the next heartbeat. The older result stays current until the newer one
@@ -46,6 +47,7 @@ from salsa_node.store_deliveries import Deliveries
 from salsa_node.store_interventions import Interventions
 from salsa_node.store_looks import Looks
 from salsa_node.store_proofs import Proofs
+from salsa_node.store_reviews import Reviews
 from salsa_node.store_rows import (
     DELIVERIES,
     OBJECTS,
@@ -105,7 +107,7 @@ KEPT = "images came after the person's masks; the masks stay, salsa-node rerun a
 _UNDER_WAY = (RunState.QUEUED, RunState.RUNNING)
 
 
-class Store(Arrivals, Commitments, Deliveries, Interventions, Looks, Proofs, Search, Switches):
+class Store(Arrivals, Commitments, Deliveries, Interventions, Looks, Proofs, Reviews, Search, Switches):
     """An open store; made by `Store.open`. Threads may share it, processes open their own."""
 
     @classmethod

@@ -10,72 +10,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import Enum
-from typing import Final
 
 import sqlalchemy as sa
 
-
-class SeriesState(Enum):
-    """Is a series still arriving?"""
-
-    RECEIVING = "RECEIVING"
-    COMPLETE = "COMPLETE"
-    REJECTED = "REJECTED"
-
-
-class RunState(Enum):
-    """How far one pipeline is with one study."""
-
-    QUEUED = "QUEUED"
-    RUNNING = "RUNNING"
-    PRODUCED = "PRODUCED"
-    FAILED = "FAILED"
-    BLOCKED = "BLOCKED"
-    CANCELLED = "CANCELLED"
-    SUPERSEDED = "SUPERSEDED"
-
-
-class DeliveryState(Enum):
-    """How far one object is on its way to one destination."""
-
-    PENDING = "PENDING"
-    SENT = "SENT"
-    VERIFIED = "VERIFIED"
-    GAVE_UP = "GAVE_UP"
-    WITHDRAWN = "WITHDRAWN"
-    LEFT_OUT = "LEFT_OUT"
-
-
-State = SeriesState | RunState | DeliveryState
-
-TRANSITIONS: Final[Mapping[State, frozenset[State]]] = {
-    SeriesState.RECEIVING: frozenset({SeriesState.COMPLETE}),
-    SeriesState.COMPLETE: frozenset({SeriesState.REJECTED, SeriesState.RECEIVING}),
-    SeriesState.REJECTED: frozenset({SeriesState.RECEIVING}),
-    RunState.QUEUED: frozenset({RunState.RUNNING, RunState.CANCELLED}),
-    RunState.RUNNING: frozenset(
-        {RunState.PRODUCED, RunState.QUEUED, RunState.FAILED, RunState.BLOCKED, RunState.CANCELLED}
-    ),
-    RunState.PRODUCED: frozenset({RunState.SUPERSEDED}),
-    RunState.FAILED: frozenset({RunState.QUEUED}),
-    RunState.BLOCKED: frozenset(),
-    RunState.CANCELLED: frozenset(),
-    RunState.SUPERSEDED: frozenset(),
-    DeliveryState.PENDING: frozenset(
-        {
-            DeliveryState.SENT,
-            DeliveryState.PENDING,
-            DeliveryState.GAVE_UP,
-            DeliveryState.WITHDRAWN,
-            DeliveryState.LEFT_OUT,
-        }
-    ),
-    DeliveryState.SENT: frozenset({DeliveryState.VERIFIED, DeliveryState.PENDING}),
-    DeliveryState.VERIFIED: frozenset({DeliveryState.PENDING}),
-    DeliveryState.GAVE_UP: frozenset({DeliveryState.PENDING}),
-    DeliveryState.WITHDRAWN: frozenset(),
-    DeliveryState.LEFT_OUT: frozenset({DeliveryState.PENDING}),
-}
+from salsa_node.store_states import TRANSITIONS as TRANSITIONS  # a row is told by its state
+from salsa_node.store_states import DeliveryState as DeliveryState
+from salsa_node.store_states import RunState as RunState
+from salsa_node.store_states import SeriesState as SeriesState
+from salsa_node.store_states import State as State
 
 
 @dataclass(frozen=True, slots=True)

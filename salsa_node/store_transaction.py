@@ -181,7 +181,11 @@ class Transaction:
         stale = (
             sa.select(DELIVERIES)
             .join(RUNS, RUNS.c.id == DELIVERIES.c.run_id)
-            .where(DELIVERIES.c.state == DeliveryState.PENDING, RUNS.c.state == RunState.SUPERSEDED, idle)
+            .where(
+                DELIVERIES.c.state.in_([DeliveryState.PENDING, DeliveryState.HELD]),
+                RUNS.c.state == RunState.SUPERSEDED,
+                idle,
+            )
         )
         for delivery in self.all(Delivery, stale):
             self.become_delivery(delivery, DeliveryState.WITHDRAWN, now, "a newer result took its place")

@@ -8,7 +8,7 @@ import sqlalchemy as sa
 
 from salsa_node.errors import StoreError
 
-HEAD = "0009"  #: the revision that `salsa_node.store_rows.METADATA` describes; revisions count upwards
+HEAD = "0010"  #: the revision that `salsa_node.store_rows.METADATA` describes; revisions count upwards
 
 
 def revision(connection: sa.Connection) -> str | None:

@@ -1,0 +1,40 @@
+"""`salsa-node hold` and `release`: a person looks at a result before it leaves."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+from salsa_node import config, console
+from salsa_node.options import EXIT_NO, AsJson, ConfigFile, StudyName
+
+
+def hold(study: StudyName, config_file: ConfigFile = None, as_json: AsJson = False) -> None:
+    """Let nothing of a study leave until `release`, results to come included; what has arrived is not called back."""
+    from salsa_node import store
+
+    with store.Store.open(store.StoreSettings(config.load(config_file).store_url)) as record:
+        wanted = record.study(study).study_uid
+        held = record.hold_study(wanted, datetime.now(UTC))
+    if as_json:
+        console.put_json({"study_uid": wanted, "held": [item.id for item in held]})
+    else:
+        console.put(
+            f"{len(held)} deliveries are held, and so is what is yet to come; then: salsa-node release {wanted}"
+        )
+
+
+def release(study: StudyName, config_file: ConfigFile = None, as_json: AsJson = False) -> None:
+    """Let the current result of a study leave; a running node sends it."""
+    from salsa_node import store
+
+    with store.Store.open(store.StoreSettings(config.load(config_file).store_url)) as record:
+        wanted = record.study(study).study_uid
+        due = record.release_study(wanted, datetime.now(UTC))
+    if as_json:
+        console.put_json({"study_uid": wanted, "released": [item.id for item in due]})
+    elif due:
+        console.put(f"{len(due)} deliveries are due; a running node sends them")
+    else:
+        console.put("nothing of it was held; what is sent of its current result from now on leaves")
+    if not due:
+        raise SystemExit(EXIT_NO)
