@@ -113,7 +113,12 @@ room imports exactly what stands right of its arrow):
     backup                 <- durable errors store
     retention              <- durable errors overview settings store
     integrity              <- durable store
-    node                   <- assembly commitment config delivery durable errors integrity listener log pacs_count preflight retention store supervisor verification
+    audit                  <- errors store
+    audit_message          <- audit durable errors settings
+    web                    <- errors settings
+    monitoring             <- errors overview store web
+    notification           <- durable errors settings store
+    node                   <- assembly audit audit_message commitment config delivery durable errors integrity listener log monitoring notification pacs_count preflight retention store supervisor verification web
     console                <-
     dicom_ct               <- errors uids volume
     offline                <- analysis candidate config criteria dicom_ct dicom_result errors findings log nifti picture pipelines selection series uids upright volume
@@ -131,8 +136,8 @@ room imports exactly what stands right of its arrow):
     cli_review             <- config console options store
     cli_queue              <- config console options store
     cli_series             <- assembly config console errors nifti options preflight series store upright
-    cli_upkeep             <- backup config console doctor integrity options store
-    cli_studies            <- config console durable options overview store
+    cli_upkeep             <- audit backup config console doctor integrity options store
+    cli_studies            <- audit config console durable options overview store
     cli_models             <- config console errors model_cards model_fetch model_import model_manifest models options
     cases                  <- candidate errors nifti selection selection_rules series series_rules volume
     film                   <- dicom_result findings picture volume

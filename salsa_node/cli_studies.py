@@ -12,7 +12,7 @@ from typing import Annotated, Final
 
 import typer
 
-from salsa_node import config, console, durable, overview
+from salsa_node import audit, config, console, durable, overview
 from salsa_node.options import EXIT_NO, AsJson, ConfigFile, Since, StudyName, Until, Yes, ask, moment
 from salsa_node.overview import Standing
 from salsa_node.store import ORDERS, Event, Sought, Store, StoreSettings
@@ -74,6 +74,7 @@ def show(study: StudyName, config_file: ConfigFile = None, as_json: AsJson = Fal
     """Show one study: series, scores, runs, findings, deliveries, provenance, time line."""
     with _store(config_file) as record:
         page = overview.detail(record, overview.glance(record, record.study(study)))
+    audit.Trail(config.load(config_file).node.data_dir).accessed("show", str(page["study_uid"]), datetime.now(UTC))
     if as_json:
         console.put_json(page)
     else:

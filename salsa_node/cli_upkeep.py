@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Final
@@ -12,6 +13,7 @@ from salsa_node import config, console
 from salsa_node.options import EXIT_NO, AsJson, ConfigFile, Yes, ask
 from salsa_node.store import Store, StoreSettings
 
+audit_app = typer.Typer(help="The audit trail.", no_args_is_help=True)
 db_app = typer.Typer(help="The record.", no_args_is_help=True)
 
 
@@ -122,6 +124,43 @@ def db_upgrade(config_file: ConfigFile = None, as_json: AsJson = False) -> None:
         console.put(f"the record has version {before}, which is the newest")
     else:
         console.put(f"the record went from version {before} to {migrations.HEAD}; as it was it lies in {kept}")
+
+
+@audit_app.command("verify")
+def audit_verify(config_file: ConfigFile = None, as_json: AsJson = False) -> None:
+    """Say whether the audit trail is whole."""
+    from salsa_node import audit
+
+    chain = audit.Trail(config.load(config_file).node.data_dir).verify()
+    if as_json:
+        console.put_json({"lines": chain.lines, "last": chain.last, "broken": chain.broken})
+    elif chain.broken:
+        console.put(f"broken after {chain.lines} lines: {chain.broken}")
+    else:
+        console.put(f"{chain.lines} lines hang together; the last has digest {chain.last}")
+    if chain.broken:
+        raise SystemExit(EXIT_NO)
+
+
+@audit_app.command("show")
+def audit_show(
+    config_file: ConfigFile = None,
+    as_json: AsJson = False,
+    study: Annotated[str, typer.Option(help="Only lines about this Study Instance UID.")] = "",
+    limit: Annotated[int, typer.Option(min=1, help="The newest so many.")] = 100,
+) -> None:
+    """Print the audit trail, oldest first; with --json one object a line."""
+    from salsa_node import audit
+
+    entries = audit.Trail(config.load(config_file).node.data_dir).entries()
+    found = [entry for entry in entries if not study or entry.study_uid == study][-limit:]
+    if as_json:
+        console.put_json_lines([asdict(entry) for entry in found])
+        return
+    for entry in found:
+        console.put(
+            f"{entry.number:6} {entry.at}  {entry.action:22} {entry.who:16} {entry.study_uid or ''}  {entry.detail}"
+        )
 
 
 COMMANDS: Final = (verify, doctor, backup, restore)

@@ -29,16 +29,20 @@ from salsa_node.series_rules import SeriesRules
 from salsa_node.settings import (
     SENDER,
     AssemblySettings,
+    AuditSettings,
     DeliverySettings,
     Destination,
     ListenerSettings,
     NodeSettings,
+    NotifySettings,
     PipelineChoice,
     Profile,
     QuerySettings,
     RetentionSettings,
+    WebSettings,
     WorkerSettings,
     invalid_peer,
+    invalid_template,
 )
 
 ENVIRONMENT = "SALSA_NODE_CONFIG"
@@ -61,6 +65,9 @@ class Config:
     worker: WorkerSettings = field(default_factory=WorkerSettings)
     delivery: DeliverySettings = field(default_factory=DeliverySettings)
     retention: RetentionSettings = field(default_factory=RetentionSettings)
+    web: WebSettings = field(default_factory=WebSettings)
+    audit: AuditSettings = field(default_factory=AuditSettings)
+    notify: NotifySettings = field(default_factory=NotifySettings)
     destination: tuple[Destination, ...] = ()
     profile: tuple[Profile, ...] = ()
 
@@ -234,7 +241,7 @@ def _check_together(config: Config) -> None:
     both = set(config.worker.stat_ae_titles) & set(config.worker.off_peak_ae_titles)
     if both:
         raise ConfigError(f"worker.off_peak_ae_titles: {min(both)!r} is among worker.stat_ae_titles; choose one")
-    wrong = invalid_peer(config.listener.allowed)
+    wrong = invalid_peer(config.listener.allowed) or invalid_template(config.notify)
     if wrong:
         raise ConfigError(wrong)
     tls = config.listener.tls

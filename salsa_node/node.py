@@ -20,7 +20,20 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import FrameType
 
-from salsa_node import assembly, commitment, delivery, durable, integrity, preflight, retention, verification
+from salsa_node import (
+    assembly,
+    audit,
+    audit_message,
+    commitment,
+    delivery,
+    durable,
+    integrity,
+    monitoring,
+    notification,
+    preflight,
+    retention,
+    verification,
+)
 from salsa_node.config import Config
 from salsa_node.errors import ConfigError, SalsaNodeError
 from salsa_node.listener import INCOMING, Listener
@@ -28,6 +41,7 @@ from salsa_node.log import unforeseen
 from salsa_node.pacs_count import Archive
 from salsa_node.store import Store, StoreSettings, hold
 from salsa_node.supervisor import WorkerProcess
+from salsa_node.web import Web
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +76,8 @@ def serve(config: Config, config_path: Path | None) -> None:
         with Listener(config.listener, store, config.node.data_dir, also_called=titles) as listener:
             for loop in loops:
                 loop.start()
+            if config.web.port:
+                stack.enter_context(_web(store, config, loops))
             store.add_event("node", host, "node.started", f"port {listener.port}", _now())
             log.info("ready", extra={"event": "node.ready", "port": listener.port, "pid": os.getpid()})
             stop.wait()
@@ -134,6 +150,16 @@ def _loops(store: Store, config: Config, workers: Sequence[WorkerProcess]) -> tu
     def compare(now: datetime) -> object | None:
         return integrity.step(store, data_dir, timedelta(hours=config.retention.verify_hours), now)
 
+    trail = audit.Trail(data_dir)
+    collector = audit_message.Collector(config.audit, data_dir)
+    notifier = notification.Notifier(config.notify, data_dir, socket.gethostname())
+
+    def write_down(now: datetime) -> object | None:  # noqa: ARG001 - the trail has the events' own times
+        return trail.take(store) or collector.step(trail)
+
+    def tell(now: datetime) -> object | None:
+        return notifier.step(store, now)
+
     return (
         *(Loop("worker", worker.step, config.worker.poll_s) for worker in workers),
         Loop("assembly", assemble, config.assembly.poll_s),
@@ -142,6 +168,17 @@ def _loops(store: Store, config: Config, workers: Sequence[WorkerProcess]) -> tu
         Loop("commitment", report, config.delivery.poll_s),
         Loop("retention", let_go, config.retention.poll_s),
         Loop("integrity", compare, config.retention.poll_s),
+        Loop("audit", write_down, config.audit.poll_s),
+        Loop("notification", tell, config.notify.poll_s),
+    )
+
+
+def _web(store: Store, config: Config, loops: Sequence[Loop]) -> Web:
+    data_dir = config.node.data_dir
+    return Web(
+        config.web,
+        lambda: monitoring.measure(store, data_dir, _now()),
+        lambda: monitoring.examine(store, data_dir, config.listener.min_free_gib, loops),
     )
 
 

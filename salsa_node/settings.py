@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import string
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -268,3 +269,57 @@ class RetentionSettings:
     min_free_gib: float = 0.0
     verify_hours: float = field(default=0.0, metadata={"max": 8760})
     poll_s: float = field(default=300.0, metadata={"above": 0})
+
+
+@dataclass(frozen=True, slots=True)
+class WebSettings:
+    """Where monitoring asks for /metrics and /health; port 0: nowhere."""
+
+    host: str = field(default="127.0.0.1", metadata={"pattern": r"\S+"})
+    port: int = field(default=0, metadata={"max": 65535})
+
+
+@dataclass(frozen=True, slots=True)
+class AuditSettings:
+    """Where the lines of the audit trail go besides the data folder.
+
+    syslog: "udp://HOST:PORT" or "tcp://HOST:PORT" of a collector of DICOM audit messages; "": nowhere.
+    source: our name among the sources of audit messages.
+    """
+
+    syslog: str = field(default="", metadata={"pattern": r"((udp|tcp)://[^/\s]+:\d+)?"})
+    source: str = field(default="SALSA_NODE", metadata={"pattern": r"\S+"})
+    poll_s: float = field(default=2.0, metadata={"above": 0})
+
+
+@dataclass(frozen=True, slots=True)
+class NotifySettings:
+    """Who is told when something needs a person, and in which words.
+
+    events: beginnings of the names of events. webhook: takes a POST of {"text": ...}. subject, text: templates with
+    $at, $event, $study, $subject, $number, $detail and $node, none of which holds patient identity.
+    """
+
+    events: tuple[str, ...] = ("run.failed", "run.blocked", "delivery.gave_up", "instance.quarantined", "file.fault")
+    webhook: str = field(default="", metadata={"pattern": r"(https?://\S+)?"})
+    email_to: tuple[str, ...] = ()
+    email_from: str = "salsa-node@localhost"
+    smtp_host: str = field(default="127.0.0.1", metadata={"pattern": r"\S+"})
+    smtp_port: int = field(default=25, metadata={"min": 1, "max": 65535})
+    smtp_tls: bool = False
+    subject: str = "salsa-node: $event"
+    text: str = "$at  $event  $detail  study $study"
+    timeout_s: float = field(default=10.0, metadata={"above": 0})
+    poll_s: float = field(default=5.0, metadata={"above": 0})
+
+
+def invalid_template(settings: NotifySettings) -> str | None:
+    """What is wrong with the first template that cannot be filled in; None where all can."""
+    fields = dict.fromkeys(("at", "event", "study", "subject", "number", "detail", "node"), "")
+    for key in ("subject", "text"):
+        try:
+            string.Template(getattr(settings, key)).substitute(fields)
+        except (KeyError, ValueError) as error:
+            there = ", ".join(f"${name}" for name in fields)
+            return f"notify.{key}: {error} is no field of a template; there are {there} ($$ for a dollar)"
+    return None

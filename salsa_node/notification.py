@@ -1,0 +1,119 @@
+"""Words to people when something needs them: a webhook, an e-mail; by templates that hold no patient identity."""
+
+from __future__ import annotations
+
+import json
+import logging
+import smtplib
+import ssl
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from email.message import EmailMessage
+from pathlib import Path
+from urllib import request
+
+from salsa_node import durable
+from salsa_node.errors import DeliveryError, SalsaNodeError
+from salsa_node.settings import NotifySettings
+from salsa_node.store import Event, Store
+
+log = logging.getLogger(__name__)
+
+FIELDS = ("at", "event", "study", "subject", "number", "detail", "node")  #: what a template may name
+_TOGETHER = 50  # events in one message at most
+_WAIT = timedelta(minutes=1)  # after a failure, doubled each time ...
+_MAX_WAIT = timedelta(hours=1)  # ... up to this
+
+
+@dataclass(slots=True)
+class Notifier:
+    """Tells of events as they come; remembers in the data folder how far it has told.
+
+    name: our own, for the field `node` of a template.
+    """
+
+    settings: NotifySettings
+    data_dir: Path
+    name: str
+    not_before: datetime | None = None
+    wait: timedelta = _WAIT
+
+    def step(self, store: Store, now: datetime) -> int | None:
+        """Tell of what happened since the last time; of how many events, None where there was nothing.
+
+        The first start tells nothing of the past. Raises DeliveryError where nobody could be told: the next step
+        that is due tells of the same.
+        """
+        if not (self.settings.webhook or self.settings.email_to) or (self.not_before and now < self.not_before):
+            return None
+        told = self._told(store)
+        new = store.events_after(told)
+        if not new:
+            return None
+        due = [event for event in new if event.name.startswith(tuple(self.settings.events))][:_TOGETHER]
+        if due:
+            try:
+                self._send(due)
+            except SalsaNodeError:
+                self.not_before, self.wait = now + self.wait, min(2 * self.wait, _MAX_WAIT)
+                raise
+        last = due[-1].id if len(due) == _TOGETHER else new[-1].id
+        durable.write(self._file, [str(last).encode()])
+        self.not_before, self.wait = None, _WAIT
+        return len(due)
+
+    @property
+    def _file(self) -> Path:
+        return self.data_dir / "notified"
+
+    def _told(self, store: Store) -> int:
+        """The number of the last event that was told."""
+        try:
+            return int(self._file.read_text())
+        except (OSError, ValueError):
+            newest = store.find_events(limit=1)
+            last = newest[0].id if newest else 0
+            durable.write(self._file, [str(last).encode()])
+            return last
+
+    def _send(self, events: Sequence[Event]) -> None:
+        subject = string.Template(self.settings.subject).substitute(self._values(events[0]))
+        if len(events) > 1:
+            subject += f" (and {len(events) - 1} more)"
+        body = "\n".join(string.Template(self.settings.text).substitute(self._values(event)) for event in events)
+        if self.settings.webhook:
+            _post(self.settings, {"text": f"{subject}\n{body}"})
+        if self.settings.email_to:
+            _mail(self.settings, subject, body)
+
+    def _values(self, event: Event) -> dict[str, str]:
+        values = (event.at.isoformat(timespec="seconds"), event.name, event.study_uid or "", event.subject,
+                  event.subject_id, event.detail, self.name)  # fmt: skip
+        return dict(zip(FIELDS, values, strict=True))
+
+
+def _post(settings: NotifySettings, value: object) -> None:
+    """POST as JSON; `{"text": ...}` is what Slack, Mattermost, Teams and most others take."""
+    asked = request.Request(  # noqa: S310 - the config allows http and https alone
+        settings.webhook, json.dumps(value).encode(), {"Content-Type": "application/json"}
+    )
+    try:
+        with request.urlopen(asked, timeout=settings.timeout_s):  # noqa: S310 - see above
+            return
+    except OSError as error:
+        raise DeliveryError(f"notify.webhook: nobody was told ({type(error).__name__}: {error})") from error
+
+
+def _mail(settings: NotifySettings, subject: str, body: str) -> None:
+    message = EmailMessage()
+    message["From"], message["To"], message["Subject"] = settings.email_from, ", ".join(settings.email_to), subject
+    message.set_content(body)
+    try:
+        with smtplib.SMTP(settings.smtp_host, settings.smtp_port, timeout=settings.timeout_s) as server:
+            if settings.smtp_tls:
+                server.starttls(context=ssl.create_default_context())
+            server.send_message(message)
+    except (OSError, smtplib.SMTPException) as error:
+        raise DeliveryError(f"notify.email_to: nobody was told ({type(error).__name__})") from error

@@ -1,0 +1,216 @@
+"""The audit trail: nothing can be changed, left out or put in unseen; and what a collector receives of it."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from xml.etree import ElementTree as ET
+
+import pytest
+from test_retention import arrive, finish
+
+from salsa_node import audit_message
+from salsa_node.audit import FILE, NOBODY_BEFORE, Chain, Entry, Trail
+from salsa_node.errors import ConfigError, DeliveryError
+from salsa_node.settings import AuditSettings
+from salsa_node.store import Store, StoreSettings
+
+T0 = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    with Store.open(StoreSettings(f"sqlite:///{tmp_path / 'salsa_node.sqlite'}"), create=True) as opened:
+        yield opened
+
+
+@pytest.fixture
+def trail(store: Store, tmp_path: Path) -> Trail:
+    """A trail that tells of a study that came, was sent, was looked at and was purged."""
+    arrive(store, tmp_path, "1.2")
+    finish(store, tmp_path, "1.2", "done")
+    made = Trail(tmp_path)
+    assert made.take(store) == 4
+    made.accessed("show", "1.2", T0)
+    store.purge("1.2", "by hand", T0, lambda paths: None)
+    assert made.take(store) == 1
+    return made
+
+
+def test_who_did_what_to_which_study(trail):
+    told = [(entry.number, entry.action, entry.who, entry.study_uid) for entry in trail.entries()]
+    assert [line[1:3] for line in told[:4]] == [
+        ("study.new", "CT1"), ("run.queued", "node"), ("delivery.pending", "pacs"), ("delivery.sent", "pacs"),
+    ]  # fmt: skip
+    assert told[4][1] == "access.show"
+    assert told[5] == (6, "study.purged", "node", "1.2")
+    assert {line[3] for line in told} == {"1.2"}
+
+
+def test_what_was_written_down_is_not_written_down_again(trail, store, tmp_path):
+    assert trail.take(store) is None
+    assert Trail(tmp_path).take(store) is None  # nor by the next process
+    store.add_event("node", "here", "node.tested", "not an access", T0)
+    assert trail.take(store) is None
+    store.add_event("node", "here", "node.started", "port 1", T0)
+    assert trail.take(store) == 1
+
+
+def test_a_whole_chain(trail):
+    entries = list(trail.entries())
+    assert entries[0].before == NOBODY_BEFORE
+    assert trail.verify() == Chain(6, entries[-1].sha256, None)
+
+
+def changed(line: str) -> str:
+    return line.replace("1.2", "1.3", 1)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told", "good"),
+    [
+        (lambda lines: [*lines[:2], changed(lines[2]), *lines[3:]], "line 3 has been changed", 2),
+        (lambda lines: [*lines[:2], *lines[3:]], "before line 3", 2),
+        (lambda lines: [*lines[:3], lines[2], *lines[3:]], "before line 4", 3),
+        (lambda lines: lines[1:], "before line 1", 0),
+        (lambda lines: [lines[1], lines[0], *lines[2:]], "before line 1", 0),
+        (lambda lines: [*lines[:5], "nothing"], "line 6 cannot be read", 5),
+    ],
+)
+def test_a_broken_chain(trail, tmp_path, spoil, told, good):
+    file = tmp_path / FILE
+    file.write_text("\n".join(spoil(file.read_text().splitlines())) + "\n")
+    chain = trail.verify()
+    assert told in (chain.broken or "")
+    assert chain.lines == good
+
+
+def test_half_a_line_that_a_power_cut_left_is_cut_off(trail, store, tmp_path):
+    with (tmp_path / FILE).open("a") as file:
+        file.write('{"number": 7, "at"')
+    trail.accessed("show", "1.2", T0)
+    chain = trail.verify()
+    assert (chain.lines, chain.broken) == (7, None)
+
+
+def _look(folder: Path, times: int) -> None:
+    for _ in range(times):
+        Trail(folder).accessed("show", "1.2", T0)
+
+
+def test_processes_take_turns(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    looking = [context.Process(target=_look, args=(tmp_path, 20)) for _ in range(2)]
+    for process in looking:
+        process.start()
+    for process in looking:
+        process.join(60)
+    chain = Trail(tmp_path).verify()
+    assert (chain.lines, chain.broken) == (40, None)
+
+
+def test_a_trail_that_cannot_be_written_stops_the_access(tmp_path):
+    (tmp_path / "audit").write_text("a file where the folder belongs")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        Trail(tmp_path).accessed("show", "1.2", T0)
+
+
+def an_entry(action: str, who: str = "CT1") -> Entry:
+    return Entry(1, T0.isoformat(), action, who, "1.2.3", "detail <&>", 5, NOBODY_BEFORE, "")
+
+
+@pytest.mark.parametrize(
+    ("action", "code", "done", "outcome"),
+    [
+        ("study.new", "110104", "C", "0"),
+        ("delivery.sent", "110104", "R", "0"),
+        ("delivery.gave_up", "110104", "R", "4"),
+        ("access.show", "110103", "R", "0"),
+        ("study.purged", "110105", "D", "0"),
+        ("node.started", "110100", "E", "0"),
+        ("instance.quarantined", "110113", "E", "4"),
+    ],
+)
+def test_a_line_as_a_dicom_audit_message(action, code, done, outcome):
+    root = ET.fromstring(audit_message.message(an_entry(action), "NODE"))
+    assert [child.tag for child in root] == [
+        "EventIdentification", "ActiveParticipant", "ActiveParticipant", "AuditSourceIdentification",
+        "ParticipantObjectIdentification",
+    ]  # fmt: skip
+    event = root[0]
+    assert (event.get("EventActionCode"), event.get("EventOutcomeIndicator")) == (done, outcome)
+    assert event[0].get("csd-code") == code
+    assert event[0].get("codeSystemName") == "DCM"
+    assert (event.find("EventTypeCode") is not None) == action.startswith("node.")
+    assert root[4].get("ParticipantObjectID") == "1.2.3"
+    assert root[4][0].get("csd-code") == "110180"
+
+
+def test_a_collector_over_udp(trail, tmp_path):
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.settimeout(10)
+        settings = AuditSettings(syslog=f"udp://127.0.0.1:{sock.getsockname()[1]}")
+        collector = audit_message.Collector(settings, tmp_path)
+        assert collector.step(trail) == 6
+        lines = [sock.recv(65536) for _ in range(6)]
+        assert collector.step(trail) is None
+        trail.accessed("show", "1.2", T0)
+        assert audit_message.Collector(settings, tmp_path).step(trail) == 7  # the next process goes on
+        lines.append(sock.recv(65536))
+    head, _, body = lines[0].partition(b"\xef\xbb\xbf")
+    assert head.startswith(b"<85>1 2026-11-01T12:00:00+00:00 ")
+    assert head.endswith(b" DICOM+RFC3881 - ")
+    assert [ET.fromstring(line.partition(b"\xef\xbb\xbf")[2])[0][0].get("csd-code") for line in lines] == [
+        "110104", "110103", "110104", "110104", "110103", "110105", "110103",
+    ]  # fmt: skip
+    assert b"1.2" in body
+
+
+def test_a_collector_over_tcp_counts_octets(trail, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        settings = AuditSettings(syslog=f"tcp://127.0.0.1:{server.getsockname()[1]}")
+        assert audit_message.Collector(settings, tmp_path).step(trail) == 6
+        server.settimeout(10)
+        peer, _ = server.accept()
+        with peer, peer.makefile("rb") as stream:
+            content = stream.read()
+    count = 0
+    while content:
+        length, _, rest = content.partition(b" ")
+        ET.fromstring(rest[: int(length)].partition(b"\xef\xbb\xbf")[2])
+        content, count = rest[int(length) :], count + 1
+    assert count == 6
+
+
+def test_a_collector_that_is_down_gets_all_of_it_later(trail, tmp_path, free_port):
+    settings = AuditSettings(syslog=f"tcp://127.0.0.1:{free_port}")
+    collector = audit_message.Collector(settings, tmp_path)
+    for _ in range(2):
+        with pytest.raises(DeliveryError, match="cannot be reached"):
+            collector.step(trail)
+    with socket.create_server(("127.0.0.1", free_port)):
+        assert collector.step(trail) == 6
+
+
+def test_through_the_real_process(trail, tmp_path):
+    config = tmp_path / "site.toml"
+    config.write_text(f'[node]\ndata_dir = "{tmp_path}"\n')
+
+    def cli(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "salsa_node", *words, "--config", str(config)]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert cli("show", "1.2").returncode == 0
+    told = cli("audit", "show", "--json", "--study", "1.2", "--limit", "2")
+    assert [json.loads(line)["action"] for line in told.stdout.splitlines()] == ["study.purged", "access.show"]
+    assert "7 lines hang together" in cli("audit", "verify").stdout
+    (tmp_path / FILE).write_text((tmp_path / FILE).read_text().replace("CT1", "CT2"))
+    told = cli("audit", "verify")
+    assert (told.returncode, told.stdout) == (1, "broken after 0 lines: line 1 has been changed\n")
