@@ -18,12 +18,12 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 from pydicom.charset import convert_encodings, default_encoding
-from pydicom.datadict import dictionary_VR
+from pydicom.datadict import dictionary_VR, keyword_for_tag
 from pydicom.dataelem import DataElement, RawDataElement
 from pydicom.dataset import Dataset
 from pydicom.errors import BytesLengthException
 from pydicom.filewriter import correct_ambiguous_vr
-from pydicom.tag import Tag
+from pydicom.tag import BaseTag, Tag
 from pydicom.uid import UID
 
 from salsa_node import __version__, uids
@@ -101,7 +101,9 @@ _DATED = ("Study", "Series", "Acquisition")  # a result is never older than thes
 _TEXT = ("AS", "CS", "DA", "LO", "LT", "PN", "SH", "ST", "TM", "UC", "UI", "UT")  # carried over byte by byte
 _LOSSY = ("LossyImageCompression", "LossyImageCompressionRatio", "LossyImageCompressionMethod")
 # What the segmentation's own headers are made from.
-_UIDS = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID")
+_UIDS = {
+    keyword: Tag(keyword) for keyword in ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID")
+}
 _IMAGE = (
     "Modality",
     "Rows",
@@ -259,9 +261,10 @@ def check_source(source: Sequence[Dataset], grid: Grid) -> None:
             f"the findings lie in frame of reference {grid.frame_of_reference_uid}, the source in {named}"
         )
     rows, columns = grid.shape[1:]
+    in_common = [(keyword, Tag(keyword)) for keyword in (*WHOSE, "SeriesInstanceUID", "FrameOfReferenceUID")]
     for k, ds in enumerate(source):
-        for keyword in (*WHOSE, "SeriesInstanceUID", "FrameOfReferenceUID"):
-            if differ(ds, first, keyword):
+        for keyword, tag in in_common:
+            if differ(ds, first, tag):
                 raise EncodingError(f"source images 0 and {k} differ in {keyword}: they are not one series")
         if (ds.get("Rows"), ds.get("Columns")) != (rows, columns):
             raise EncodingError(
@@ -279,7 +282,7 @@ def check_source(source: Sequence[Dataset], grid: Grid) -> None:
 def _corners_apart_mm(source: Sequence[Dataset], grid: Grid) -> npt.NDArray[np.float64]:
     """How far each image lies from its slice, at the worst of its corners."""
     position, orientation, spacing = (
-        np.array([_numbers(ds, keyword, k) for k, ds in enumerate(source)])
+        np.array([_numbers(ds, Tag(keyword), k) for k, ds in enumerate(source)])
         for keyword in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")
     )
     between_rows, between_columns = spacing[:, :1], spacing[:, 1:]
@@ -294,10 +297,10 @@ def _corners_apart_mm(source: Sequence[Dataset], grid: Grid) -> npt.NDArray[np.f
     return worst
 
 
-def _numbers(ds: Dataset, keyword: str, k: int) -> list[float]:
-    values = ds.get(keyword)
+def _numbers(ds: Dataset, tag: BaseTag, k: int) -> list[float]:
+    values = ds[tag].value if tag in ds else None
     if values is None:
-        raise EncodingError(f"source image {k} has no {keyword}")
+        raise EncodingError(f"source image {k} has no {keyword_for_tag(tag)}")
     return [float(value) for value in values]
 
 
@@ -336,11 +339,11 @@ def evidence(source: Sequence[Dataset]) -> list[Dataset]:
 
 def _uids_of(ds: Dataset) -> Dataset:
     bare = Dataset()
-    for keyword in _UIDS:
-        uid = ds.get(keyword)
+    for keyword, tag in _UIDS.items():
+        uid = ds[tag].value if tag in ds else None
         if not uid:
             raise EncodingError(f"the source header has no {keyword}")
-        setattr(bare, keyword, uid)
+        bare.add(DataElement(tag, "UI", uid, already_converted=True))
     return bare
 
 
@@ -471,19 +474,25 @@ def _read_date(source: Dataset, of: str, zone: tzinfo | None) -> datetime | None
 def same_patient_and_study(obj: Dataset, source: Dataset) -> None:
     """Raises EncodingError, naming the attribute and never its value, where `obj` is not of the source's study."""
     for keyword in WHOSE:
-        if differ(obj, source, keyword):
+        if differ(obj, source, Tag(keyword)):
             raise EncodingError(f"the result differs from its source in {keyword}: it is kept, not sent")
 
 
-def differ(one: Dataset, other: Dataset, keyword: str) -> bool:
+def differ(one: Dataset, other: Dataset, tag: BaseTag) -> bool:
     """Whether two headers differ in an attribute of text: in its bytes where both hold them as read, without padding.
 
     An absent value and an empty one are the same.
     """
-    tag = Tag(keyword)
-    held = [ds.get_item(tag) if tag in ds else None for ds in (one, other)]
-    if all(item is None or isinstance(item, RawDataElement) for item in held):
-        a, b = ((item.value or b"").rstrip(b" \0") if item is not None else b"" for item in held)
-        return bool(a != b)
-    of_one, of_other = (ds[tag].value if tag in ds else None for ds in (one, other))
-    return bool((of_one or "") != (of_other or ""))
+    a, b = one.get_item(tag), other.get_item(tag)
+    if (a is None or isinstance(a, RawDataElement)) and (b is None or isinstance(b, RawDataElement)):
+        as_read = [b"" if item is None or item.value is None else item.value.rstrip(b" \0") for item in (a, b)]
+        return bool(as_read[0] != as_read[1])
+    return bool((_value(one, a) or "") != (_value(other, b) or ""))
+
+
+def _value(ds: Dataset, item: Dataset | DataElement | RawDataElement | None) -> object:
+    """What an element of `ds` holds, in Python's terms; None where there is none."""
+    if item is None:
+        return None
+    value: object = item.value if isinstance(item, DataElement) else ds[item.tag].value
+    return value
