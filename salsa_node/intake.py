@@ -228,10 +228,9 @@ class Intake:
                 return SUCCESS, ""
             if not verdict.is_new:
                 self._restore(waiting.file, self._data_dir / verdict.instance.path)
-        log.debug(
-            "instance stored",
-            extra={"event": "instance.stored", "sop_instance_uid": new.sop_instance_uid, "is_new": verdict.is_new},
-        )
+        if log.isEnabledFor(logging.DEBUG):
+            extra = {"event": "instance.stored", "sop_instance_uid": new.sop_instance_uid, "is_new": verdict.is_new}
+            log.debug("instance stored", extra=extra)
         return SUCCESS, ""
 
     @staticmethod

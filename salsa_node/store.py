@@ -127,10 +127,6 @@ class Store(Arrivals, Commitments, Deliveries, Interventions, Looks, Proofs, Rev
             raise
         return cls(engine)
 
-    def close(self) -> None:
-        """Close every connection."""
-        self._engine.dispose()
-
     def __enter__(self) -> Store:
         return self
 

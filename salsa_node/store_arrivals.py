@@ -30,7 +30,7 @@ from salsa_node.store_rows import (
     SeriesState,
     Study,
 )
-from salsa_node.store_transaction import Transaction, columns, transaction
+from salsa_node.store_transaction import KeptConnection, Transaction, columns, transaction
 
 # Each runs for every commit of the door.
 _OUR_RESULTS = Lookup(OBJECTS.c.sop_instance_uid, OBJECTS.c.sop_instance_uid)
@@ -64,6 +64,12 @@ class Arrivals(Queries):
     def __init__(self, engine: sa.Engine) -> None:
         super().__init__(engine)
         self._writer = writer(engine)
+        self._kept = KeptConnection(self._writer)
+
+    def close(self) -> None:
+        """Close every connection."""
+        self._kept.close()
+        self._engine.dispose()
 
     def add_instance(self, new: NewInstance, now: datetime) -> Arrival:
         """The row of a stored file; the same instance with the same content is no new row.
@@ -87,7 +93,7 @@ class Arrivals(Queries):
         publish: called once with those that get a row, before any row is committed, to give their files the
         names that the rows say; what it raises undoes everything here.
         """
-        with transaction(self._writer) as t:
+        with self._kept.transaction() as t:
             ours = _OUR_RESULTS.find(t.connection, [new.sop_instance_uid for new in arrived])
             batch = _Batch(t, arrived, now, results=frozenset(row["sop_instance_uid"] for row in ours))
             verdicts = batch.verdicts()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
+from functools import lru_cache
 from typing import TYPE_CHECKING, TypeVar
 
 import sqlalchemy as sa
@@ -39,9 +41,51 @@ _Row = TypeVar("_Row")
 @contextmanager
 def transaction(engine: sa.Engine) -> Iterator[Transaction]:
     """One transaction: committed at the end, rolled back on any error. Raises StoreError for the database's own."""
+    with _own_errors(), engine.begin() as connection:
+        yield Transaction(connection)
+
+
+class KeptConnection:
+    """A connection that stays open between the transactions of a change that runs for every image.
+
+    Transactions take turns; after one that failed the next has a new connection. That of a server, which may be
+    started anew meanwhile, is not kept: the pool asks it each time whether it is still there.
+    """
+
+    def __init__(self, engine: sa.Engine) -> None:
+        self._engine = engine
+        self._turn = threading.Lock()
+        self._connection: sa.Connection | None = None
+
+    @contextmanager
+    def transaction(self) -> Iterator[Transaction]:
+        """As the function of that name."""
+        with self._turn, _own_errors():
+            connection = self._connection or self._engine.connect()
+            try:
+                with connection.begin():
+                    yield Transaction(connection)
+            except BaseException:
+                self._connection = None
+                connection.close()
+                raise
+            if self._engine.dialect.name == "sqlite":
+                self._connection = connection
+            else:
+                connection.close()
+
+    def close(self) -> None:
+        """Give it back; harmless at any time."""
+        with self._turn:
+            if self._connection is not None:
+                self._connection.close()
+                self._connection = None
+
+
+@contextmanager
+def _own_errors() -> Iterator[None]:
     try:
-        with engine.begin() as connection:
-            yield Transaction(connection)
+        yield
     except SQLAlchemyError as error:
         cause = getattr(error, "orig", None) or error
         text = str(cause).splitlines()[0] if str(cause) else ""
@@ -50,7 +94,12 @@ def transaction(engine: sa.Engine) -> Iterator[Transaction]:
 
 def columns(row: DataclassInstance) -> dict[str, object]:
     """The fields of a row as column values."""
-    return {field.name: getattr(row, field.name) for field in dataclasses.fields(row)}
+    return {name: getattr(row, name) for name in _names(type(row))}
+
+
+@lru_cache(maxsize=64)
+def _names(kind: type[DataclassInstance]) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(kind))
 
 
 class Transaction:
