@@ -64,21 +64,22 @@ room imports exactly what stands right of its arrow):
 
   the plumbing wing
     store_states           <-
-    store_rows             <- store_states
+    store_columns          <-
+    store_rows             <- store_columns store_states
     store_prepared         <- errors
     store_connection       <- errors store_prepared
     store_transaction      <- errors store_rows
     store_queries          <- errors store_rows store_transaction
     store_arrivals         <- errors store_connection store_prepared store_queries store_rows store_transaction
-    store_commitments      <- errors store_connection store_queries store_rows store_transaction
+    store_commitments      <- errors store_columns store_connection store_queries store_transaction
     store_deliveries       <- errors store_connection store_queries store_rows store_transaction
     store_interventions    <- errors store_connection store_queries store_rows store_transaction
     store_looks            <- errors store_connection store_queries store_rows store_transaction
     store_search           <- store_queries store_rows store_transaction
-    store_switches         <- store_connection store_queries store_rows store_transaction
+    store_switches         <- store_columns store_connection store_queries store_transaction
     store_reviews          <- errors store_connection store_queries store_rows store_transaction
     store_proofs           <- errors store_connection store_queries store_rows store_transaction
-  store                  <- store_arrivals store_commitments store_connection store_deliveries store_interventions store_looks store_proofs store_reviews store_rows store_search store_switches store_transaction
+  store                  <- store_arrivals store_commitments store_connection store_deliveries store_interventions store_looks store_proofs store_queries store_reviews store_rows store_search store_switches store_transaction
     association            <-
     notes                  <- errors store
     instance_header        <-

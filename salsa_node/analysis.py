@@ -60,6 +60,7 @@ class Terms:
 
     label_map: some destination asks for the lesions by class as a label map, which is then made beside the SEG.
     series: what is done where slices make no regular grid.
+    one_of_several: results of other series of the study stand beside this one, whose series is then named by number.
     """
 
     criteria: Criteria = field(default_factory=Criteria)
@@ -67,11 +68,15 @@ class Terms:
     products: Products = field(default_factory=Products)
     label_map: bool = False
     series: SeriesRules = field(default_factory=SeriesRules)
+    one_of_several: bool = False
 
-    @property
-    def identity(self) -> Identity:
-        """How the results are signed."""
-        return Identity(first_series_number=self.products.first_series_number)
+    def identity(self, source: pydicom.Dataset) -> Identity:
+        """How the results are signed that are made from images such as `source`."""
+        number = source.get("SeriesNumber") if self.one_of_several else None
+        return Identity(
+            first_series_number=self.products.first_series_number,
+            of_series="" if number is None else str(number),
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -136,6 +141,7 @@ def analyse(
     findings = measure(ct, masks, terms.criteria)
     # What else decides the bytes decides the UIDs too: other bytes never go out under a UID that was used before.
     source = headers(series)
+    identity = terms.identity(source[0])
     phase = contrast_phase.read(source[len(source) // 2])
     numbers = image_numbers(source)
     signed = digest(
@@ -144,7 +150,7 @@ def analyse(
         repr(numbers),
         dicom_result.whose_digest(source[0]),
         dicom_result.series_read(source),
-        *map(repr, (terms.identity, terms.products, terms.limits)),
+        *map(repr, (identity, terms.products, terms.limits)),
         *(["label map"] if terms.label_map else []),
     )
     found = (
@@ -173,7 +179,8 @@ def refuse(
 
     Raises SeriesRejected where no file of the study can be read: then there is nobody to report on.
     """
-    source, identity = _any_header(paths), terms.identity
+    source = _any_header(paths)
+    identity = terms.identity(source)
     made_of = digest("not analysed", reason, repr(identity), dicom_result.whose_digest(source), *_instances(paths))
     run_digest = digest(made_of, provenance.digest if provenance else "", repr(terms.products))
     born = lineage(run_digest)
@@ -212,7 +219,7 @@ def _objects(
     ct: CtVolume, findings: Findings, source: Sequence[pydicom.Dataset], terms: Terms, born: Lineage
 ) -> tuple[Made, ...]:
     products, when = terms.products, born.produced_at
-    identity = replace(terms.identity, revision=born.revision)
+    identity = replace(terms.identity(source[0]), revision=born.revision)
     by_class = dicom_seg.build(findings, source, identity, when, include_organ=products.include_liver)
     alone = dicom_seg.build_lesions(findings, source, identity, when) if products.per_lesion_seg else ()
     label_map = (

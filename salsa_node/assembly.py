@@ -2,9 +2,9 @@
 
 A series is COMPLETE when nothing more came for `quiet_s`. A study none of whose series is still
 arriving is looked at once: the series that `selection` ranks first and that `series.inspect` accepts
-goes to the pipeline. Where there is none, a run with a refusal is queued, so that the reader hears why.
-A late instance opens all this again, and the new run supersedes the old result; only masks that a
-person gave stay in force until a person asks again.
+goes to the pipeline, or the best few, each for a result of its own. Where there is none, a run with a
+refusal is queued, so that the reader hears why. A late instance opens all this again, and the new run
+supersedes the old result; only masks that a person gave stay in force until a person asks again.
 """
 
 from __future__ import annotations
@@ -53,19 +53,34 @@ DEFAULT_RULES = Rules()
 
 
 @dataclass(frozen=True, slots=True)
-class Input:
-    """What of a study is analysed, or why nothing is.
+class Subject:
+    """What one run is about.
 
     series_uid: the series chosen; with a refusal, the one it is about, None where it is about all.
     source_digest: changes when what would be analysed changes.
+    """
+
+    series_uid: str | None
+    source_digest: str
+
+    @property
+    def place(self) -> str:
+        """As `store.Run.place`."""
+        return store.place(self.series_uid)
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """What of a study is analysed, or why nothing is.
+
+    subjects: of each run that it takes, the best series first; with a refusal, the only one.
     refused: series UID -> reason, of every CT series that cannot be analysed.
     accepted: series UID -> how it ranked, of those that can.
     scores: a line for each CT series, the best first, as `selection.Verdict.as_json` has it.
     candidates: Series Instance UID -> what its headers say, of those that could be read.
     """
 
-    series_uid: str | None
-    source_digest: str
+    subjects: tuple[Subject, ...]
     refusal: str | None
     refused: Mapping[str, str]
     accepted: Mapping[str, str]
@@ -105,15 +120,15 @@ def step(
         return record.study_assembled(study, "no CT image in this study; nothing to analyse", now)
     pipeline = profiles.get(study.called_ae, pipeline)
     pacs = archive.latest(study.study_uid) if archive else pacs_count.ask(rules.query, study.study_uid)
-    run = _queue(record, study, found, pipeline, now, rules, pacs)
-    if overdue is not None:
-        record.wait_no_longer(run.id)
-    if run.masks_path is not None:
-        told = store.KEPT
-    else:
-        told = found.refusal or f"series {found.series_uid} goes to pipeline {pipeline.name}"
-    log.info("study assembled", extra={"event": "study.assembled", "study_uid": study.study_uid, "run": run.id})
-    return record.study_assembled(study, f"run {run.id}: {told}", now)
+    runs = _queue(record, study, found, pipeline, now, rules, pacs)
+    told = []
+    for run in runs:
+        if overdue is not None:
+            record.wait_no_longer(run.id)
+        of_series = found.refusal or f"series {run.series_uid} goes to pipeline {pipeline.name}"
+        told.append(f"run {run.id}: {of_series if run.masks_path is None else store.KEPT}")
+        log.info("study assembled", extra={"event": "study.assembled", "study_uid": study.study_uid, "run": run.id})
+    return record.study_assembled(study, "; ".join(told), now)
 
 
 def _complete(record: Store, now: datetime, rules: Rules, archive: Archive | None) -> store.Series | None:
@@ -147,8 +162,8 @@ def _complete(record: Store, now: datetime, rules: Rules, archive: Archive | Non
 
 def select(
     record: Store, data_dir: Path, study: Study, pipeline: PipelineChoice, now: datetime, rules: Rules
-) -> tuple[Input, Run]:
-    """Look at a study again by those rules; a run is queued where the input is another one than before.
+) -> tuple[Input, tuple[Run, ...]]:
+    """Look at a study again by those rules; a run is queued of each series that is another input than before.
 
     Raises SeriesRejected where the study holds no CT image.
     """
@@ -161,20 +176,28 @@ def select(
 
 def _queue(
     record: Store, study: Study, found: Input, pipeline: PipelineChoice, now: datetime, rules: Rules, pacs: Answer
-) -> Run:
-    """The verdicts written down, and the run of what was chosen."""
+) -> tuple[Run, ...]:
+    """The verdicts written down, and the run of each series that was chosen."""
     _write_down(record, study, found, now)
-    run = record.queue_run(
-        study.study_uid,
-        pipeline.name,
-        found.source_digest,
-        now,
-        series_uid=found.series_uid,
-        options=pipeline.options,
-        refusal=found.refusal,
+    runs = tuple(
+        record.queue_run(
+            study.study_uid,
+            pipeline.name,
+            subject.source_digest,
+            now,
+            series_uid=subject.series_uid,
+            options=pipeline.options,
+            refusal=found.refusal,
+            beside=_beside(subject, found),
+        )
+        for subject in found.subjects
     )
-    _note(record, study, run, found, now, rules, pacs)
-    return run
+    _note(record, study, runs[0], found, now, rules, pacs)
+    return runs
+
+
+def _beside(subject: Subject, found: Input) -> list[str]:
+    return [other.place for other in found.subjects if other.place != subject.place]
 
 
 def queue_again(
@@ -186,30 +209,42 @@ def queue_again(
     now: datetime,
     masks: tuple[str, str] | None = None,
     rules: Rules = DEFAULT_RULES,
-) -> Run:
-    """A new run of a study because a person asks, whatever ran before.
+    only: str | None = None,
+) -> tuple[Run, ...]:
+    """A new run of each series that is analysed of a study, because a person asks, whatever ran before.
 
-    masks: path relative to the data folder and SHA-256 of a person's label map.
-    Raises SeriesRejected where the study holds no CT image.
+    masks: path relative to the data folder and SHA-256 of a person's label map, which is of one series.
+    only: the Series Instance UID of the one to run again.
+    Raises SeriesRejected where the study holds no CT image, `only` is not analysed, or masks could be of several.
     """
     found = examine(record, data_dir, study, rules)
     if found is None:
         raise SeriesRejected(NO_CT)
+    subjects = [subject for subject in found.subjects if only in (None, subject.series_uid)]
+    there = ", ".join(str(subject.series_uid) for subject in found.subjects)
+    if not subjects:
+        raise SeriesRejected(f"series {only} is not analysed; of this study the rules choose {there}")
+    if masks and len(subjects) > 1:
+        raise SeriesRejected(f"masks are of one series, {len(subjects)} are analysed; say which with --series: {there}")
     path, sha256 = masks or (None, None)
-    run = record.queue_run(
-        study.study_uid,
-        pipeline,
-        found.source_digest,
-        now,
-        series_uid=found.series_uid,
-        masks_path=path,
-        masks_sha256=sha256,
-        options=options,
-        refusal=found.refusal,
-        force=True,
+    runs = tuple(
+        record.queue_run(
+            study.study_uid,
+            pipeline,
+            subject.source_digest,
+            now,
+            series_uid=subject.series_uid,
+            masks_path=path,
+            masks_sha256=sha256,
+            options=options,
+            refusal=found.refusal,
+            force=True,
+            beside=_beside(subject, found),
+        )
+        for subject in subjects
     )
-    _note(record, study, run, found, now, rules, pacs_count.ask(rules.query, study.study_uid))
-    return run
+    _note(record, study, runs[0], found, now, rules, pacs_count.ask(rules.query, study.study_uid))
+    return runs
 
 
 def _note(record: Store, study: Study, run: Run, found: Input, now: datetime, rules: Rules, pacs: Answer) -> None:
@@ -242,13 +277,15 @@ def examine(record: Store, data_dir: Path, study: Study, rules: Rules = DEFAULT_
     scores = tuple(verdict.as_json() for verdict in ranked)
     told = {candidate.series_uid: candidate for candidate in candidates}
     refused |= {verdict.series_uid: verdict.reason for verdict in choice.verdicts if not verdict.accepted}
-    if choice.chosen is not None and choice.series is not None:
+    if choice.volumes:
         accepted = {verdict.series_uid: verdict.reason for verdict in choice.verdicts if verdict.accepted}
-        return Input(choice.chosen.series_uid, choice.series.source_digest, None, refused, accepted, scores, told)
+        subjects = tuple(Subject(one.candidate.series_uid, one.series.source_digest) for one in choice.volumes)
+        return Input(subjects, None, refused, accepted, scores, told)
     best = choice.best_refused.series_uid if choice.best_refused else None
     refusal = refused[best] if best else _all_reasons(record, study, refused)
     everything = sorted(image.sop_instance_uid for image in images)
-    return Input(best, digest("refused", refusal, *everything), refusal, refused, {}, scores, told)
+    about = Subject(best, digest("refused", refusal, *everything))
+    return Input((about,), refusal, refused, {}, scores, told)
 
 
 def _verdict(read: Callable[[], _Read]) -> _Read:

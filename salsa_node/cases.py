@@ -170,7 +170,8 @@ def read(case: Case, rules: SeriesRules = DEFAULT_RULES.series) -> Scan:
 
 def open_scan(path: Path | str, rules: Rules = DEFAULT_RULES) -> Scan:
     """The one CT at `path`, a NIfTI file or a DICOM folder. Raises SeriesRejected where there is none, or several."""
-    cases = [case for case in find([str(path)], rules) if not case.left_out]
+    one = replace(rules, selection=replace(rules.selection, best=1))
+    cases = [case for case in find([str(path)], one) if not case.left_out]
     if len(cases) != 1:
         raise SeriesRejected(f"expected one scan at that path, found {len(cases)}")
     return read(cases[0], rules.series)
@@ -254,19 +255,19 @@ def _dicom_cases(folder: Path, files: Sequence[Path], rules: Rules) -> list[Case
     cases = []
     for study_uid, candidates in sorted(studies.items()):
         choice = selection.choose_volume(candidates, partial(series.inspect, rules=rules.series), rules.selection)
-        if choice.chosen is None:
+        if not choice.volumes:
             reasons = "; ".join(dict.fromkeys(verdict.reason for verdict in choice.verdicts))
             which = f"the study {study_uid}" if len(studies) > 1 else "this study"
             cases.append(_refused(folder, f"no series of {which} can be analysed: {reasons}"))
-        else:
-            place = choice.chosen.paths[0].parent
+        for volume in choice.volumes:
+            place = volume.candidate.paths[0].parent
             whole = place.absolute()
-            cases.append(Case(place, choice.chosen.paths, whole.name or "scan", whole.parent))
+            cases.append(Case(place, volume.candidate.paths, whole.name or "scan", whole.parent))
     return _told_apart(cases)
 
 
 def _told_apart(cases: list[Case]) -> list[Case]:
-    """Studies whose series lie in one folder are numbered."""
+    """Series that lie in one folder are numbered."""
     stems = [(case.stem, case.beside) for case in cases]
     seen: dict[tuple[str, Path], int] = {}
     result = []

@@ -124,6 +124,9 @@ def rerun(
     ] = None,
     organ_label: OrganLabels = None,
     lesion_label: LesionLabels = None,
+    of_series: Annotated[
+        str | None, typer.Option("--series", help="Only that one, by number or UID, where several are analysed.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Analyse a study again; the node carries it out, and the new result supersedes the old one."""
@@ -135,7 +138,8 @@ def rerun(
     with store.Store.open(store.StoreSettings(settings.store_url)) as record:
         wanted = record.study(study)
         kept = _keep_masks(settings, masks) if masks else None
-        run = assembly.queue_again(
+        only = None if of_series is None else cli_series.series_uid(record, wanted, of_series)
+        runs = assembly.queue_again(
             record,
             settings.node.data_dir,
             wanted,
@@ -144,11 +148,15 @@ def rerun(
             _now(),
             kept,
             assembly.Rules(settings.selection, settings.series, settings.assembly, settings.query),
+            only,
         )
     if as_json:
-        console.put_json({"run": run.id, "study_uid": run.study_uid, "pipeline": run.pipeline})
+        console.put_json(
+            {"run": runs[0].id, "runs": [run.id for run in runs], "study_uid": wanted.study_uid, "pipeline": name}
+        )
     else:
-        console.put(f"run {run.id} is queued; follow it with: salsa-node show {run.study_uid}")
+        for run in runs:
+            console.put(f"run {run.id} is queued; follow it with: salsa-node show {run.study_uid}")
 
 
 def _keep_masks(settings: config.Config, masks: Path) -> tuple[str, str]:
@@ -185,7 +193,7 @@ def resend(
     to: Annotated[str, typer.Option(help="A destination by name; without it all that the result went to.")] = "",
     as_json: AsJson = False,
 ) -> None:
-    """Send the current result of a study again: the same objects."""
+    """Send the current results of a study again: the same objects."""
     settings = config.load(config_file)
     from salsa_node import store
 
@@ -194,13 +202,16 @@ def resend(
     with store.Store.open(store.StoreSettings(settings.store_url)) as record:
         wanted = record.study(study).study_uid
         due = record.resend(wanted, to or None, _now())
-        latest = record.runs_of(wanted)[-1]
+        latest = store.standing(record.runs_of(wanted))
     if as_json:
         console.put_json([{"delivery": item.id, "destination": item.destination} for item in due])
     elif due:
-        console.put(f"{len(due)} deliveries of run {due[0].run_id} are due again; a running node sends them")
-        if latest.id != due[0].run_id:
-            console.put(f"its result is the current one: run {latest.id} after it is {latest.state.value}")
+        sent = list(dict.fromkeys(item.run_id for item in due))
+        named = " and ".join(f"run {number}" for number in sent)
+        console.put(f"{len(due)} deliveries of {named} are due again; a running node sends them")
+        for run in latest:
+            if run.id not in sent:
+                console.put(f"its result is the current one: run {run.id} after it is {run.state.value}")
     else:
         console.put("this result went nowhere yet: name a destination with --to, or in delivery.to before the next run")
     if not due:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,7 +14,7 @@ from salsa_node.errors import ConfigError, SeriesRejected
 from salsa_node.options import AsJson, ConfigFile, StudyName
 
 if TYPE_CHECKING:
-    from salsa_node.store import Store, Study
+    from salsa_node.store import Run, Store, Study
 
 
 def select(
@@ -22,7 +23,7 @@ def select(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the scores; queue nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Score the series of a study by the config's rules; queue the best one where it is another than before."""
+    """Score the series of a study by the config's rules; queue the best ones where they are others than before."""
     settings = config.load(config_file)
     from salsa_node import assembly, preflight, store
 
@@ -30,20 +31,28 @@ def select(
     rules = assembly.Rules(settings.selection, settings.series, settings.assembly, settings.query)
     with store.Store.open(store.StoreSettings(settings.store_url)) as record:
         wanted = record.study(study)
+        runs: Sequence[Run] = ()
         if dry_run:
-            found, run = assembly.examine(record, data_dir, wanted, rules), None
+            found = assembly.examine(record, data_dir, wanted, rules)
         else:
             ready = preflight.settled(settings)
             pipeline = ready.profile_pipelines.get(wanted.called_ae, ready.pipeline)
-            found, run = assembly.select(record, data_dir, wanted, pipeline, datetime.now(UTC), rules)
+            found, runs = assembly.select(record, data_dir, wanted, pipeline, datetime.now(UTC), rules)
     scores = list(found.scores) if found else []
     if as_json:
-        console.put_json({"study_uid": wanted.study_uid, "run": run.id if run else None, "scores": scores})
+        console.put_json(
+            {
+                "study_uid": wanted.study_uid,
+                "runs": [run.id for run in runs],
+                "run": runs[0].id if runs else None,
+                "scores": scores,
+            }
+        )
     elif not scores:
         console.put(assembly.NO_CT)
     else:
         console.put_scores(scores)
-        if run:
+        for run in runs:
             console.put(f"run {run.id} is {run.state.value}; follow it with: salsa-node show {run.study_uid}")
 
 
@@ -66,9 +75,9 @@ def export(
 
     with store.Store.open(store.StoreSettings(settings.store_url)) as record:
         wanted = record.study(study)
-        series_uid = _series_uid(record, wanted, which)
-        paths = [settings.node.data_dir / image.path for image in record.instances_of(wanted.study_uid, series_uid)]
-    file = output or Path(f"{series_uid}.nii")
+        chosen = series_uid(record, wanted, which)
+        paths = [settings.node.data_dir / image.path for image in record.instances_of(wanted.study_uid, chosen)]
+    file = output or Path(f"{chosen}.nii")
     if not file.name.endswith((".nii", ".nii.gz")):
         raise ConfigError(f"--output: expected a name that ends in .nii or .nii.gz, found {file.name}")
     if file.exists() and not force:
@@ -83,13 +92,13 @@ def export(
     except OSError as exc:
         raise ConfigError(f"--output: {file} cannot be written ({exc.strerror})") from exc
     if as_json:
-        told = {"file": str(file), "series_uid": series_uid, "shape": ct.grid.shape, "spacing_mm": ct.grid.spacing_mm}
+        told = {"file": str(file), "series_uid": chosen, "shape": ct.grid.shape, "spacing_mm": ct.grid.spacing_mm}
         console.put_json({**told, "resampled": resampled})
     else:
         console.put(f"{file}: {ct.grid}{', resampled: its slices make no regular grid' if resampled else ''}")
 
 
-def _series_uid(record: Store, study: Study, which: str | None) -> str:
+def series_uid(record: Store, study: Study, which: str | None) -> str:
     """The series of that number or UID, or the one of the study's last run. Raises SeriesRejected."""
     rows = record.series_of(study.study_uid)
     if which is None:

@@ -114,17 +114,22 @@ def retry(
         else:
             wanted = [record.study(study).study_uid]
         done = [(uid, *record.retry(uid, datetime.now(UTC))) for uid in wanted]
-    done = [(uid, run, due) for uid, run, due in done if run or due]
+    done = [(uid, runs, due) for uid, runs, due in done if runs or due]
     if as_json:
         console.put_json(
             [
-                {"study_uid": uid, "run": run.id if run else None, "deliveries": [item.id for item in due]}
-                for uid, run, due in done
+                {
+                    "study_uid": uid,
+                    "run": runs[0].id if runs else None,
+                    "runs": [run.id for run in runs],
+                    "deliveries": [item.id for item in due],
+                }
+                for uid, runs, due in done
             ]
         )
     else:
-        for uid, run, due in done:
-            what = f"run {run.id}" if run else f"{len(due)} deliveries"
+        for uid, runs, due in done:
+            what = " and ".join(f"run {run.id}" for run in runs) or f"{len(due)} deliveries"
             console.put(f"study {uid}: {what} will be tried again by a running node")
         if not done:
             console.put("nothing there has failed or was given up")

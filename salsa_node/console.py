@@ -139,10 +139,11 @@ def put_detail(study: Mapping[str, object]) -> None:
         names = {s["series_uid"]: f"series {s['series_number']}" for s in _rows(study["series"])}
         told = [{**piece, "about": names.get(piece["about"], piece["about"])} for piece in _rows(looks[-1]["evidence"])]
         put_table({"about": "about", "weight": "weight", "found": "found"}, told, "Whole?")
-    runs = _rows(study["runs"])
+    numbers = {s["series_uid"]: s["series_number"] for s in _rows(study["series"])}
+    runs = [{**run, "of_series": _of_series(run, numbers)} for run in _rows(study["runs"])]
     put_table(
-        {"id": ">run", "pipeline": "pipeline", "state": "state", "attempt": ">attempt", "outcome": "outcome",
-         "failure": "failure", "error": "error", "finished_at": "finished"},
+        {"id": ">run", "of_series": "series", "pipeline": "pipeline", "state": "state", "attempt": ">attempt",
+         "outcome": "outcome", "failure": "failure", "error": "error", "finished_at": "finished"},
         runs,
         "Runs",
     )  # fmt: skip
@@ -152,7 +153,10 @@ def put_detail(study: Mapping[str, object]) -> None:
     for run in runs:
         findings = run.get("findings")
         if isinstance(findings, Mapping) and run["state"] in ("PRODUCED", "BLOCKED"):
-            put_lesions(_rows(findings.get("lesions", [])), f"Run {run['id']}: {findings.get('caveat', '')}")
+            put_lesions(
+                _rows(findings.get("lesions", [])),
+                f"Run {run['id']}{_about(run)}: {findings.get('caveat', '')}",
+            )
             for flag in _rows(findings.get("flags", [])):
                 put(f"{'BLOCKED' if flag['blocks'] else 'note'}: {flag['text']}")
             if findings.get("reason"):
@@ -235,6 +239,16 @@ def put_statistics(figures: Mapping[str, object]) -> None:
     put_table({"what": "seconds", "count": ">count", "p50": ">median", "p95": ">95 %", "max": ">longest"}, rows)
     if figures["oldest_queued_at"]:
         put(f"waiting since {figures['oldest_queued_at']}")
+
+
+def _of_series(run: Mapping[str, object], numbers: Mapping[object, object]) -> str:
+    """Which series a run is about, by its number where it has one; "" where it is about the study."""
+    number = numbers.get(run["series_uid"])
+    return str(run["series_uid"] or "" if number is None else number)
+
+
+def _about(run: Mapping[str, object]) -> str:
+    return f", series {run['of_series']}" if run["of_series"] else ""
 
 
 def _rows(value: object) -> Sequence[Mapping[str, object]]:

@@ -266,7 +266,7 @@ def _wait(store_url: str, study_uid: str, say: Callable[[str], None]) -> None:
             if seen.standing is Standing.DONE:
                 return
             if seen.standing in _ENDS:
-                why = seen.latest.error if seen.latest and seen.latest.error else "see the node's log"
+                why = next((run.error for run in seen.latest if run.error), "see the node's log")
                 raise PipelineError(f"the study ended as {seen.standing.value}: {why}")
             time.sleep(0.2)
     raise PipelineError(f"no result within {FINISH_S:.0f} s; the study stands at {told}")

@@ -152,6 +152,7 @@ class Identity:
 
     All text is ASCII, at most 64 characters (station_name 16). institution_name may be empty.
     revision: 1 for the first result of its study, 2 for the one that takes its place, and so on.
+    of_series: the number of the series that was read, where results of others stand beside; else "".
     """
 
     manufacturer: str = "salsa_node"
@@ -162,6 +163,7 @@ class Identity:
     first_series_number: int = 9001
     software_version: str = __version__
     revision: int = 1
+    of_series: str = ""
 
     def __post_init__(self) -> None:
         for name, limit in (
@@ -218,11 +220,14 @@ def described(what: str, provenance: Provenance | None, identity: Identity) -> s
     """The Series Description: title, revision from the second on, notice; a list of series tells results apart."""
     notice = provenance.notice if provenance is not None else ""
     title = titled(what, provenance)
-    if identity.revision == 1:
+    if identity.revision == 1 and not identity.of_series:
         return line(title, notice)
-    # The longest notice leaves no room for both words.
+    # The longest notice leaves no room for all words.
     title = title.replace(" lesions", "", 1) if notice else title
-    return line(f"{title}, rev {identity.revision}", notice)
+    if notice and identity.of_series:
+        title = title.replace(" liver", "", 1)
+    series = f", s{identity.of_series}" if identity.of_series else ""
+    return line(f"{title}{series}{f', rev {identity.revision}' if identity.revision > 1 else ''}", notice)
 
 
 def series_read(source: Sequence[Dataset]) -> str:

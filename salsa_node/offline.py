@@ -51,14 +51,15 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """The images of one study: those of the series to analyse, or, with a refusal, all of them.
+    """The images of one study: those of a series to analyse, or, with a refusal, all of them.
 
-    folder: where its results go.
+    folder: where its results go. of_several: other series of the study are analysed too.
     """
 
     paths: tuple[Path, ...]
     folder: Path
     refusal: str = ""
+    of_several: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,16 +170,20 @@ def _dicom_cases(path: Path, folder: Path, config: Config) -> list[Case]:
     if not studies:
         raise SeriesRejected("no DICOM file lies in this folder")
     places = [folder] if len(studies) == 1 else [folder / f"study-{n}" for n in range(1, len(studies) + 1)]
-    return [_case(found, place, config) for (_, found), place in zip(sorted(studies.items()), places, strict=True)]
+    every = zip(sorted(studies.items()), places, strict=True)
+    return [case for (_, found), place in every for case in _of_study(found, place, config)]
 
 
-def _case(candidates: Sequence[candidate.Candidate], place: Path, config: Config) -> Case:
+def _of_study(candidates: Sequence[candidate.Candidate], place: Path, config: Config) -> list[Case]:
+    """The best series, as many as the rules ask for, the best first; or all images and why there is none."""
     choice = selection.choose_volume(candidates, partial(inspect, rules=config.series), config.selection)
-    if choice.chosen is not None:
-        return Case(choice.chosen.paths, place)
+    if choice.volumes:
+        fit = [volume.candidate for volume in choice.volumes]
+        folders = [place] if len(fit) == 1 else [place / f"series-{n}" for n in range(1, len(fit) + 1)]
+        return [Case(one.paths, folder, of_several=len(fit) > 1) for one, folder in zip(fit, folders, strict=True)]
     reasons = "; ".join(verdict.reason for verdict in choice.verdicts)
     everything = tuple(path for one in candidates for path in one.paths)
-    return Case(everything, place, f"no series of this study can be analysed: {reasons}")
+    return [Case(everything, place, f"no series of this study can be analysed: {reasons}")]
 
 
 def _as_series(path: Path, folder: Path) -> tuple[Path, ...]:
@@ -199,7 +204,7 @@ def _as_series(path: Path, folder: Path) -> tuple[Path, ...]:
 
 
 def _one(path: Path, case: Case, pipeline: Pipeline, criteria: Criteria, config: Config) -> Result:
-    terms = Terms(criteria, config.guards, config.results, series=config.series)
+    terms = Terms(criteria, config.guards, config.results, series=config.series, one_of_several=case.of_several)
     born = Lineage(AS_ITS_IMAGES)
     if case.refusal:
         analysis = refuse(case.paths, case.refusal, terms, lambda _: born)

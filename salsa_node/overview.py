@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from enum import Enum
+from typing import Final
 
 from salsa_node.failures import POLICIES, Failure
 from salsa_node.store import (
@@ -21,6 +22,7 @@ from salsa_node.store import (
     Sought,
     Store,
     Study,
+    standing,
 )
 
 _AT_ONCE = 200  # studies that one question to the store is about
@@ -45,18 +47,29 @@ class Standing(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Glance:
-    """A study and its latest run.
+    """A study and its latest runs: one, or one for each series that is analysed.
 
-    current: the run whose result counts; latest: the newest one.
+    current: the runs whose results count; latest: those that no newer one displaces; oldest first.
     """
 
     study: Study
     standing: Standing
     series: tuple[Series, ...]
     runs: tuple[Run, ...]
-    current: Run | None
-    latest: Run | None
+    current: tuple[Run, ...]
+    latest: tuple[Run, ...]
     deliveries: tuple[Delivery, ...]
+
+
+#: of runs that are not PRODUCED: what a person must hear of first
+_FIRST_TOLD: Final = (
+    RunState.FAILED,
+    RunState.BLOCKED,
+    RunState.RUNNING,
+    RunState.QUEUED,
+    RunState.CANCELLED,
+    RunState.SUPERSEDED,
+)
 
 
 def glance(store: Store, study: Study) -> Glance:
@@ -82,22 +95,26 @@ def search(store: Store, sought: Sought, standings: Sequence[Standing], limit: i
 
 
 def _glance(rows: Rows) -> Glance:
-    current = next((run for run in reversed(rows.runs) if run.state is RunState.PRODUCED), None)
-    latest = rows.runs[-1] if rows.runs else None
-    deliveries = tuple(item for item in rows.deliveries if current is not None and item.run_id == current.id)
-    standing = _standing(rows.study, rows.series, latest, deliveries)
-    return Glance(rows.study, standing, rows.series, rows.runs, current, latest, deliveries)
+    current = tuple(run for run in rows.runs if run.state is RunState.PRODUCED)
+    latest = standing(rows.runs)
+    numbers = {run.id for run in current}
+    deliveries = tuple(item for item in rows.deliveries if item.run_id in numbers)
+    stands = _standing(rows.study, rows.series, latest, deliveries)
+    return Glance(rows.study, stands, rows.series, rows.runs, current, latest, deliveries)
 
 
-def _standing(study: Study, series: Sequence[Series], latest: Run | None, deliveries: Sequence[Delivery]) -> Standing:
+def _standing(
+    study: Study, series: Sequence[Series], latest: Sequence[Run], deliveries: Sequence[Delivery]
+) -> Standing:
     if any(s.state is SeriesState.RECEIVING for s in series):
         return Standing.RECEIVING
     if study.assembled_instances < study.instances:
         return Standing.WAITING
-    if latest is None:
+    if not latest:
         return Standing.NOTHING
-    if latest.state is not RunState.PRODUCED:
-        return Standing.CANCELLED if latest.state is RunState.SUPERSEDED else Standing[latest.state.name]
+    for state in _FIRST_TOLD:
+        if state in {run.state for run in latest}:
+            return Standing.CANCELLED if state is RunState.SUPERSEDED else Standing[state.name]
     states = {delivery.state for delivery in deliveries}
     if DeliveryState.GAVE_UP in states:
         return Standing.NOT_DELIVERED
@@ -108,7 +125,8 @@ def _standing(study: Study, series: Sequence[Series], latest: Run | None, delive
 
 def row(seen: Glance) -> dict[str, object]:
     """What `studies` lists: no patient identity beyond the accession number."""
-    run = seen.current or seen.latest
+    outcomes = [run.outcome for run in seen.current or seen.latest if run.outcome]
+    errors = [run.error for run in seen.latest if run.error and run.state in (RunState.FAILED, RunState.BLOCKED)]
     return {
         "study_uid": seen.study.study_uid,
         "accession_number": seen.study.accession_number,
@@ -119,10 +137,8 @@ def row(seen: Glance) -> dict[str, object]:
         "series": len(seen.series),
         "instances": seen.study.instances,
         "standing": seen.standing.value,
-        "outcome": run.outcome if run else None,
-        "error": seen.latest.error
-        if seen.latest and seen.latest.state in (RunState.FAILED, RunState.BLOCKED)
-        else None,
+        "outcome": ", ".join(dict.fromkeys(outcomes)) or None,
+        "error": "; ".join(errors) or None,
     }
 
 

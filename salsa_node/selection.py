@@ -1,7 +1,8 @@
 """Which series of a study to analyse: every series gets its score with its reasons, one is chosen.
 
 A series can be analysed if it consists of axial CT images, enough of them for a volume. Of those, the one with the
-most points goes first, then the one with the most slices, then the thinnest, then the lowest series number.
+most points goes first, then the one with the most slices, then the thinnest, then the lowest series number. Where the
+rules ask for several, the next ones follow, but never two reconstructions of one acquisition.
 Only headers are read: `series.inspect` has the last word on a series' geometry.
 """
 
@@ -24,8 +25,8 @@ DEFAULT_RULES = SelectionRules()
 class Verdict:
     """Why a series was chosen, passed over or ruled out.
 
-    accepted: it could be analysed, whether or not it was the one chosen.
-    rank: 1 for the one chosen; None where it was ruled out.
+    accepted: it could be analysed, whether or not it was chosen.
+    rank: 1 for the best; None where it was ruled out. chosen: it is analysed.
     """
 
     series_uid: str
@@ -34,6 +35,7 @@ class Verdict:
     score: Score
     rank: int | None
     candidate: Candidate
+    chosen: bool = False
 
     def as_json(self) -> dict[str, object]:
         """A line of the table of scores."""
@@ -42,6 +44,7 @@ class Verdict:
             "series_number": self.candidate.series_number,
             "images": len(self.candidate.paths),
             "rank": self.rank,
+            "chosen": self.chosen,
             "points": self.score.points if self.accepted else None,
             "reason": self.reason,
             "reasons": [{"criterion": r.criterion, "found": r.found, "points": r.points} for r in self.score.reasons]
@@ -52,47 +55,81 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The series to analyse, or None, and a verdict on each candidate, in the order given."""
+    """The series to analyse, and a verdict on each candidate, in the order given.
+
+    chosen: the best one; None where there is none. picked: all that the rules ask for, the best first.
+    """
 
     chosen: Candidate | None
     verdicts: tuple[Verdict, ...]
+    picked: tuple[Candidate, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Volume:
+    """A candidate that is one volume."""
+
+    candidate: Candidate
+    series: Series
 
 
 @dataclass(frozen=True, slots=True)
 class VolumeChoice:
-    """The series to analyse and its geometry, or why there is none.
+    """The series to analyse and their geometry, or why there is none.
 
-    chosen: the best candidate that is one volume, with its `series`; both None where none is.
+    volumes: as many of the best candidates as the rules ask for; empty where none is one volume.
     best_refused: the best candidate whose headers were fit but whose files are no volume, for a report
         that says so; None where every one that was looked at is a volume.
     verdicts: one on each candidate, in the order given.
     """
 
-    chosen: Candidate | None
-    series: Series | None
+    volumes: tuple[Volume, ...]
     best_refused: Candidate | None
     verdicts: tuple[Verdict, ...]
 
+    @property
+    def chosen(self) -> Candidate | None:
+        """The best candidate that is one volume."""
+        return self.volumes[0].candidate if self.volumes else None
+
+    @property
+    def series(self) -> Series | None:
+        """The geometry of the best one."""
+        return self.volumes[0].series if self.volumes else None
+
 
 def choose(candidates: Sequence[Candidate], rules: SelectionRules = DEFAULT_RULES) -> Choice:
-    """One series of those that can be analysed, and the reasons for each verdict."""
+    """The best series of those that can be analysed, or as many as the rules ask for, and each verdict's reasons."""
     scores = [score(candidate, rules) for candidate in candidates]
     usable = [n for n, found in enumerate(scores) if not found.faults]
     ranked = sorted(usable, key=lambda n: preference(candidates[n], scores[n]))
     best = ranked[0] if ranked else None
+    picked = _picked(ranked, candidates, rules.best)
     ranks = {n: rank for rank, n in enumerate(ranked, start=1)}
     verdicts = []
     for n, (candidate, found) in enumerate(zip(candidates, scores, strict=True)):
         if found.faults or best is None:
             reason = "; ".join(found.faults)
-        elif n == best:
-            reason = f"chosen: {found}"
+        elif n in picked:
+            reason = f"chosen{'' if n == best else ' too'}: {found}"
         else:
             reason = (
                 f"passed over for {candidates[best].name}: {_worse(candidate, found, candidates[best], scores[best])}"
             )
-        verdicts.append(Verdict(candidate.series_uid, n in ranks, reason, found, ranks.get(n), candidate))
-    return Choice(None if best is None else candidates[best], tuple(verdicts))
+        verdicts.append(Verdict(candidate.series_uid, n in ranks, reason, found, ranks.get(n), candidate, n in picked))
+    return Choice(None if best is None else candidates[best], tuple(verdicts), tuple(candidates[n] for n in picked))
+
+
+def _picked(ranked: Sequence[int], candidates: Sequence[Candidate], wanted: int) -> list[int]:
+    """The first so many of the ranking, of each acquisition the best reconstruction alone."""
+    picked: list[int] = []
+    for n in ranked:
+        twins = candidates[n].acquisition and any(
+            candidates[n].acquisition == candidates[p].acquisition for p in picked
+        )
+        if len(picked) < wanted and not twins:
+            picked.append(n)
+    return picked
 
 
 def choose_volume(
@@ -100,22 +137,23 @@ def choose_volume(
     look: Callable[[tuple[Path, ...]], Series] = inspect,
     rules: SelectionRules = DEFAULT_RULES,
 ) -> VolumeChoice:
-    """The best series that `look` accepts; those it refuses are ruled out for its reason, one after the other.
+    """The best series that `look` accepts, as many as the rules ask for; what it refuses is ruled out for its reason.
 
     look: gives the series that these files make, or raises SeriesRejected.
     """
     told = list(candidates)
     best_refused: Candidate | None = None
-    while (choice := choose(told, rules)).chosen is not None:
-        chosen = choice.chosen
+    seen: dict[int, Volume] = {}
+    while True:
+        choice = choose(told, rules)
+        unseen = next((one for one in choice.picked if id(one) not in seen), None)
+        if unseen is None:
+            return VolumeChoice(tuple(seen[id(one)] for one in choice.picked), best_refused, choice.verdicts)
         try:
-            series = look(chosen.paths)
+            seen[id(unseen)] = Volume(unseen, look(unseen.paths))
         except SeriesRejected as verdict:
-            best_refused = best_refused or chosen
-            told[told.index(chosen)] = replace(chosen, faults=(verdict.reason,))
-        else:
-            return VolumeChoice(chosen, series, best_refused, choice.verdicts)
-    return VolumeChoice(None, None, best_refused, choice.verdicts)
+            best_refused = best_refused or unseen
+            told[[one is unseen for one in told].index(True)] = replace(unseen, faults=(verdict.reason,))
 
 
 def _worse(candidate: Candidate, found: Score, best: Candidate, best_score: Score) -> str:

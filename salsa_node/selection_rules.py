@@ -1,4 +1,4 @@
-"""On which series a radiologist would look for liver lesions: the points behind the choice, data only."""
+"""On which series a radiologist would look for liver lesions: how many, and the points behind the choice."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ _SIGNED = {"min": -1000, "max": 1000}
 
 @dataclass(frozen=True, slots=True)
 class SelectionRules:
-    """What a series is worth; the one with the most points is analysed.
+    """What a series is worth; the one with the most points is analysed, or so many.
 
+    best: how many series of a study are analysed, each with a result of its own; of one acquisition never two.
     portal_venous ... native: points for the contrast phase that the headers name.
     original, derived: for an image as the scanner reconstructed it; for one derived from such; none for a secondary
         one, as a reformat or a copy is.
@@ -24,6 +25,7 @@ class SelectionRules:
     never: words of Image Type that rule a series out.
     """
 
+    best: int = field(default=1, metadata={"min": 1, "max": 20})
     portal_venous: float = field(default=40.0, metadata=_SIGNED)
     unknown_phase: float = field(default=20.0, metadata=_SIGNED)
     delayed: float = field(default=15.0, metadata=_SIGNED)

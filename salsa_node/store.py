@@ -20,9 +20,10 @@ States (a test holds this drawing against `store_rows.TRANSITIONS`)::
               LEFT_OUT -> PENDING
               HELD -> PENDING | WITHDRAWN
 
-A study has one current result. Queueing a newer run cancels the runs of that study that wait or run;
-its worker hears LeaseLost at the next heartbeat. The older result stays current until the newer one
-is PRODUCED; then it is SUPERSEDED and what had not yet gone out of it is WITHDRAWN. What a destination
+A study has one current result, or one for each of the series that were chosen together (`Run.beside`).
+Queueing a newer run cancels the runs that it displaces and that wait or run; their worker hears LeaseLost
+at the next heartbeat. The older result stays current until the newer one is PRODUCED; then it is
+SUPERSEDED and what had not yet gone out of it is WITHDRAWN. What a destination
 does not want, as it is configured when its turn comes, is LEFT_OUT, until a resend asks again. What it took
 is SENT, and VERIFIED once it says that it holds it; what it took and lost is PENDING again. What FAILED or was given up
 waits for a person, who may have it tried again.
@@ -47,6 +48,7 @@ from salsa_node.store_deliveries import Deliveries
 from salsa_node.store_interventions import Interventions
 from salsa_node.store_looks import Looks
 from salsa_node.store_proofs import Proofs
+from salsa_node.store_queries import standing
 from salsa_node.store_reviews import Reviews
 from salsa_node.store_rows import (
     DELIVERIES,
@@ -69,6 +71,7 @@ from salsa_node.store_rows import (
     Series,
     SeriesState,
     Study,
+    place,
 )
 from salsa_node.store_search import ORDERS, Figures, Rows, Search, Sought, StoredFile
 from salsa_node.store_switches import Pause, Switches, paused
@@ -101,6 +104,8 @@ __all__ = [
     "Study",
     "Verdict",
     "hold",
+    "place",
+    "standing",
 ]
 
 KEPT = "images came after the person's masks; the masks stay, salsa-node rerun analyses again"
@@ -176,22 +181,29 @@ class Store(Arrivals, Commitments, Deliveries, Interventions, Looks, Proofs, Rev
         options: Mapping[str, object] | None = None,
         refusal: str | None = None,
         force: bool = False,
+        part: str = "",
+        images: Sequence[str] | None = None,
+        beside: Sequence[str] = (),
     ) -> Run:
-        """A QUEUED run, which cancels the runs of that study that are under way.
+        """A QUEUED run, which cancels the runs of that study that are under way and that it displaces.
 
-        force: a person asks; always a new run. Otherwise, where the last unforced run of the study
+        part, images, beside: as in `Run`; without them it is about a whole series and its result stands alone.
+        force: a person asks; always a new run. Otherwise, where the last unforced run that it would displace
         has the same source digest, pipeline, options and masks digest, that one is returned in
         whatever state it is; and a run with a person's masks that waits, runs or is current is
         returned and stays (an event says so). Raises UnknownStudy.
         """
+        here = place(series_uid, part)
         with transaction(self._writer) as t:
             t.study(study_uid)
-            runs = t.all(Run, sa.select(RUNS).where(RUNS.c.study_uid == study_uid).order_by(RUNS.c.id.desc()))
+            every = t.all(Run, sa.select(RUNS).where(RUNS.c.study_uid == study_uid).order_by(RUNS.c.id.desc()))
+            runs = [run for run in every if run.place == here or run.place not in beside]
             asked = (source_digest, pipeline, dict(options or {}), masks_sha256)
             if not force:
                 last = next((run for run in runs if not run.forced), None)
                 if last and asked == (last.source_digest, last.pipeline, dict(last.options), last.masks_sha256):
-                    return last
+                    t.execute(sa.update(RUNS).where(RUNS.c.id == last.id).values(beside=list(beside)))
+                    return t.run(last.id)
                 newest = next((run for run in runs if run.state in (*_UNDER_WAY, RunState.PRODUCED)), None)
                 if newest and newest.masks_path is not None:
                     t.event(now, study_uid, "run", newest.id, "run.kept", KEPT)
@@ -212,6 +224,9 @@ class Store(Arrivals, Commitments, Deliveries, Interventions, Looks, Proofs, Rev
                 attempt=0,
                 queued_at=now,
                 supersedes_id=None if current is None else current.id,
+                part=part,
+                images=None if images is None else list(images),
+                beside=list(beside),
             )
             run = t.run(number)
             t.event(now, study_uid, "run", str(run.id), "run.queued", f"pipeline {pipeline}")
@@ -301,7 +316,7 @@ class Store(Arrivals, Commitments, Deliveries, Interventions, Looks, Proofs, Rev
                 number = t.insert(OBJECTS, run_id=run_id, **columns(item))
                 t.new_deliveries(run, number, destinations, now)
             older = sa.select(RUNS).where(RUNS.c.study_uid == run.study_uid, RUNS.c.state == RunState.PRODUCED)
-            for past in t.all(Run, older):
+            for past in filter(run.displaces, t.all(Run, older)):
                 t.become_run(past, RunState.SUPERSEDED, now, f"by run {run_id}")
             t.withdraw_superseded(now)
             detail = f"{outcome}: {len(objects)} objects to {len(destinations)} destinations"

@@ -8,7 +8,7 @@ import sqlalchemy as sa
 
 from salsa_node.errors import IllegalTransition, UnknownStudy
 from salsa_node.store_connection import writer
-from salsa_node.store_queries import Queries
+from salsa_node.store_queries import Queries, standing
 from salsa_node.store_rows import (
     DELIVERIES,
     OBJECTS,
@@ -20,7 +20,7 @@ from salsa_node.store_rows import (
     Run,
     RunState,
 )
-from salsa_node.store_transaction import columns, transaction
+from salsa_node.store_transaction import Transaction, columns, transaction
 
 
 class Deliveries(Queries):
@@ -137,7 +137,7 @@ class Deliveries(Queries):
             return t.become_delivery(delivery, DeliveryState.LEFT_OUT, now, reason, **changes)
 
     def resend(self, study_uid: str, destination: str | None, now: datetime) -> tuple[Delivery, ...]:
-        """The deliveries of the study's current result are due again, to one destination or to all it had.
+        """The deliveries of the study's current results are due again, to one destination or to all they had.
 
         Those LEFT_OUT too: what a destination wants is asked when their turn comes.
 
@@ -145,29 +145,31 @@ class Deliveries(Queries):
         study has no current result, or where a guard keeps its latest one here: then no older one takes its place.
         """
         with transaction(self._writer) as t:
-            of_study = sa.select(RUNS).where(RUNS.c.study_uid == study_uid)
-            latest = t.one(Run, of_study.order_by(RUNS.c.id.desc()).limit(1))
-            if latest is not None and latest.state is RunState.BLOCKED:
-                raise UnknownStudy(
-                    f"the latest result of this study is kept here, and nothing was sent again: {latest.error} "
-                    "Mend the cause and rerun the study, or rerun it with --masks"
-                )
-            run = t.one(Run, of_study.where(RUNS.c.state == RunState.PRODUCED))
-            if run is None:
-                raise UnknownStudy("this study has no result to send; wait for its run, or start one with rerun")
-            of_run = sa.select(DELIVERIES).where(DELIVERIES.c.run_id == run.id).order_by(DELIVERIES.c.id)
-            if destination is not None:
-                of_run = of_run.where(DELIVERIES.c.destination == destination)
-            there = t.all(Delivery, of_run)
-            for delivery in there:
-                if delivery.state is not DeliveryState.PENDING:
-                    t.become_delivery(
-                        delivery, DeliveryState.PENDING, now, "asked for again", attempt=0, not_before=None
+            runs = t.all(Run, sa.select(RUNS).where(RUNS.c.study_uid == study_uid).order_by(RUNS.c.id))
+            for latest in standing(runs):
+                if latest.state is RunState.BLOCKED:
+                    raise UnknownStudy(
+                        f"the latest result of this study is kept here, and nothing was sent again: {latest.error} "
+                        "Mend the cause and rerun the study, or rerun it with --masks"
                     )
-                elif delivery.lease_until is None or delivery.lease_until <= now:
-                    mine = DELIVERIES.c.id == delivery.id
-                    t.execute(sa.update(DELIVERIES).where(mine).values(attempt=0, not_before=None))
-            if destination is not None and not there:
-                for item in t.all(ResultObject, sa.select(OBJECTS).where(OBJECTS.c.run_id == run.id)):
-                    t.new_deliveries(run, item.id, [destination], now)
-            return t.all(Delivery, of_run)
+            current = [run for run in runs if run.state is RunState.PRODUCED]
+            if not current:
+                raise UnknownStudy("this study has no result to send; wait for its run, or start one with rerun")
+            return tuple(item for run in current for item in self._due_again(t, run, destination, now))
+
+    @staticmethod
+    def _due_again(t: Transaction, run: Run, destination: str | None, now: datetime) -> tuple[Delivery, ...]:
+        of_run = sa.select(DELIVERIES).where(DELIVERIES.c.run_id == run.id).order_by(DELIVERIES.c.id)
+        if destination is not None:
+            of_run = of_run.where(DELIVERIES.c.destination == destination)
+        there = t.all(Delivery, of_run)
+        for delivery in there:
+            if delivery.state is not DeliveryState.PENDING:
+                t.become_delivery(delivery, DeliveryState.PENDING, now, "asked for again", attempt=0, not_before=None)
+            elif delivery.lease_until is None or delivery.lease_until <= now:
+                mine = DELIVERIES.c.id == delivery.id
+                t.execute(sa.update(DELIVERIES).where(mine).values(attempt=0, not_before=None))
+        if destination is not None and not there:
+            for item in t.all(ResultObject, sa.select(OBJECTS).where(OBJECTS.c.run_id == run.id)):
+                t.new_deliveries(run, item.id, [destination], now)
+        return t.all(Delivery, of_run)

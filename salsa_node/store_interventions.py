@@ -9,7 +9,7 @@ import sqlalchemy as sa
 
 from salsa_node.errors import IllegalTransition
 from salsa_node.store_connection import writer
-from salsa_node.store_queries import Queries
+from salsa_node.store_queries import Queries, standing
 from salsa_node.store_rows import (
     DELIVERIES,
     INSTANCES,
@@ -53,19 +53,20 @@ class Interventions(Queries):
                 for run in t.all(Run, waiting.order_by(RUNS.c.id))
             )
 
-    def retry(self, study_uid: str, now: datetime) -> tuple[Run | None, tuple[Delivery, ...]]:
-        """The study's newest run, where it FAILED, waits again as it was; what its result gave up is due again.
+    def retry(self, study_uid: str, now: datetime) -> tuple[tuple[Run, ...], tuple[Delivery, ...]]:
+        """The newest run of each series waits again as it was where it FAILED; what was given up is due again.
 
-        Both with all their attempts. (None, ()) where neither is so. Raises UnknownStudy.
+        Both with all their attempts. ((), ()) where neither is so. Raises UnknownStudy.
         """
         with transaction(self._writer) as t:
             t.study(study_uid)
-            of_study = sa.select(RUNS).where(RUNS.c.study_uid == study_uid).order_by(RUNS.c.id.desc())
-            newest = t.one(Run, of_study.limit(1))
-            again = None
-            if newest is not None and newest.state is RunState.FAILED:
-                fresh = {"attempt": 0, "not_before": None, "finished_at": None, "error": None, "failure": None}
-                again = t.become_run(newest, RunState.QUEUED, now, "by hand, as it was", **fresh)
+            runs = t.all(Run, sa.select(RUNS).where(RUNS.c.study_uid == study_uid).order_by(RUNS.c.id))
+            fresh = {"attempt": 0, "not_before": None, "finished_at": None, "error": None, "failure": None}
+            again = tuple(
+                t.become_run(newest, RunState.QUEUED, now, "by hand, as it was", **fresh)
+                for newest in standing(runs)
+                if newest.state is RunState.FAILED
+            )
             given_up = (
                 sa.select(DELIVERIES)
                 .join(RUNS, RUNS.c.id == DELIVERIES.c.run_id)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import sqlalchemy as sa
 
 from salsa_node.errors import UnknownStudy
@@ -26,6 +28,15 @@ from salsa_node.store_rows import (
     Study,
 )
 from salsa_node.store_transaction import transaction
+
+
+def standing(runs: Sequence[Run]) -> tuple[Run, ...]:
+    """Of the runs of one study, oldest first, those that no newer one displaces."""
+    newest_first: list[Run] = []
+    for n, run in reversed(list(enumerate(runs))):
+        if not any(newer.displaces(run) for newer in runs[n + 1 :]):
+            newest_first.append(run)
+    return tuple(reversed(newest_first))
 
 
 class Queries:
@@ -84,11 +95,11 @@ class Queries:
         with transaction(self._engine) as t:
             return t.all(Run, sa.select(RUNS).where(RUNS.c.study_uid == study_uid).order_by(RUNS.c.id))
 
-    def current_run(self, study_uid: str) -> Run | None:
-        """The run whose result counts, if the study has one."""
+    def current_runs(self, study_uid: str) -> tuple[Run, ...]:
+        """The runs whose results count, oldest first: one for each series that is analysed."""
         with transaction(self._engine) as t:
             current = sa.select(RUNS).where(RUNS.c.study_uid == study_uid, RUNS.c.state == RunState.PRODUCED)
-            return t.one(Run, current)
+            return t.all(Run, current.order_by(RUNS.c.id))
 
     def runs_in(self, *states: RunState) -> tuple[Run, ...]:
         """Every run in one of those states, oldest first."""

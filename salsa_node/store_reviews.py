@@ -44,14 +44,14 @@ class Reviews(Queries):
             return t.all(Delivery, _of_current(study_uid, DeliveryState.HELD))
 
     def release_study(self, study_uid: str, now: datetime) -> tuple[Delivery, ...]:
-        """The current result of the study may leave, and what is HELD of it is due; a later result is held anew.
+        """The current results of the study may leave, and what is HELD of them is due; a later result is held anew.
 
         Raises UnknownStudy where the study has no result.
         """
         with transaction(self._writer) as t:
             t.study(study_uid)
             current = sa.select(RUNS).where(RUNS.c.study_uid == study_uid, RUNS.c.state == RunState.PRODUCED)
-            run = t.one(Run, current)
+            run = t.one(Run, current.order_by(RUNS.c.finished_at.desc(), RUNS.c.id.desc()))
             if run is None:
                 raise UnknownStudy("this study has no result that could be released; wait for its run")
             _write(t, study_uid, held=False, released_run_id=run.id)
@@ -66,9 +66,12 @@ class Reviews(Queries):
             found = (
                 t.connection.execute(sa.select(REVIEWS).where(REVIEWS.c.study_uid == run.study_uid)).mappings().first()
             )
+            released = (
+                None if found is None else t.one(Run, sa.select(RUNS).where(RUNS.c.id == found["released_run_id"]))
+            )
         if found is None:
             return by_default
-        return bool(found["held"]) or (by_default and found["released_run_id"] != run.id)
+        return bool(found["held"]) or (by_default and not _released_with(run, released))
 
     def hold_back(self, delivery_ids: Sequence[int], owner: str, now: datetime) -> tuple[Delivery, ...]:
         """Those are HELD until a person releases the study; no attempt is counted. Raises LeaseLost."""
@@ -79,6 +82,13 @@ class Reviews(Queries):
                 t.become_delivery(one, DeliveryState.HELD, now, why, attempt=one.attempt - 1, last_error=why)
                 for one in leased
             )
+
+
+def _released_with(run: Run, last: Run | None) -> bool:
+    """Whether a result was there when `last`, the newest of several series' results by then, was released."""
+    if last is None or last.finished_at is None or run.finished_at is None:
+        return False
+    return run.finished_at <= last.finished_at
 
 
 def _of_current(study_uid: str, state: DeliveryState) -> sa.Select[*tuple[object, ...]]:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from enum import Enum
+from datetime import datetime
 
 import sqlalchemy as sa
 
+from salsa_node.store_columns import METADATA as METADATA
+from salsa_node.store_columns import UtcDateTime as UtcDateTime
+from salsa_node.store_columns import state
 from salsa_node.store_states import TRANSITIONS as TRANSITIONS  # a row is told by its state
 from salsa_node.store_states import DeliveryState as DeliveryState
 from salsa_node.store_states import RunState as RunState
@@ -145,6 +147,8 @@ class Run:
     findings: the numbers that `show` prints.
     digest: the findings' run digest, from which the UIDs of the objects derive.
     overdue: its study was waited for long enough, so it does not wait for images that still come.
+    part, images: which stack of a series that holds several ("1 of 2"), and its SOP Instance UIDs; "" and None else.
+    beside: the `place` of each other result of the study that this one leaves in force.
     """
 
     id: int
@@ -172,6 +176,23 @@ class Run:
     digest: str | None
     failure: str | None = None
     overdue: bool = False
+    part: str = ""
+    images: Sequence[str] | None = None
+    beside: Sequence[str] = ()
+
+    @property
+    def place(self) -> str:
+        """What of the study it is about: a run takes the place of an older one of the same."""
+        return place(self.series_uid, self.part)
+
+    def displaces(self, older: Run) -> bool:
+        """Whether the older run's result may not stand beside this one's."""
+        return older.place == self.place or older.place not in self.beside
+
+
+def place(series_uid: str | None, part: str = "") -> str:
+    """How `Run.beside` names a series, or one stack of it."""
+    return " ".join(filter(None, (series_uid, part)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,38 +282,6 @@ class Look:
     evidence: Sequence[Mapping[str, object]]
 
 
-class UtcDateTime(sa.TypeDecorator[datetime]):
-    """An aware datetime, kept as UTC; a naive one is refused."""
-
-    impl = sa.DateTime
-    cache_ok = True
-
-    def process_bind_param(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:  # noqa: ARG002
-        """To the database: UTC without its zone."""
-        if value is None:
-            return None
-        if value.tzinfo is None:
-            raise ValueError("expected an aware datetime, found a naive one")
-        return value.astimezone(UTC).replace(tzinfo=None)
-
-    def process_result_value(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:  # noqa: ARG002
-        """From the database: aware UTC."""
-        return None if value is None else value.replace(tzinfo=UTC)
-
-
-def _state(kind: type[Enum]) -> sa.Enum:
-    return sa.Enum(kind, native_enum=False, length=16, create_constraint=False)
-
-
-METADATA = sa.MetaData(
-    naming_convention={
-        "pk": "pk_%(table_name)s",
-        "fk": "fk_%(table_name)s_%(column_0_name)s",
-        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
-        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
-    }
-)
-
 STUDIES = sa.Table(
     "studies",
     METADATA,
@@ -315,7 +304,7 @@ SERIES = sa.Table(
     sa.Column("study_uid", sa.ForeignKey("studies.study_uid"), nullable=False, index=True),
     sa.Column("modality", sa.String(16), nullable=False),
     sa.Column("series_number", sa.Integer),
-    sa.Column("state", _state(SeriesState), nullable=False, index=True),
+    sa.Column("state", state(SeriesState), nullable=False, index=True),
     sa.Column("reason", sa.Text, nullable=False),
     sa.Column("instances", sa.Integer, nullable=False),
     sa.Column("duplicates", sa.Integer, nullable=False),
@@ -367,7 +356,7 @@ RUNS = sa.Table(
     sa.Column("refusal", sa.Text),
     sa.Column("source_digest", sa.String(64), nullable=False),
     sa.Column("forced", sa.Boolean, nullable=False),
-    sa.Column("state", _state(RunState), nullable=False, index=True),
+    sa.Column("state", state(RunState), nullable=False, index=True),
     sa.Column("attempt", sa.Integer, nullable=False),
     sa.Column("lease_owner", sa.String(128)),
     sa.Column("lease_until", UtcDateTime),
@@ -382,6 +371,9 @@ RUNS = sa.Table(
     sa.Column("digest", sa.String(64)),
     sa.Column("failure", sa.String(32)),
     sa.Column("overdue", sa.Boolean, nullable=False, server_default=sa.false()),
+    sa.Column("part", sa.String(64), nullable=False, server_default=""),
+    sa.Column("images", sa.JSON(none_as_null=True)),
+    sa.Column("beside", sa.JSON, nullable=False, server_default="[]"),
 )
 
 OBJECTS = sa.Table(
@@ -403,7 +395,7 @@ DELIVERIES = sa.Table(
     sa.Column("object_id", sa.ForeignKey("objects.id"), nullable=False),
     sa.Column("run_id", sa.ForeignKey("runs.id"), nullable=False, index=True),
     sa.Column("destination", sa.String(64), nullable=False),
-    sa.Column("state", _state(DeliveryState), nullable=False, index=True),
+    sa.Column("state", state(DeliveryState), nullable=False, index=True),
     sa.Column("attempt", sa.Integer, nullable=False),
     sa.Column("not_before", UtcDateTime),
     sa.Column("last_status", sa.Integer),

@@ -7,9 +7,9 @@ from datetime import datetime
 
 import sqlalchemy as sa
 
+from salsa_node.store_columns import METADATA, UtcDateTime
 from salsa_node.store_connection import writer
 from salsa_node.store_queries import Queries
-from salsa_node.store_rows import METADATA, UtcDateTime
 from salsa_node.store_transaction import Transaction, transaction
 
 SWITCHES = sa.Table(

@@ -148,7 +148,14 @@ class Worker:
 
     def _analysis(self, run: Run, paths: Sequence[Path]) -> Analysis:
         label_map = any(destination.seg == "labelmap" for destination in self._config.destination)
-        terms = Terms(self._config.criteria, self._config.guards, self._config.results, label_map, self._config.series)
+        terms = Terms(
+            self._config.criteria,
+            self._config.guards,
+            self._config.results,
+            label_map,
+            self._config.series,
+            one_of_several=bool(run.beside),
+        )
         if run.refusal is not None:
             return refuse(paths, run.refusal, terms, lambda digest: self._lineage(run, digest))
         return analyse(
@@ -161,13 +168,18 @@ class Worker:
 
     def _paths(self, run: Run) -> list[Path]:
         images = self._store.instances_of(run.study_uid, run.series_uid)
-        return [self._config.node.data_dir / image.path for image in images]
+        wanted = None if run.images is None else set(run.images)
+        return [
+            self._config.node.data_dir / image.path
+            for image in images
+            if wanted is None or image.sop_instance_uid in wanted
+        ]
 
     def _lineage(self, run: Run, run_digest: str) -> Lineage:
         """As the first run that came to this very result has it, so that the bytes never differ."""
         runs = self._store.runs_of(run.study_uid)
         first = next((past for past in runs if past.digest == run_digest), run)
-        earlier = [past for past in runs if past.id < first.id and past.state in _SENT]
+        earlier = [past for past in runs if past.id < first.id and past.state in _SENT and first.displaces(past)]
         named = self._config.results.time_zone
         queued_at = first.queued_at.astimezone(ZoneInfo(named) if named else None)  # None: the machine's own
         revision = 1 + len({past.digest for past in earlier})

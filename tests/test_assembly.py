@@ -313,7 +313,7 @@ def test_a_person_asking_gets_a_new_run_of_the_same_input(
     settle()
     first = only_run(store)
     masks = ("masks/m.nii.gz", "c" * 64)
-    again = assembly.queue_again(store, data_dir, store.study(STUDY), "given_masks", {"b": 2}, after(40), masks)
+    (again,) = assembly.queue_again(store, data_dir, store.study(STUDY), "given_masks", {"b": 2}, after(40), masks)
     assert (again.series_uid, again.source_digest) == (first.series_uid, first.source_digest)
     assert (again.masks_path, again.masks_sha256, again.options) == (*masks, {"b": 2})
     assert store.run(first.id).state is RunState.CANCELLED
@@ -327,7 +327,7 @@ def test_a_late_slice_leaves_a_persons_masks_in_force(
     receive(files[:7])
     settle()
     masks = ("masks/m.nii.gz", "c" * 64)
-    asked = assembly.queue_again(store, data_dir, store.study(STUDY), "given_masks", {}, after(40), masks)
+    (asked,) = assembly.queue_again(store, data_dir, store.study(STUDY), "given_masks", {}, after(40), masks)
     receive(files[7:], after(50))
     assert store.claim_run("w", 60, after(51)) is None
     settle(after(80))

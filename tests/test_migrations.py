@@ -12,8 +12,8 @@ from alembic.script import ScriptDirectory
 from salsa_node import migrations
 from salsa_node.errors import StoreError
 from salsa_node.store import Store, StoreSettings
+from salsa_node.store_columns import METADATA
 from salsa_node.store_connection import connect, writer
-from salsa_node.store_rows import METADATA
 from salsa_node.store_transaction import transaction
 
 

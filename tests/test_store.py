@@ -258,7 +258,7 @@ def test_a_person_asking_always_gets_a_new_run_and_assembly_does_not_undo_it(sto
     corrected = produced(store)
     assert corrected.id == forced.id
     assert queued(store).state is RunState.SUPERSEDED, "the same input again, say after a late localizer"
-    assert store.current_run(STUDY) == corrected
+    assert store.current_runs(STUDY) == (corrected,)
 
 
 @pytest.mark.parametrize("state", [RunState.QUEUED, RunState.RUNNING, RunState.PRODUCED])
@@ -335,7 +335,7 @@ def test_a_produced_run_supersedes_the_one_before_and_withdraws_its_deliveries(s
     store.delivery_failed(sent[1].id, "d", 0xA700, "full", after(5), T0)
     new = queued(store, "d2")
     assert new.supersedes_id == old.id
-    assert store.current_run(STUDY) == old, "until the new one is produced"
+    assert store.current_runs(STUDY) == (old,), "until the new one is produced"
     produced(store)
     assert store.run(old.id).state is RunState.SUPERSEDED
     states = sorted(delivery.state.value for delivery in store.deliveries_of(old.id))

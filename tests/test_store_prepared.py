@@ -14,9 +14,10 @@ from sqlalchemy.dialects.postgresql import psycopg
 from salsa_node import store_prepared
 from salsa_node.errors import StoreError
 from salsa_node.store import Series, SeriesState, StoreSettings, Study
+from salsa_node.store_columns import METADATA
 from salsa_node.store_connection import connect
 from salsa_node.store_prepared import Change, Lookup
-from salsa_node.store_rows import METADATA, SERIES, STUDIES
+from salsa_node.store_rows import SERIES, STUDIES
 from salsa_node.store_transaction import columns
 
 T0 = datetime(2026, 11, 20, 12, 0, 0, 123456, tzinfo=UTC)
