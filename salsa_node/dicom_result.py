@@ -220,14 +220,11 @@ def described(what: str, provenance: Provenance | None, identity: Identity) -> s
     """The Series Description: title, revision from the second on, notice; a list of series tells results apart."""
     notice = provenance.notice if provenance is not None else ""
     title = titled(what, provenance)
-    if identity.revision == 1 and not identity.of_series:
-        return line(title, notice)
-    # The longest notice leaves no room for all words.
-    title = title.replace(" lesions", "", 1) if notice else title
-    if notice and identity.of_series:
-        title = title.replace(" liver", "", 1)
     series = f", s{identity.of_series}" if identity.of_series else ""
-    return line(f"{title}{series}{f', rev {identity.revision}' if identity.revision > 1 else ''}", notice)
+    revision = f", rev {identity.revision}" if identity.revision > 1 else ""
+    if notice and (series or revision):  # the longest notice leaves no room for all words
+        title = title.replace(" liver lesions" if series else " lesions", "", 1)
+    return line(f"{title}{series}{revision}", notice)
 
 
 def series_read(source: Sequence[Dataset]) -> str:

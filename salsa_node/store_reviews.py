@@ -86,7 +86,7 @@ class Reviews(Queries):
 
 def _released_with(run: Run, last: Run | None) -> bool:
     """Whether a result was there when `last`, the newest of several series' results by then, was released."""
-    if last is None or last.finished_at is None or run.finished_at is None:
+    if last is None or last.finished_at is None or run.finished_at is None or run.state is not RunState.PRODUCED:
         return False
     return run.finished_at <= last.finished_at
 
