@@ -74,12 +74,13 @@ room imports exactly what stands right of its arrow):
     store_commitments      <- errors store_columns store_connection store_queries store_transaction
     store_deliveries       <- errors store_connection store_queries store_rows store_transaction
     store_interventions    <- errors store_connection store_queries store_rows store_transaction
+    store_quarantine       <- store_connection store_queries store_rows store_transaction
     store_looks            <- errors store_connection store_queries store_rows store_transaction
     store_search           <- store_queries store_rows store_transaction
     store_switches         <- store_columns store_connection store_queries store_transaction
     store_reviews          <- errors store_connection store_queries store_rows store_transaction
     store_proofs           <- errors store_connection store_queries store_rows store_transaction
-  store                  <- store_arrivals store_commitments store_connection store_deliveries store_interventions store_looks store_proofs store_queries store_reviews store_rows store_search store_switches store_transaction
+  store                  <- store_arrivals store_commitments store_connection store_deliveries store_interventions store_looks store_proofs store_quarantine store_queries store_reviews store_rows store_search store_switches store_transaction
     association            <-
     notes                  <- errors store
     instance_header        <-
@@ -139,13 +140,14 @@ room imports exactly what stands right of its arrow):
     cli_series             <- assembly config console errors nifti options preflight series store upright
     cli_upkeep             <- audit backup config console doctor integrity options store
     cli_studies            <- audit config console durable options overview store
+    cli_quarantine         <- config console options overview store
     cli_models             <- config console errors model_cards model_fetch model_import model_manifest models options
     cases                  <- candidate errors nifti selection selection_rules series series_rules volume
     film                   <- dicom_result findings picture volume
     batch                  <- analysis cases criteria durable errors film findings guards limits log models nifti pipelines series_rules uids upright volume
     scripting              <- batch cases config criteria dicom_result dicom_seg errors findings limits nifti pipelines preflight series
     cli_batch              <- batch cases config console criteria errors options pipelines preflight settings
-  cli                    <- assembly cli_batch cli_models cli_queue cli_review cli_series cli_studies cli_upkeep config console demo durable errors log nifti node offline options preflight settings store ways worker
+  cli                    <- assembly cli_batch cli_models cli_quarantine cli_queue cli_review cli_series cli_studies cli_upkeep config console demo durable errors log nifti node offline options preflight settings store ways worker
     __main__               <- cli
 """  # noqa: E501 - one room, one line
 

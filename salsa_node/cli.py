@@ -19,6 +19,7 @@ from salsa_node import (
     __version__,
     cli_batch,
     cli_models,
+    cli_quarantine,
     cli_queue,
     cli_review,
     cli_series,
@@ -42,6 +43,7 @@ app.add_typer(cli_models.app, name="models")
 app.add_typer(cli_upkeep.db_app, name="db")
 app.add_typer(cli_upkeep.audit_app, name="audit")
 app.command()(cli_batch.batch)
+app.command()(cli_quarantine.quarantine)
 app.command()(cli_series.select)
 app.command()(cli_series.export)
 app.command()(cli_queue.pause)

@@ -176,13 +176,25 @@ def put_detail(study: Mapping[str, object]) -> None:
         "Deliveries",
     )  # fmt: skip
     if study["quarantine"]:
-        put_table(
-            {"received_at": "at", "sop_instance_uid": "instance", "reason": "reason", "calling_ae": "from",
-             "times": ">times", "path": "kept as"},
+        put_quarantine(
             _rows(study["quarantine"]),
             "Quarantine: images that contradict what is stored; a person must say which is right",
-        )  # fmt: skip
+        )
     put_table({"at": "at", "name": "event", "detail": "detail"}, _rows(study["events"]), "Time line")
+
+
+def put_quarantine(rows: Sequence[Mapping[str, object]], title: str = "") -> None:
+    """A table of images that contradict what is stored."""
+    columns = {
+        "received_at": "at",
+        "study_uid": "study",
+        "sop_instance_uid": "instance",
+        "reason": "reason",
+        "calling_ae": "from",
+        "times": ">times",
+        "kept": "kept as",
+    }
+    put_table(columns, rows, title)
 
 
 def _put_provenance(made_by: Mapping[str, object], source_digest: str) -> None:

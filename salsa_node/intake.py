@@ -63,6 +63,17 @@ class Request:
     called: str
 
 
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """How much the quarantine keeps at most."""
+
+    files: int = 10_000
+    size_bytes: float = 10.0 * (1 << 30)
+
+
+DEFAULT_BOUND = Bound()
+
+
 class Incoming:
     """One instance on its way in: `write` what comes, then hand it to `Intake.take`, whatever happened before."""
 
@@ -168,11 +179,19 @@ class _Waiting:
 class Intake:
     """Keeps what comes in; one for all associations of a door."""
 
-    def __init__(self, store: Store, data_dir: Path, notes: Notes, clock: Callable[[], datetime]) -> None:
+    def __init__(
+        self,
+        store: Store,
+        data_dir: Path,
+        notes: Notes,
+        clock: Callable[[], datetime],
+        bound: Bound = DEFAULT_BOUND,
+    ) -> None:
         self._store = store
         self._data_dir = data_dir.absolute()
         self._notes = notes
         self._clock = clock
+        self._bound = bound
         self._waiting: deque[_Waiting] = deque()
         self._turn = threading.Lock()
         self._locks = tuple(threading.Lock() for _ in range(_LOCKS))
@@ -250,6 +269,14 @@ class Intake:
         self._store.quarantine(replace(new, path=path), conflict.brief, self._clock())
         extra = {"event": "instance.quarantined", "sop_instance_uid": new.sop_instance_uid}
         log.warning(conflict.brief, extra=extra)
+        bound = self._bound
+        gone = self._store.bound_quarantine(bound.files, bound.size_bytes, self._clock(), self._remove)
+        if gone:
+            extra = {"event": "quarantine.let_go", "files": len(gone), "most": bound.files}
+            log.warning("the quarantine is full, what was set aside first is let go", extra=extra)
+
+    def _remove(self, paths: Sequence[str]) -> None:
+        durable.remove(self._data_dir, paths)
 
     # ---- one commit for all that wait ---------------------------------------------------------------
 

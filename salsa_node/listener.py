@@ -31,7 +31,7 @@ from salsa_node.association import VERIFICATION, called_by, without_delay
 from salsa_node.errors import ConfigError, DeliveryError, StoreError
 from salsa_node.fast_receive import Connection, SharedContexts
 from salsa_node.instance_header import SUCCESS
-from salsa_node.intake import INCOMING, Intake, Request
+from salsa_node.intake import INCOMING, Bound, Intake, Request
 from salsa_node.notes import Notes
 from salsa_node.settings import ListenerSettings, Peer, invalid_peer
 from salsa_node.store import Commitment, Store
@@ -75,7 +75,8 @@ class Listener:
         self._store = store
         self._clock = clock
         self._notes = Notes(store, clock)
-        self._intake = Intake(store, data_dir, self._notes, clock)
+        bound = Bound(settings.quarantine_files, settings.quarantine_gib * _GIB)
+        self._intake = Intake(store, data_dir, self._notes, clock, bound)
         if fault := invalid_peer(settings.allowed):
             raise ConfigError(fault)
 

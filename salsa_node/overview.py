@@ -14,6 +14,7 @@ from salsa_node.store import (
     DeliveryState,
     Event,
     Figures,
+    Quarantined,
     Rows,
     Run,
     RunState,
@@ -157,7 +158,7 @@ def detail(store: Store, seen: Glance) -> dict[str, object]:
             for run in seen.runs
         ],
         "looks": [_plain(look) for look in store.looks_of(seen.study.study_uid)],
-        "quarantine": [_plain(item) for item in store.quarantined_of(seen.study.study_uid)],
+        "quarantine": [set_aside(item) for item in store.quarantined_of(seen.study.study_uid)],
         "events": [_plain(event) for event in store.events_of(seen.study.study_uid)],
     }
 
@@ -197,6 +198,11 @@ def _spread(seconds: Sequence[float]) -> dict[str, float | int | None]:
     last = len(ordered) - 1
     picked = {"p50": last // 2, "p95": last * 95 // 100, "max": last}
     return {"count": len(ordered)} | {name: round(ordered[at], 1) if ordered else None for name, at in picked.items()}
+
+
+def set_aside(item: Quarantined) -> dict[str, object]:
+    """What `quarantine` and `show` say of a file in quarantine; kept: where it lies, or why it does not."""
+    return {**_plain(item), "kept": item.path or "let go: the quarantine was full"}
 
 
 def _plain(value: object) -> dict[str, object]:

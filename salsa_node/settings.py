@@ -78,6 +78,7 @@ class ListenerSettings:
     allowed: an association from anybody else is rejected.
     fast: take C-STORE past pynetdicom's own reading, which costs twice the processor time; what is kept is the same.
     min_free_gib: with less left on the disk of node.data_dir new associations are rejected until there is more.
+    quarantine_files, quarantine_gib: as much of what contradicts what is stored is kept; what came first goes first.
     """
 
     ae_title: str = "SALSA_NODE"
@@ -90,6 +91,8 @@ class ListenerSettings:
     idle_timeout_s: float = field(default=60.0, metadata={"above": 0})
     fast: bool = True
     min_free_gib: float = 1.0
+    quarantine_files: int = field(default=10_000, metadata={"min": 0})
+    quarantine_gib: float = 10.0
     tls: TlsSettings = field(default_factory=TlsSettings)
 
 

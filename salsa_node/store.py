@@ -48,6 +48,7 @@ from salsa_node.store_deliveries import Deliveries
 from salsa_node.store_interventions import Interventions
 from salsa_node.store_looks import Looks
 from salsa_node.store_proofs import Proofs
+from salsa_node.store_quarantine import Quarantine
 from salsa_node.store_queries import standing
 from salsa_node.store_reviews import Reviews
 from salsa_node.store_rows import (
@@ -112,7 +113,7 @@ KEPT = "images came after the person's masks; the masks stay, salsa-node rerun a
 _UNDER_WAY = (RunState.QUEUED, RunState.RUNNING)
 
 
-class Store(Arrivals, Commitments, Deliveries, Interventions, Looks, Proofs, Reviews, Search, Switches):
+class Store(Arrivals, Commitments, Deliveries, Interventions, Looks, Proofs, Quarantine, Reviews, Search, Switches):
     """An open store; made by `Store.open`. Threads may share it, processes open their own."""
 
     @classmethod

@@ -1,7 +1,7 @@
-"""What the record says of images that arrive: many rows in one transaction, and what contradicts them set aside.
+"""What the record says of images that arrive: many rows in one transaction, and a verdict on each.
 
 An instance that contradicts what is stored (the same UID with other content, its series under another
-study, its study under another patient) never becomes an instance: it gets a row in quarantine.
+study, its study under another patient) never becomes an instance: see `store_quarantine`.
 """
 
 from __future__ import annotations
@@ -19,13 +19,11 @@ from salsa_node.store_queries import Queries
 from salsa_node.store_rows import (
     INSTANCES,
     OBJECTS,
-    QUARANTINE,
     SERIES,
     STUDIES,
     Arrival,
     Instance,
     NewInstance,
-    Quarantined,
     Series,
     SeriesState,
     Study,
@@ -99,40 +97,6 @@ class Arrivals(Queries):
             verdicts = batch.verdicts()
             publish(batch.new)
             return verdicts
-
-    def quarantine(self, new: NewInstance, reason: str, now: datetime) -> Quarantined:
-        """The row of a file in quarantine, `new.path`; the same content for the same reason again is only counted.
-
-        reason: what it contradicts, without patient identity.
-        """
-        same = sa.and_(
-            QUARANTINE.c.sop_instance_uid == new.sop_instance_uid,
-            QUARANTINE.c.digest == new.digest,
-            QUARANTINE.c.reason == reason,
-        )
-        with transaction(self._writer) as t:
-            there = t.one(Quarantined, sa.select(QUARANTINE).where(same))
-            if there is not None:
-                t.execute(sa.update(QUARANTINE).where(QUARANTINE.c.id == there.id).values(times=there.times + 1))
-                return replace(there, times=there.times + 1)
-            values = {
-                "study_uid": new.study_uid,
-                "series_uid": new.series_uid,
-                "sop_instance_uid": new.sop_instance_uid,
-                "sop_class_uid": new.sop_class_uid,
-                "transfer_syntax_uid": new.transfer_syntax_uid,
-                "path": new.path,
-                "digest": new.digest,
-                "size_bytes": new.size_bytes,
-                "calling_ae": new.calling_ae,
-                "reason": reason,
-                "times": 1,
-                "received_at": now,
-            }
-            number = t.insert(QUARANTINE, **values)
-            detail = f"{reason}; from {new.calling_ae}, kept as {new.path}"
-            t.event(now, new.study_uid, "instance", new.sop_instance_uid, "instance.quarantined", detail)
-            return Quarantined(id=number, **values)  # type: ignore[arg-type]
 
 
 @dataclass(slots=True)

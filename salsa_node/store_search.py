@@ -194,7 +194,14 @@ class Search(Queries):
         masks = RUNS.c.masks_path.is_not(None)
         asked = (
             (INSTANCES, "image", INSTANCES.c.path, INSTANCES.c.digest, INSTANCES.c.study_uid, sa.true()),
-            (QUARANTINE, "quarantined", QUARANTINE.c.path, QUARANTINE.c.digest, QUARANTINE.c.study_uid, sa.true()),
+            (
+                QUARANTINE,
+                "quarantined",
+                QUARANTINE.c.path,
+                QUARANTINE.c.digest,
+                QUARANTINE.c.study_uid,
+                QUARANTINE.c.path != "",
+            ),
             (OBJECTS.join(RUNS), "result", OBJECTS.c.path, OBJECTS.c.sha256, RUNS.c.study_uid, OBJECTS.c.path != ""),
             (RUNS, "masks", RUNS.c.masks_path, RUNS.c.masks_sha256, RUNS.c.study_uid, masks),
         )
