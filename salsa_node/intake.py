@@ -272,8 +272,8 @@ class Intake:
         bound = self._bound
         gone = self._store.bound_quarantine(bound.files, bound.size_bytes, self._clock(), self._remove)
         if gone:
-            extra = {"event": "quarantine.let_go", "files": len(gone), "most": bound.files}
-            log.warning("the quarantine is full, what was set aside first is let go", extra=extra)
+            full = {"event": "quarantine.let_go", "files": len(gone), "most": bound.files}
+            log.warning("the quarantine is full, what was set aside first is let go", extra=full)
 
     def _remove(self, paths: Sequence[str]) -> None:
         durable.remove(self._data_dir, paths)
