@@ -46,6 +46,9 @@ _CALLED_NOT_RECOGNISED = (0x01, 0x01, 0x07)
 _CONGESTED = (0x02, 0x03, 0x01)  # rejected transient, temporary congestion
 _TOO_MANY = (0x02, 0x03, 0x02)  # rejected transient, local limit exceeded
 _GIB = 1 << 30
+# Connections that wait to be accepted. pynetdicom lets 5 wait, and a connection that finds no room tries again
+# after a second: senders that open ten associations at once would lose that second on half of them.
+_BACKLOG = 128
 
 
 class Listener:
@@ -143,6 +146,8 @@ class Listener:
         if server is None:
             raise ConfigError("pynetdicom gave no server, though it was asked not to wait for its end")
         server.contexts = SharedContexts(server.contexts)
+        if server.socket is not None:
+            server.socket.listen(_BACKLOG)  # again, with a longer queue
         self._servers.append(server)
         extra = {"event": "node.listening", "host": host, "port": server.server_address[1], "tls": secure is not None}
         log.info("listening", extra=extra)

@@ -5,6 +5,7 @@ import logging
 import random
 import shutil
 import socket
+import struct
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -420,6 +421,13 @@ def test_a_data_set_that_is_not_what_the_request_named_is_refused(
 ) -> None:
     assert send_bytes(listener.port, on_the_wire(a_slice(**change))).Status == DOES_NOT_MATCH
     assert store.studies() == ()
+
+
+def test_more_senders_than_pynetdicom_lets_wait_need_not_try_again_after_a_second(listener: Listener) -> None:
+    (server,) = listener._servers
+    assert server.socket is not None
+    longest = struct.unpack_from("I", server.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 32), 28)[0]
+    assert longest >= 4 * 20, "of a listening socket Linux tells here how many connections may wait"
 
 
 def test_noise_on_the_port_does_not_end_the_node(listener: Listener) -> None:
