@@ -13,6 +13,7 @@ from salsa_node.criteria import Criteria, Rule
 from salsa_node.errors import OrganNotFound
 from salsa_node.findings import Disease, measure
 from salsa_node.nifti import read_labels
+from salsa_node.phantom import Recipe
 from salsa_node.pipelines import Masks, Provenance
 from salsa_node.pipelines.salsa_steps import (
     OUTSIDE_HU,
@@ -21,6 +22,7 @@ from salsa_node.pipelines.salsa_steps import (
     crop,
     fine_grid,
     largest,
+    resample_crop,
     resample_ct,
     resample_labels,
     restore_labels,
@@ -140,6 +142,22 @@ def test_linear_resampling_keeps_a_linear_image(orientation):
 
 
 # ---- where upstream is wrong -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("orientation", ["SPL", "IRA", "LSP"])
+@pytest.mark.parametrize("preset", ["salsa", "salsa-2024"])
+def test_the_crop_is_resampled_alone_to_the_same_bits(orientation: str, preset: str) -> None:
+    grid = Recipe(1, (14, 20, 24), (5.3, 1.7, 2.9), orientation, rotation_deg=(4.0, -3.0, 6.0)).grid
+    ct = CtVolume(np.random.default_rng(2).integers(-1000, 1000, grid.shape).astype(np.int16), grid)
+    liver = np.zeros(grid.shape, dtype=np.uint8)
+    liver[5:9, 4:12, 9:15] = 1
+    cleaned = resample_labels(LabelVolume(liver, grid))
+    whole = crop(resample_ct(ct), cleaned, PRESETS[preset])
+    alone = resample_crop(ct, cleaned, PRESETS[preset])
+    assert alone.voxels_hu.dtype == np.float32
+    assert alone.voxels_hu.tobytes() == whole.voxels_hu.tobytes()
+    assert alone.grid.matches(whole.grid)
+    assert alone.voxels_hu.std() > 100
 
 
 def test_a_liver_at_the_edge_of_the_scan_is_eaten_by_upstream_and_not_by_us():

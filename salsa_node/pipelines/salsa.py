@@ -28,7 +28,7 @@ from salsa_node.pipelines import (
 )
 from salsa_node.pipelines.device import all_places, choose_device, libraries
 from salsa_node.pipelines.nnunet import ENGINES, Network
-from salsa_node.pipelines.salsa_steps import PRESETS, Preset, clean_liver, crop
+from salsa_node.pipelines.salsa_steps import PRESETS, Preset, clean_liver, crop, resample_crop
 from salsa_node.pipelines.totalseg import TotalSegmentatorLiver
 from salsa_node.regrid import onto
 from salsa_node.volume import CtVolume, Grid, LabelVolume
@@ -169,9 +169,12 @@ class SalsaPipeline:
         observer("liver_resampled", liver_fine)
         cleaned = clean_liver(liver_fine, self._preset)
         observer("liver_postprocessed", cleaned)
-        fine = self._resampler.resample_ct(ct)
-        observer("scan_resampled", fine)
-        seen = crop(fine, cleaned, self._preset)
+        if observer is unobserved and not self._preset.by_monai:
+            seen = resample_crop(ct, cleaned, self._preset)
+        else:
+            fine = self._resampler.resample_ct(ct)
+            observer("scan_resampled", fine)
+            seen = crop(fine, cleaned, self._preset)
         observer("cropped/scan_0000", seen)
         found = self._cascade.predict(seen, previous=self._lowres.predict(seen))
         observer("cropped/mask_0000", found)

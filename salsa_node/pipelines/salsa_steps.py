@@ -79,14 +79,28 @@ def fine_grid(grid: Grid) -> Grid:
 def resample_ct(ct: CtVolume) -> CtVolume:
     """The CT on its `fine_grid`, float32, linear between centres; beyond the outer centres their values hold."""
     fine = fine_grid(ct.grid)
-    voxels = _oriented(ct.voxels_hu, ct.grid).astype(np.float32)
-    for axis, places in enumerate(_places(_turned(ct.grid), fine)):
-        at = np.clip(places, 0, voxels.shape[axis] - 1)
-        low = np.minimum(np.floor(at).astype(np.intp), max(voxels.shape[axis] - 2, 0))
-        high = np.minimum(low + 1, voxels.shape[axis] - 1)
-        part = np.expand_dims((at - low).astype(np.float32), tuple(n for n in range(3) if n != axis))
-        voxels = np.take(voxels, low, axis) * (1 - part) + np.take(voxels, high, axis) * part
-    return CtVolume(voxels, fine)
+    return CtVolume(_linear(_oriented(ct.voxels_hu, ct.grid), _places(_turned(ct.grid), fine)), fine)
+
+
+def _linear(voxels: npt.NDArray[_Voxel], places: list[npt.NDArray[np.float64]]) -> npt.NDArray[np.float32]:
+    """float32 values at those places along each axis; nothing is looked at that none of them needs."""
+    along = []
+    for axis, at in enumerate(places):
+        last = voxels.shape[axis] - 1
+        held = np.clip(at, 0, last)
+        low = np.minimum(np.floor(held).astype(np.intp), max(last - 1, 0))
+        high = np.minimum(low + 1, last)
+        part = np.expand_dims((held - low).astype(np.float32), tuple(n for n in range(3) if n != axis))
+        first = int(low.min())
+        along.append((slice(first, int(high.max()) + 1), low - first, high - first, part))
+    found = voxels[tuple(needed for needed, *_ in along)].astype(np.float32)
+    for axis, (_, low, high, part) in enumerate(along):
+        above = np.take(found, high, axis)
+        above *= part
+        found = np.take(found, low, axis)
+        found *= 1 - part
+        found += above
+    return found
 
 
 def resample_labels(labels: LabelVolume) -> LabelVolume:
@@ -147,12 +161,14 @@ def clean_liver(liver: LabelVolume, preset: Preset) -> LabelVolume:
 
 def largest(mask: Mask, touching: Literal[6, 26] = 6) -> Mask:
     """The largest connected part. Raises OrganNotFound where there is none."""
-    parts = cc3d.connected_components(mask, connectivity=touching)
+    if not mask.any():
+        raise OrganNotFound("nothing was left of the liver after closing and widening it")
+    box = _box(mask, 0)
+    parts = cc3d.connected_components(np.ascontiguousarray(mask[box]), connectivity=touching)
     sizes = np.bincount(parts.ravel())
     sizes[0] = 0
-    if not sizes.any():
-        raise OrganNotFound("nothing was left of the liver after closing and widening it")
-    kept: Mask = parts == np.argmax(sizes)
+    kept: Mask = np.zeros_like(mask)
+    kept[box] = parts == np.argmax(sizes)
     return kept
 
 
@@ -162,12 +178,25 @@ def crop(ct: CtVolume, liver: LabelVolume, preset: Preset) -> CtVolume:
     ct, liver: at 1 mm, on one grid. The crop's grid says where it lies; upstream writes the uncropped affine.
     """
     box = _box(liver.labels == 1, preset.margin)
-    seen = np.where(liver.labels[box] == 1, ct.voxels_hu[box], np.array(OUTSIDE_HU, dtype=ct.voxels_hu.dtype))
+    return _seen(ct.voxels_hu[box], liver, box)
+
+
+def resample_crop(ct: CtVolume, liver: LabelVolume, preset: Preset) -> CtVolume:
+    """`crop(resample_ct(ct), liver, preset)`, bit for bit, where only the liver's box is resampled."""
+    box = _box(liver.labels == 1, preset.margin)
+    places = _places(_turned(ct.grid), liver.grid)
+    near = [at[side] for at, side in zip(places, box, strict=True)]
+    return _seen(_linear(_oriented(ct.voxels_hu, ct.grid), near), liver, box)
+
+
+def _seen(voxels_hu: npt.NDArray[_Voxel], liver: LabelVolume, box: Box) -> CtVolume:
+    """voxels_hu: those of the box."""
+    seen = np.where(liver.labels[box] == 1, voxels_hu, np.array(OUTSIDE_HU, dtype=voxels_hu.dtype))
     padded = np.pad(seen, [(0, -n % MULTIPLE) for n in seen.shape], constant_values=OUTSIDE_HU)
-    affine = ct.grid.affine_lps_mm.copy()
-    affine[:3, 3] = ct.grid.to_lps_mm((box[0].start, box[1].start, box[2].start))
+    affine = liver.grid.affine_lps_mm.copy()
+    affine[:3, 3] = liver.grid.to_lps_mm((box[0].start, box[1].start, box[2].start))
     shape = (padded.shape[0], padded.shape[1], padded.shape[2])
-    return CtVolume(padded, Grid(shape, affine, ct.grid.frame_of_reference_uid))
+    return CtVolume(padded, Grid(shape, affine, liver.grid.frame_of_reference_uid))
 
 
 def _box(mask: Mask, margin: int) -> Box:
