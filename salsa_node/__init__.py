@@ -111,6 +111,7 @@ room imports exactly what stands right of its arrow):
   on top
     preflight              <- config errors model_fetch models pipelines settings
     overview               <- failures store
+    selftest               <- config errors loopback overview phantom settings store
     doctor                 <- config errors loopback overview preflight settings store way_dicom
     backup                 <- durable errors store
     retention              <- durable errors overview settings store
@@ -138,7 +139,7 @@ room imports exactly what stands right of its arrow):
     cli_review             <- config console options store
     cli_queue              <- config console options store
     cli_series             <- assembly config console errors nifti options preflight series store upright
-    cli_upkeep             <- audit backup config console doctor integrity options store
+    cli_upkeep             <- audit backup config console doctor integrity options preflight selftest store
     cli_studies            <- audit config console durable options overview store
     cli_quarantine         <- config console options overview store
     cli_models             <- config console errors model_cards model_fetch model_import model_manifest models options

@@ -110,6 +110,30 @@ def restore(
             console.put("it holds no images: have studies sent again where they are to be analysed again")
 
 
+def selftest(
+    config_file: ConfigFile = None,
+    as_json: AsJson = False,
+    pipeline: Annotated[str, typer.Option(help="Another pipeline than the configured one.")] = "",
+    limit_s: Annotated[float, typer.Option("--limit", min=1, help="Seconds that it may take.")] = 1800.0,
+) -> None:
+    """Send a phantom through a node with these settings and back; beside a running node, and no PACS sees it."""
+    settings = config.load(config_file)
+    from salsa_node import preflight
+    from salsa_node import selftest as trial
+
+    settings = preflight.ready(settings, pipeline)
+    outcome = trial.run(settings, limit_s, (lambda _: None) if as_json else console.note)
+    if (settings.node.data_dir / "node.lock").exists():  # a node has run here, so there is a record to tell
+        with Store.open(StoreSettings(settings.store_url)) as record:
+            record.add_event("node", "selftest", "node.selftest", outcome.told, datetime.now(UTC))
+    if as_json:
+        console.put_json(asdict(outcome))
+    else:
+        console.put(outcome.told)
+    if not outcome.passed:
+        raise SystemExit(EXIT_NO)
+
+
 @db_app.command("upgrade")
 def db_upgrade(config_file: ConfigFile = None, as_json: AsJson = False) -> None:
     """Bring the record to this program's version, the node being stopped; a copy of it is kept beside it."""
@@ -163,4 +187,4 @@ def audit_show(
         )
 
 
-COMMANDS: Final = (verify, doctor, backup, restore)
+COMMANDS: Final = (verify, doctor, backup, restore, selftest)

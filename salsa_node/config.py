@@ -7,6 +7,7 @@ what was expected. Nothing is repaired.
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
 import socket
@@ -18,6 +19,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
 from enum import Enum
 from pathlib import Path
+from typing import Any
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from salsa_node.criteria import Criteria
@@ -137,6 +139,43 @@ def parse(text: str) -> Config:
     assert isinstance(config, Config)
     _check_together(config)
     return config
+
+
+def dump(config: Config) -> str:
+    """Those settings as TOML, every key that has not its default: `parse(dump(config)) == config`."""
+    lines = []
+    for section in fields(config):
+        values = getattr(config, section.name)
+        several = values if isinstance(values, tuple) else (values,)
+        for value in several:
+            lines.append(f"[[{section.name}]]" if isinstance(values, tuple) else f"[{section.name}]")
+            told = ((key, getattr(value, key.name)) for key in fields(value))
+            lines += [f"{key.name} = {_literal(item)}" for key, item in told if item != _default(key)]
+    return "\n".join(lines) + "\n"
+
+
+def _default(entry: Field[Any]) -> object:
+    """What a key is when it is left out; MISSING where it may not be."""
+    return entry.default if entry.default_factory is MISSING else entry.default_factory()
+
+
+def _literal(value: object) -> str:
+    """A value as TOML writes it; a JSON string is a TOML string."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, Enum):
+        return json.dumps(value.value)
+    if isinstance(value, str | Path):
+        return json.dumps(str(value))
+    if isinstance(value, Mapping):
+        return f"{{ {', '.join(f'{json.dumps(str(key))} = {_literal(item)}' for key, item in value.items())} }}"
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(map(_literal, value))}]"
+    assert is_dataclass(value), f"a setting of a kind that TOML does not have: {type(value).__name__}"
+    pairs = ((key, getattr(value, key.name)) for key in fields(value))
+    return f"{{ {', '.join(f'{key.name} = {_literal(item)}' for key, item in pairs if item != _default(key))} }}"
 
 
 def _value(kind: object, found: object, key: str) -> object:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from salsa_node.config import Config, load, parse
+from salsa_node.config import Config, dump, load, parse
 from salsa_node.criteria import Rule
 from salsa_node.errors import ConfigError
 
@@ -174,3 +174,25 @@ def test_a_profile_has_its_own_pipeline_and_destinations() -> None:
 def test_a_profile_that_cannot_be_used_is_refused(text: str, words: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(words)):
         parse(text)
+
+
+def test_what_is_dumped_is_read_back() -> None:
+    text = """
+[listener]
+allowed = [{ ae_title = "A \\"B\\"", address = "192.0.2.0/24" }]
+[pipeline]
+name = "salsa"
+options = { tile_step = 0.25, mirroring = false, preset = "salsa" }
+[criteria]
+rule = "volume"
+[[destination]]
+name = "pacs"
+ae_title = "PACS"
+host = "192.0.2.10"
+port = 104
+[[profile]]
+ae_title = "TEST"
+to = ["pacs"]
+"""
+    for config in (Config(), parse(text)):
+        assert parse(dump(config)) == config
