@@ -98,6 +98,7 @@ room imports exactly what stands right of its arrow):
     way_web                <- errors outgoing settings
     ways                   <- errors outgoing settings way_dicom way_folder way_web
     delivery               <- destinations errors log outgoing settings store ways
+    fetch                  <- errors instance_header intake outgoing requestor settings way_dicom way_web
     verification           <- commitment destinations errors log outgoing requestor settings store ways
 
   where they meet
@@ -136,6 +137,7 @@ room imports exactly what stands right of its arrow):
     model_trial            <- errors models phantom pipelines.nnunet volume
     model_import           <- errors model_cards model_manifest model_source model_trial models task_identity
     model_fetch            <- errors model_cards model_import model_manifest models
+    cli_fetch              <- config console errors fetch intake notes options settings store
     cli_review             <- config console options store
     cli_queue              <- config console options store
     cli_series             <- assembly config console errors nifti options preflight series store upright
@@ -148,7 +150,7 @@ room imports exactly what stands right of its arrow):
     batch                  <- analysis cases criteria durable errors film findings guards limits log models nifti pipelines series_rules uids upright volume
     scripting              <- batch cases config criteria dicom_result dicom_seg errors findings limits nifti pipelines preflight series
     cli_batch              <- batch cases config console criteria errors options pipelines preflight settings
-  cli                    <- assembly cli_batch cli_models cli_quarantine cli_queue cli_review cli_series cli_studies cli_upkeep config console demo durable errors log nifti node offline options preflight settings store ways worker
+  cli                    <- assembly cli_batch cli_fetch cli_models cli_quarantine cli_queue cli_review cli_series cli_studies cli_upkeep config console demo durable errors log nifti node offline options preflight settings store ways worker
     __main__               <- cli
 """  # noqa: E501 - one room, one line
 

@@ -18,6 +18,7 @@ import typer
 from salsa_node import (
     __version__,
     cli_batch,
+    cli_fetch,
     cli_models,
     cli_quarantine,
     cli_queue,
@@ -47,6 +48,7 @@ app.command()(cli_quarantine.quarantine)
 app.command()(cli_series.select)
 app.command()(cli_series.export)
 app.command()(cli_queue.pause)
+app.command()(cli_fetch.fetch)
 app.command()(cli_review.hold)
 app.command()(cli_review.release)
 app.command()(cli_queue.resume)
@@ -140,6 +142,7 @@ def rerun(
     with store.Store.open(store.StoreSettings(settings.store_url)) as record:
         wanted = record.study(study)
         kept = _keep_masks(settings, masks) if masks else None
+        wanted = cli_fetch.brought_back(settings, record, wanted)
         only = None if of_series is None else cli_series.series_uid(record, wanted, of_series)
         runs = assembly.queue_again(
             record,

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from email.message import Message
+from io import BytesIO
 from pathlib import Path
 from typing import Final
 
+import pydicom
 import requests
+from pydicom.dataset import Dataset
+from pydicom.errors import InvalidDicomError
 from requests.auth import AuthBase
 
 from salsa_node.errors import DeliveryError, DestinationRefused, FormRefused
 from salsa_node.outgoing import Outgoing, Reference
 from salsa_node.settings import Destination
 
+_GROUP_LENGTH_END = 132 + 12  # preamble, prefix, and the element that says how long the rest is (PS3.10 7.1)
 _SOP_CLASS_NOT_SUPPORTED = 0x0122
 _ALREADY_THERE = (0x0111, 0xB305)  # a duplicate, as PS3.7 and as several archives say it
 _WARNING, _FAILURE = "00081196", "00081197"  # Warning Reason, Failure Reason
@@ -56,6 +62,19 @@ class WebWay:
         found = _json(answer)
         uids = [_value(item, "00080018") for item in found] if isinstance(found, list) else []
         return reference.sop_instance_uid in uids
+
+    def studies(self, conditions: Mapping[str, str]) -> list[dict[str, object]]:
+        """The studies that meet those conditions, as DICOM JSON. Raises DeliveryError."""
+        more = {"includefield": "NumberOfStudyRelatedInstances"}
+        return _list(self._ask("GET", "/studies", params={**conditions, **more}, headers=_JSON))
+
+    def instances(self, study_uid: str) -> Iterator[bytes]:
+        """Each instance of a study as a DICOM file, as the service keeps it (WADO-RS). Raises DeliveryError."""
+        for item in _list(self._ask("GET", f"/studies/{study_uid}/instances", headers=_JSON)):
+            series, instance = _value(item, "0020000E"), _value(item, "00080018")
+            accept = {"Accept": 'multipart/related; type="application/dicom"; transfer-syntax=*'}
+            answer = self._ask("GET", f"/studies/{study_uid}/series/{series}/instances/{instance}", headers=accept)
+            yield _only_part(answer, self._destination.name)
 
     def knock(self) -> None:
         """Ask for one study, whichever. Raises DeliveryError."""
@@ -145,6 +164,36 @@ def secret(destination: Destination) -> str:
     if not found or not found.isascii() or not found.isprintable():
         raise DestinationRefused(f"{destination.name}: its secret ({kind}:{where}) is empty, or not one line of ASCII")
     return found
+
+
+def meta_of(content: bytes) -> tuple[Dataset, int]:
+    """The file meta information of a DICOM file, and where its data set begins. Raises DeliveryError for none."""
+    try:
+        ds = pydicom.dcmread(BytesIO(content), specific_tags=["SOPInstanceUID"], stop_before_pixels=True)
+        length = int(ds.file_meta.FileMetaInformationGroupLength)
+    except (InvalidDicomError, AttributeError, ValueError, EOFError) as error:
+        raise DeliveryError(f"what came is no DICOM file ({type(error).__name__})") from error
+    return ds.file_meta, _GROUP_LENGTH_END + length
+
+
+def _only_part(answer: requests.Response, where: str) -> bytes:
+    """The body of the one part of a multipart/related answer (RFC 2387)."""
+    kind = Message()
+    kind["Content-Type"] = answer.headers.get("Content-Type", "")
+    boundary = str(kind.get_param("boundary", "") or "")
+    _, opening, rest = answer.content.partition(f"--{boundary}\r\n".encode())
+    _, _, body = rest.partition(b"\r\n\r\n")
+    content, closing, _ = body.rpartition(f"\r\n--{boundary}--".encode())
+    if not (boundary and opening and closing):
+        raise DeliveryError(
+            f"{where}: expected one part of multipart/related, found {answer.headers.get('Content-Type')}"
+        )
+    return content
+
+
+def _list(answer: requests.Response) -> list[dict[str, object]]:
+    found = _json(answer)
+    return [item for item in found if isinstance(item, dict)] if isinstance(found, list) else []
 
 
 def _json(answer: requests.Response) -> object:

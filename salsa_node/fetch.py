@@ -1,0 +1,248 @@
+"""Studies back from an archive: found by C-FIND or QIDO-RS, brought by C-GET, C-MOVE to our door, or WADO-RS.
+
+What comes by C-GET or WADO-RS is kept as the door keeps it: file and row on disk before the archive hears Success.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Final
+
+from pydicom.dataset import Dataset
+from pydicom.uid import (
+    UID,
+    CTImageStorage,
+    DeflatedExplicitVRLittleEndian,
+    EnhancedCTImageStorage,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
+    RLELossless,
+    SegmentationStorage,
+)
+from pynetdicom import build_role, evt
+from pynetdicom.dimse_primitives import C_STORE
+from pynetdicom.status import STATUS_PENDING, STATUS_SUCCESS, STATUS_WARNING, code_to_category
+
+from salsa_node import way_web
+from salsa_node.errors import DeliveryError, DestinationRefused
+from salsa_node.instance_header import SUCCESS
+from salsa_node.intake import Intake, Request
+from salsa_node.outgoing import PLAIN
+from salsa_node.requestor import accepts, associated
+from salsa_node.settings import Destination
+from salsa_node.way_dicom import FIND
+
+GET: Final = "1.2.840.10008.5.1.4.1.2.2.3"  # Study Root Query/Retrieve Information Model - GET
+MOVE: Final = "1.2.840.10008.5.1.4.1.2.2.2"  # Study Root Query/Retrieve Information Model - MOVE
+_UNKNOWN_DESTINATION = 0xA801  # PS3.4 table C.4-2
+#: what is brought by C-GET, with the transfer syntaxes of each; an archive converts what it has in another
+BROUGHT: Final = {
+    CTImageStorage: (
+        ExplicitVRLittleEndian,
+        ImplicitVRLittleEndian,
+        JPEGLosslessSV1,
+        JPEGLSLossless,
+        JPEG2000Lossless,
+        RLELossless,
+        DeflatedExplicitVRLittleEndian,
+    ),
+    EnhancedCTImageStorage: (ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEG2000Lossless),
+    SegmentationStorage: (ExplicitVRLittleEndian, ImplicitVRLittleEndian),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Which studies; an empty field is no condition. study_date: YYYYMMDD, or a range YYYYMMDD-YYYYMMDD."""
+
+    study_uid: str = ""
+    accession_number: str = ""
+    patient_id: str = field(default="", repr=False)
+    study_date: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A study that the archive holds; images: how many instances it counts, None where it does not count."""
+
+    study_uid: str
+    accession_number: str
+    study_date: str
+    images: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Brought:
+    """What came of one study: by which way, how many instances were taken, how many were not."""
+
+    by: str
+    taken: int
+    failed: int
+
+
+def find(source: Destination, wanted: Wanted, timeout_s: float) -> tuple[Found, ...]:
+    """The studies there, oldest first. Raises DeliveryError where there is no answer, DestinationRefused for no way."""
+    if source.url:
+        with way_web.opened(source, timeout_s) as web:
+            found = [_found(_plain(item)) for item in web.studies(_web_query(wanted))]
+    else:
+        found = list(_find(source, wanted, timeout_s))
+    return tuple(sorted((one for one in found if one.study_uid), key=lambda one: (one.study_date, one.study_uid)))
+
+
+def bring(
+    source: Destination, study_uid: str, intake: Intake, our_title: str, timeout_s: float, by: str = "auto"
+) -> Brought:
+    """One study: by "get" or "move", "auto" for the first that the archive offers; a url has one way of its own.
+
+    our_title: the AE title of our door, to which C-MOVE sends; a node must listen there.
+    Raises DeliveryError, DestinationRefused where the archive offers no such way.
+    """
+    if source.url:
+        return _by_web(source, study_uid, intake, our_title, timeout_s)
+    if source.folder:
+        raise DestinationRefused(f"{source.name}: nothing can be fetched from a folder")
+    if by in ("auto", "get"):
+        brought = _by_get(source, study_uid, intake, our_title, timeout_s)
+        if brought is not None:
+            return brought
+        if by == "get":
+            raise DestinationRefused(f"{source.name}: offers no C-GET; try --by move")
+    return _by_move(source, study_uid, our_title, timeout_s)
+
+
+def _identifier(wanted: Wanted) -> Dataset:
+    ds = Dataset()
+    ds.QueryRetrieveLevel = "STUDY"
+    ds.StudyInstanceUID, ds.AccessionNumber = wanted.study_uid, wanted.accession_number
+    ds.PatientID, ds.StudyDate = wanted.patient_id, wanted.study_date
+    ds.NumberOfStudyRelatedInstances = None
+    return ds
+
+
+def _find(source: Destination, wanted: Wanted, timeout_s: float) -> Iterator[Found]:
+    with associated(source, [(FIND, syntax) for syntax in PLAIN], timeout_s) as assoc:
+        if not accepts(assoc, FIND):
+            raise DestinationRefused(f"{source.name}: offers no C-FIND; allow our AE title to query there")
+        last = None
+        for told, match in assoc.send_c_find(_identifier(wanted), FIND):
+            last = told.get("Status")
+            if match is not None and last is not None and code_to_category(last) == STATUS_PENDING:
+                yield _found(match)
+        _require_end(source, "C-FIND", last)
+
+
+def _found(match: Dataset) -> Found:
+    number = match.get("NumberOfStudyRelatedInstances")
+    return Found(
+        str(match.get("StudyInstanceUID") or ""),
+        str(match.get("AccessionNumber") or ""),
+        str(match.get("StudyDate") or ""),
+        None if number in (None, "") else int(number),
+    )
+
+
+def _by_get(source: Destination, study_uid: str, intake: Intake, our_title: str, timeout_s: float) -> Brought | None:
+    """None where the archive offers no C-GET."""
+    contexts: list[tuple[str, UID | str]] = [(GET, syntax) for syntax in PLAIN]
+    contexts += [(str(sop_class), syntax) for sop_class, syntaxes in BROUGHT.items() for syntax in syntaxes]
+    roles = [build_role(sop_class, scu_role=False, scp_role=True) for sop_class in BROUGHT]
+    statuses: list[int] = []
+
+    def keep(event: evt.Event) -> int:
+        request = event.request
+        assert isinstance(request, C_STORE), "pynetdicom triggers EVT_C_STORE for C-STORE requests alone"
+        incoming = intake.begin(
+            Request(
+                sop_class_uid=str(request.AffectedSOPClassUID or ""),
+                sop_instance_uid=str(request.AffectedSOPInstanceUID or ""),
+                context_sop_class_uid=str(event.context.abstract_syntax),
+                transfer_syntax=event.context.transfer_syntax,
+                sender=source.ae_title,
+                called=our_title,
+            )
+        )
+        incoming.write([request.DataSet.getbuffer()] if request.DataSet else [])
+        statuses.append(intake.take(incoming)[0])
+        return statuses[-1]
+
+    asked = Dataset()
+    asked.QueryRetrieveLevel, asked.StudyInstanceUID = "STUDY", study_uid
+    with associated(source, contexts, timeout_s, roles=roles, handlers=[(evt.EVT_C_STORE, keep)]) as assoc:
+        if not accepts(assoc, GET):
+            return None
+        last, failed = None, 0
+        for told, _ in assoc.send_c_get(asked, GET):
+            last, failed = told.get("Status"), int(told.get("NumberOfFailedSuboperations") or 0)
+        _require_end(source, "C-GET", last)
+    refused = len([status for status in statuses if status != SUCCESS])
+    return Brought("C-GET", len(statuses) - refused, max(failed, refused))
+
+
+def _by_move(source: Destination, study_uid: str, our_title: str, timeout_s: float) -> Brought:
+    asked = Dataset()
+    asked.QueryRetrieveLevel, asked.StudyInstanceUID = "STUDY", study_uid
+    with associated(source, [(MOVE, syntax) for syntax in PLAIN], timeout_s) as assoc:
+        if not accepts(assoc, MOVE):
+            raise DestinationRefused(f"{source.name}: offers neither C-GET nor C-MOVE to us; allow one there")
+        last, taken, failed = None, 0, 0
+        for told, _ in assoc.send_c_move(asked, our_title, MOVE):
+            last = told.get("Status")
+            taken = int(told.get("NumberOfCompletedSuboperations") or taken)
+            failed = int(told.get("NumberOfFailedSuboperations") or failed)
+        _require_end(source, f"C-MOVE to {our_title}", last)
+    return Brought("C-MOVE", taken, failed)
+
+
+def _require_end(source: Destination, what: str, status: int | None) -> None:
+    """Raises DeliveryError unless that was the last word on a request, and not a refusal."""
+    if status is None:
+        raise DeliveryError(f"{source.name}: the association ended without an answer to {what}")
+    if status == _UNKNOWN_DESTINATION:
+        raise DeliveryError(f"{source.name}: {what}: does not know where that is; tell it our host and port", status)
+    if code_to_category(status) not in (STATUS_SUCCESS, STATUS_WARNING):
+        raise DeliveryError(f"{source.name}: status 0x{status:04X} to {what}", status)
+
+
+def _web_query(wanted: Wanted) -> dict[str, str]:
+    conditions = {
+        "StudyInstanceUID": wanted.study_uid,
+        "AccessionNumber": wanted.accession_number,
+        "PatientID": wanted.patient_id,
+        "StudyDate": wanted.study_date,
+    }
+    return {name: value for name, value in conditions.items() if value}
+
+
+def _plain(item: dict[str, object]) -> Dataset:
+    return Dataset.from_json(item, lambda *_: None)
+
+
+def _by_web(source: Destination, study_uid: str, intake: Intake, our_title: str, timeout_s: float) -> Brought:
+    taken = failed = 0
+    with way_web.opened(source, timeout_s) as web:
+        for content in web.instances(study_uid):
+            is_kept = _keep_file(content, intake, source, our_title)
+            taken, failed = taken + is_kept, failed + (not is_kept)
+    return Brought("WADO-RS", taken, failed)
+
+
+def _keep_file(content: bytes, intake: Intake, source: Destination, our_title: str) -> bool:
+    """Whether a DICOM file (PS3.10) was taken, as if it had come through the door."""
+    meta, offset = way_web.meta_of(content)
+    sop_class = str(meta.get("MediaStorageSOPClassUID", ""))
+    request = Request(
+        sop_class_uid=sop_class,
+        sop_instance_uid=str(meta.get("MediaStorageSOPInstanceUID", "")),
+        context_sop_class_uid=sop_class,
+        transfer_syntax=UID(str(meta.get("TransferSyntaxUID", ""))),
+        sender=source.ae_title,
+        called=our_title,
+    )
+    incoming = intake.begin(request)
+    incoming.write([memoryview(content)[offset:]])
+    return intake.take(incoming)[0] == SUCCESS

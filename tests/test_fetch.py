@@ -1,0 +1,193 @@
+"""Studies come back from an archive, whichever way it offers, and a run of what was purged finds its images."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import orthanc as orthanc_peer
+import pydicom
+import pytest
+from made_series import HEADER, made
+from orthanc import Pacs
+from pynetdicom import AE
+
+from salsa_node import fetch, loopback, way_web
+from salsa_node.errors import DeliveryError, DestinationRefused
+from salsa_node.fetch import Brought, Wanted
+from salsa_node.intake import Intake
+from salsa_node.listener import Listener
+from salsa_node.notes import Notes
+from salsa_node.settings import Destination, ListenerSettings
+from salsa_node.store import Store, StoreSettings
+
+T0 = datetime(2026, 11, 21, 12, 0, tzinfo=UTC)
+LATER = T0 + timedelta(days=30000)
+STUDY = HEADER.study_uid
+
+
+@pytest.fixture
+def data_dir(tmp_path: Path) -> Path:
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    with Store.open(StoreSettings(f"sqlite:///{tmp_path / 'record.sqlite'}"), create=True) as opened:
+        yield opened
+
+
+@pytest.fixture
+def intake(store: Store, data_dir: Path) -> Intake:
+    return Intake(store, data_dir, Notes(store, lambda: T0), lambda: T0)
+
+
+@pytest.fixture
+def door() -> ListenerSettings:
+    return ListenerSettings(port=loopback.free_port(), min_free_gib=0.0)
+
+
+@pytest.fixture
+def pacs(tmp_path: Path, tool: Callable[..., str], door: ListenerSettings) -> Iterator[Pacs]:
+    """Orthanc with a CT study in it."""
+    if not orthanc_peer.DICOMWEB.exists():
+        pytest.skip("Orthanc's DICOMweb plugin is not installed (apt-get install orthanc-dicomweb)")
+    more = {
+        "DicomModalities": {
+            "salsa": {"AET": "SALSA_NODE", "Host": "127.0.0.1", "Port": door.port, "AllowGet": True, "AllowMove": True}
+        },
+        "Plugins": [str(orthanc_peer.DICOMWEB)],
+        "DicomWeb": {"Enable": True, "Root": "/dicom-web/"},
+    }
+    with orthanc_peer.running(tool("Orthanc", "orthanc"), tmp_path / "orthanc", more) as running:
+        yield running
+
+
+@pytest.fixture
+def sent(pacs: Pacs, tmp_path: Path) -> dict[str, bytes]:
+    """SOP Instance UID -> file, of a study of six images that the archive holds."""
+    _, paths = made(tmp_path / "sent")
+    for path in paths:
+        pacs.upload(path)
+    return {str(pydicom.dcmread(path).SOPInstanceUID): path.read_bytes() for path in paths}
+
+
+def by_dicom(pacs: Pacs) -> Destination:
+    return Destination("archive", orthanc_peer.AE_TITLE, "127.0.0.1", pacs.dicom_port)
+
+
+def by_web(pacs: Pacs) -> Destination:
+    return Destination("archive", url=f"{pacs.url}/dicom-web")
+
+
+def kept(store: Store, data_dir: Path) -> dict[str, bytes]:
+    """SOP Instance UID -> data set of every image here, as it lies on disk."""
+    return {
+        image.sop_instance_uid: data_set((data_dir / image.path).read_bytes()) for image in store.instances_of(STUDY)
+    }
+
+
+def data_set(content: bytes) -> bytes:
+    return content[way_web.meta_of(content)[1] :]
+
+
+def test_what_is_there_is_found_in_either_way(pacs: Pacs, sent: dict[str, bytes]) -> None:
+    for source in (by_dicom(pacs), by_web(pacs)):
+        for wanted in (Wanted(study_uid=STUDY), Wanted(patient_id="X-1", study_date="20240501-20240531")):
+            (found,) = fetch.find(source, wanted, 10)
+            assert (found.study_uid, found.study_date, found.images) == (STUDY, "20240506", len(sent))
+        assert fetch.find(source, Wanted(patient_id="X-1", study_date="20250101-"), 10) == ()
+        assert fetch.find(source, Wanted(accession_number="none"), 10) == ()
+
+
+@pytest.mark.parametrize("way", ["C-GET", "WADO-RS"])
+def test_a_study_comes_back_byte_for_byte(
+    pacs: Pacs, sent: dict[str, bytes], store: Store, data_dir: Path, intake: Intake, way: str
+) -> None:
+    source = by_web(pacs) if way == "WADO-RS" else by_dicom(pacs)
+    for _ in range(2):  # the second time everything is here
+        assert fetch.bring(source, STUDY, intake, "SALSA_NODE", 10) == Brought(way, len(sent), 0)
+    assert kept(store, data_dir) == {uid: data_set(content) for uid, content in sent.items()}
+    (lost, *_) = store.instances_of(STUDY)
+    (data_dir / lost.path).unlink()
+    fetch.bring(source, STUDY, intake, "SALSA_NODE", 10)
+    assert kept(store, data_dir) == {uid: data_set(content) for uid, content in sent.items()}
+
+
+def test_c_move_brings_it_to_our_door(
+    pacs: Pacs, sent: dict[str, bytes], store: Store, data_dir: Path, intake: Intake, door: ListenerSettings
+) -> None:
+    with Listener(door, store, data_dir):
+        brought = fetch.bring(by_dicom(pacs), STUDY, intake, "SALSA_NODE", 10, by="move")
+    assert brought == Brought("C-MOVE", len(sent), 0)
+    assert kept(store, data_dir) == {uid: data_set(content) for uid, content in sent.items()}
+    with pytest.raises(DeliveryError, match="C-MOVE to NOBODY"):
+        fetch.bring(by_dicom(pacs), STUDY, intake, "NOBODY", 10, by="move")
+
+
+def test_rerun_of_a_purged_study_fetches_its_images(
+    pacs: Pacs, sent: dict[str, bytes], store: Store, data_dir: Path, intake: Intake, tmp_path: Path
+) -> None:
+    """By the commands, as an admin would."""
+    (tmp_path / "node.toml").write_text(
+        f"""
+[node]
+data_dir = "{data_dir}"
+store_url = "sqlite:///{tmp_path / "record.sqlite"}"
+[pipeline]
+name = "demo"
+[query]
+ae_title = "{orthanc_peer.AE_TITLE}"
+host = "127.0.0.1"
+port = {pacs.dicom_port}
+"""
+    )
+
+    def cli(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "salsa_node", *arguments, "--config", str(tmp_path / "node.toml")]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    there = cli("fetch", "--patient", "X-1", "--dry-run", "--json")
+    assert [row["images"] for row in json.loads(there.stdout)] == [len(sent)]
+    assert store.studies() == ()
+    got = cli("fetch", "--study", STUDY, "--json")
+    assert (got.returncode, json.loads(got.stdout)[0]["taken"]) == (0, len(sent)), got.stderr
+    assert "Nobody" not in got.stdout + got.stderr
+    assert cli("fetch", "--accession", "none").returncode == 1
+    assert cli("fetch").returncode == 2
+
+    store.complete_series(LATER, LATER)
+    store.study_assembled(store.study(STUDY), "", LATER)
+    assert cli("purge", STUDY, "--yes").returncode == 0
+    assert store.instances_of(STUDY) == ()
+    again = cli("rerun", STUDY)
+    assert again.returncode == 0, again.stderr
+    assert "they are fetched from query" in again.stderr
+    assert kept(store, data_dir) == {uid: data_set(content) for uid, content in sent.items()}
+    assert "study.fetched" in [event.name for event in store.events_of(STUDY)]
+
+
+def test_an_archive_that_offers_nothing_says_what_to_allow(intake: Intake) -> None:
+    ae = AE("ARCHIVE")
+    ae.add_supported_context("1.2.840.10008.1.1")
+    server = ae.start_server(("127.0.0.1", 0), block=False)
+    assert server is not None
+    source = Destination("archive", "ARCHIVE", "127.0.0.1", server.server_address[1])
+    try:
+        with pytest.raises(DestinationRefused, match="offers no C-FIND; allow our AE title"):
+            fetch.find(source, Wanted(study_uid=STUDY), 10)
+        with pytest.raises(DestinationRefused, match="offers no C-GET; try --by move"):
+            fetch.bring(source, STUDY, intake, "SALSA_NODE", 10, by="get")
+        with pytest.raises(DestinationRefused, match="neither C-GET nor C-MOVE"):
+            fetch.bring(source, STUDY, intake, "SALSA_NODE", 10)
+    finally:
+        ae.shutdown()
+
+
+def test_a_folder_is_no_archive(intake: Intake) -> None:
+    with pytest.raises(DestinationRefused, match="from a folder"):
+        fetch.bring(Destination("share", folder="/x"), STUDY, intake, "SALSA_NODE", 10)
