@@ -106,6 +106,12 @@ class Queries:
         with transaction(self._engine) as t:
             return t.all(Run, sa.select(RUNS).where(RUNS.c.state.in_(states)).order_by(RUNS.c.id))
 
+    def next_in_line(self) -> Run | None:
+        """The run that has been QUEUED longest: most likely the next one to be claimed."""
+        with transaction(self._engine) as t:
+            queued = sa.select(RUNS).where(RUNS.c.state == RunState.QUEUED)
+            return t.one(Run, queued.order_by(RUNS.c.queued_at, RUNS.c.id).limit(1))
+
     def objects_of(self, run_id: int) -> tuple[ResultObject, ...]:
         """The objects of a run."""
         with transaction(self._engine) as t:

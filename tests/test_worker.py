@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import threading
 import time
@@ -453,6 +454,39 @@ def test_exhausted_memory_lets_every_warm_pipeline_go(store, config, study, monk
         assert full.step(T0 + timedelta(hours=n)).state is RunState.QUEUED
     assert Warm.unloaded == 2  # loaded anew for the second attempt, since the first one let go of it
     assert store.run(run.id).attempt == 2
+
+
+def test_the_next_study_is_read_ahead_while_this_one_is_segmented(store, worker, config, study, tmp_path, monkeypatch):
+    asked: list[tuple[str, int, int]] = []
+
+    def advise(handle: int, start: int, length: int, advice: int) -> None:
+        assert advice == os.POSIX_FADV_WILLNEED
+        asked.append((str(Path(f"/proc/self/fd/{handle}").readlink()), start, length))
+
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    queue(store, study, study.truth_labels)
+    following = phantom.write_study(
+        phantom.make(phantom.Recipe(12, shape=(24, 64, 64), spacing_mm=(8.0, 4.5, 4.5))), tmp_path / "following"
+    )
+    queue(store, following, following.truth_labels)
+    assert worker.step(T0).study_uid == study.study_uid
+    images = [config.node.data_dir / image.path for image in store.instances_of(following.study_uid)]
+    assert asked == [(str(path), 0, path.stat().st_size) for path in images]
+    assert len(asked) == 24
+    asked.clear()
+    assert worker.step(T0).study_uid == following.study_uid  # nobody waits behind it
+    assert asked == []
+
+
+def test_reading_ahead_has_a_bound_and_passes_over_what_is_gone(tmp_path, monkeypatch):
+    paths = [tmp_path / str(n) for n in range(5)]
+    for path in (paths[0], *paths[2:]):
+        path.write_bytes(bytes(1000))
+    assert worker_module.read_ahead(paths) == 4000
+    monkeypatch.setattr(worker_module, "READ_AHEAD_BYTES", 1500)
+    assert worker_module.read_ahead(paths) == 2000
+    monkeypatch.delattr(os, "posix_fadvise")
+    assert worker_module.read_ahead(paths) == 0
 
 
 def arriving(store: Store, called_ae: str = "") -> None:
