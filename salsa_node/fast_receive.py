@@ -108,6 +108,7 @@ class Connection:
     def close(self) -> None:
         """Close it in deed: where the peer went first pynetdicom lets go of the connection and leaves it open."""
         self._socket.close()
+        self.__dict__.pop("_buffer", None)  # who else holds this connection holds it for long
         if self._assoc.requestor.primitive is None:  # nobody will ask any more: do not keep a place for it
             self._dul.to_user_queue.put(None)  # what a timeout looks like
 

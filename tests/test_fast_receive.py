@@ -161,6 +161,24 @@ def test_an_instance_larger_than_the_buffer_makes_the_same_file(
     assert taken == [image.uid for image in made]
 
 
+def test_a_connection_that_ended_holds_no_buffer(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[tuple[bool, bool]] = []
+    close = fast_receive.Connection.close
+
+    def noted(self: fast_receive.Connection) -> None:
+        had = "_buffer" in vars(self)
+        close(self)
+        ended.append((had, "_buffer" in vars(self)))
+
+    monkeypatch.setattr(fast_receive.Connection, "close", noted)
+    with Association(port) as assoc:
+        assert assoc.store(some(1)[0]) == SUCCESS
+    until = time.monotonic() + 20
+    while not ended and time.monotonic() < until:
+        time.sleep(0.01)
+    assert ended[0] == (True, False)
+
+
 def test_a_peer_that_waits_for_no_answer_is_answered_in_turn(tmp_path: Path, taken: list[str]) -> None:
     first, second = some(2)
     echo = p_data(3, 3, raw_scu.command(raw_scu.VERIFICATION, 0x0030, 2, None))
