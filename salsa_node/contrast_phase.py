@@ -1,8 +1,8 @@
 """In which contrast phase a series was taken, as far as its headers say so clearly.
 
 Nothing here looks at voxels, and nothing here is trusted: what people and scanners write is read in the English,
-German, French and Spanish of their protocols, and where it names two phases, or two attributes disagree, the phase is
-unknown. Only our own words for phases and attributes come out, never the text that was read.
+German, French, Spanish, Dutch and Turkish of their protocols, and where it names two phases, or two attributes
+disagree, the phase is unknown. Only our own words for phases and attributes come out, never the text that was read.
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ _DELAYS_S: Final = (
 _CONTRAST = r"(?:iv |i v )?(?:contrast\w*|kontrast\w*|km|civ|cte|pdc|produit\w*|inject\w*|iv|injection)\b"
 #: In this order; what one has matched, the later ones do not see. None: contrast was given, no phase is named.
 _PATTERNS: Final[tuple[tuple[str, Phase | None], ...]] = (
-    (rf"\b(?:ohne|without|sans|sin|sem|w ?/ ?o|wo|no|non|ss)[ -]?{_CONTRAST}", Phase.NATIVE),
+    (rf"\b(?:ohne|without|sans|sin|sem|zonder|w ?/ ?o|wo|no|non|ss)[ -]?{_CONTRAST}", Phase.NATIVE),
+    (r"\b(?:blanco|(?:kontrast|ilac)siz)\b|\b(?:kontrast|ilac) oncesi\b|\bvoor contrast\b", Phase.NATIVE),
     (r"\b(?:w ?/ ?o|wo|without)\b", Phase.NATIVE),
     (r"\b(?:nativ[aeo]?|unenhanced|non ?enhanced|non ?con|plain|nect|ncct|spc|simple|fase basal|o ?km)\b",
      Phase.NATIVE),
@@ -89,21 +90,24 @@ _PATTERNS: Final[tuple[tuple[str, Phase | None], ...]] = (
     (r"\bs ?/ ?c\b", Phase.NATIVE),
     (r"(?<![a-z])(?:c|iv) ?-(?![\w-])|(?:^|(?<=\s))-c(?!\w)", Phase.NATIVE),
     (r"\barteri(?:al|elle?) tardi\w*", Phase.ARTERIAL),
-    (r"\b(?:late|spat|spaet|tardi\w*|early|fruh|frueh)[ -]?arteri(?:al|el|ell)\w{0,2}\b", Phase.ARTERIAL),
-    (r"\b(?:arterial\w{0,2}|arteriel\w{0,3}|art|hap)\b", Phase.ARTERIAL),
-    (r"\b(?:portal\w{0,2}|porto|pv|pvp)?[ -]?(?:portal\w{0,2}|pv|pvp|ven|venous|venos\w{0,2}|venoes\w{0,2}"
-     r"|veineu\w{1,2}|portalvenos\w{0,2}|portalvenoes\w{0,2})\b", Phase.PORTAL_VENOUS),
-    (r"\b(?:delay\w*|dly|equilib\w*|gleichgewicht\w*|excret\w*|ausscheid\w*|late|tardi\w*|retardad\w*|diferid\w*)\b",
-     Phase.DELAYED),
+    (r"\b(?:late|laat|spat|spaet|tardi\w*|gec|early|fruh|frueh|vroege?|erken)[ -]?arteri(?:al|el|ell|eel|yel)\w{0,2}\b",
+     Phase.ARTERIAL),
+    (r"\b(?:arterial\w{0,2}|arteriel\w{0,3}|arterieel|arteriyel|arter fazi?|art|hap)\b", Phase.ARTERIAL),
+    (r"\b(?:portal\w{0,2}|portaal|porto|pv|pvp)?[ -]?(?:portal\w{0,2}|portaal|pv|pvp|ven|venous|venos\w{0,2}"
+     r"|venoes\w{0,2}|veineu\w{1,2}|venoz|(?:porta?al)?veneuze?|(?:porta?al|porto)?veneus|portalvenos\w{0,2}"
+     r"|portalvenoes\w{0,2})\b", Phase.PORTAL_VENOUS),
+    (r"\b(?:delay\w*|dly|equilib\w*|gleichgewicht\w*|excret\w*|ausscheid\w*|late|tardi\w*|retardad\w*|diferid\w*"
+     r"|laat|uitscheiding\w*|evenwicht\w*|gec|gecikmis|denge)\b", Phase.DELAYED),
     (r"\b(?:spat|spaet)(?:phase|e|er)?\b", Phase.DELAYED),
-    (rf"\b(?:mit|with|avec|con|com|post|nach|w ?/?|after|apres) ?{_CONTRAST}", None),
+    (rf"\b(?:mit|with|avec|con|com|met|na|post|nach|w ?/?|after|apres) ?{_CONTRAST}", None),
+    (r"\b(?:kontrast|ilac)li\b|\b(?:kontrast|ilac) sonrasi\b", None),
     (r"\b(?:with|mit|avec|con|w ?/|w|ce|cect|enhanced|apc|c ?/ ?c)(?!\w)", None),
     (r"(?<![a-z])(?:c|iv) ?\+|\+ ?(?:c|km|iv)\b", None),
 )  # fmt: skip
-_SECONDS = re.compile(r"(?<![\w.,])(\d{2,3}) ?(?:s|sec|secs|sek|seg)\b")
-_MINUTES = re.compile(r"(?<![\w.,])(\d{1,2}) ?(?:m|min|mins|minuten|minutes|minutos)\b")
+_SECONDS = re.compile(r"(?<![\w.,])(\d{2,3}) ?(?:s|sec|secs|sek|seg|sn)\b")
+_MINUTES = re.compile(r"(?<![\w.,])(\d{1,2}) ?(?:m|min|mins|minuten|minutes|minutos|dk)\b")
 _TIME = re.compile(r"\s*(\d{2}):?(\d{2}):?(\d{2}(?:\.\d+)?)")
-_NO_AGENT = re.compile(r"\W*(?:no|non|none|nil|keine?|ohne|aucun|sans|ninguno|sin|without)\b.*|\W*")
+_NO_AGENT = re.compile(r"\W*(?:no|non|none|nil|keine?|ohne|aucun|sans|ninguno|sin|without|geen|zonder|yok)\b.*|\W*")
 
 
 def read(header: Dataset) -> ContrastPhase:
@@ -150,7 +154,9 @@ def _in_words(text: str) -> frozenset[Phase | None]:
 
 def _simplified(text: str) -> str:
     """Lower case without accents; what is neither letter, digit, +, - , / nor . becomes a space."""
-    plain = "".join(c for c in unicodedata.normalize("NFKD", text.casefold()) if not unicodedata.combining(c))
+    plain = "".join(
+        c for c in unicodedata.normalize("NFKD", text.casefold().replace("\u0131", "i")) if not unicodedata.combining(c)
+    )
     return " ".join(re.sub(r"[^a-z0-9+/.-]|(?<=[a-z])\.", " ", plain).split())
 
 

@@ -36,6 +36,19 @@ def said(**attributes: str) -> ContrastPhase:
 @pytest.mark.parametrize(
     ("text", "phase"),
     [
+        # Dutch
+        ("Abdomen blanco", NATIVE), ("CT lever zonder contrast", NATIVE), ("Lever arterieel", ARTERIAL),
+        ("arteriële fase", ARTERIAL), ("laat-arterieel", ARTERIAL), ("vroege arteriële fase", ARTERIAL),
+        ("Abdomen portoveneus", PORTAL), ("portaal-veneuze fase", PORTAL), ("Abdomen veneus 3mm", PORTAL),
+        ("late fase", DELAYED), ("laat 5 min", DELAYED), ("CT abdomen met contrast", UNKNOWN),
+        ("abdomen blanco en veneus", UNKNOWN), ("voor contrast", NATIVE), ("uitscheidingsfase", DELAYED),
+        # Turkish
+        ("KONTRASTSIZ BATIN", NATIVE), ("kontrastsız üst batın", NATIVE), ("İlaçsız", NATIVE),
+        ("Arteriyel faz", ARTERIAL), ("GEÇ ARTERİYEL", ARTERIAL), ("arter fazı", ARTERIAL),
+        ("Erken arteriyel", ARTERIAL),
+        ("Portal venöz faz", PORTAL), ("VENÖZ", PORTAL), ("portal faz", PORTAL), ("Geç faz", DELAYED),
+        ("gecikmiş 5 dk", DELAYED), ("denge fazı", DELAYED), ("kontrastlı batın", UNKNOWN),
+        ("kontrast öncesi", NATIVE), ("arteriyel ve venöz", UNKNOWN), ("Batın 70 sn", PORTAL),
         # English
         ("ABD W/O CONTRAST", NATIVE), ("Abdomen WO 5.0", NATIVE), ("non-contrast 3mm", NATIVE), ("Noncon Abd", NATIVE),
         ("UNENHANCED", NATIVE), ("LIVER PRE CONTRAST", NATIVE), ("Abd C- 5.0 B30f", NATIVE), ("PLAIN ABDOMEN", NATIVE),
