@@ -28,8 +28,9 @@ room imports exactly what stands right of its arrow):
     series                 <- errors native_image series_rules slice_geometry uids volume
     contrast_phase         <-
     candidate              <- contrast_phase native_image series slice_geometry
+    stacks                 <- candidate errors series series_rules slice_geometry
     series_score           <- candidate contrast_phase selection_rules
-    selection              <- candidate errors selection_rules series series_score
+    selection              <- candidate errors selection_rules series series_score stacks
     task_identity          <-
     models                 <- errors task_identity
     pipelines.options      <- errors
@@ -103,7 +104,7 @@ room imports exactly what stands right of its arrow):
 
   where they meet
     evidence               <- candidate pacs_count store
-    assembly               <- candidate errors evidence log pacs_count selection selection_rules series series_rules settings store uids
+    assembly               <- candidate errors evidence log pacs_count selection selection_rules series series_rules settings stacks store uids
     failures               <- errors
   worker                 <- analysis config dicom_result durable errors failures log pipelines store
   process_memory         <-
@@ -125,7 +126,7 @@ room imports exactly what stands right of its arrow):
     node                   <- assembly audit audit_message commitment config delivery durable errors integrity listener log monitoring notification pacs_count preflight retention store supervisor verification web
     console                <-
     dicom_ct               <- errors uids volume
-    offline                <- analysis candidate config criteria dicom_ct dicom_result errors findings log nifti picture pipelines selection series uids upright volume
+    offline                <- analysis candidate config criteria dicom_ct dicom_result errors findings log nifti picture pipelines selection series stacks uids upright volume
     anatomy                <- volume
     phantom                <- anatomy dicom_ct nifti uids volume
     loopback               <- association errors
@@ -145,7 +146,7 @@ room imports exactly what stands right of its arrow):
     cli_studies            <- audit config console durable options overview store
     cli_quarantine         <- config console options overview store
     cli_models             <- config console errors model_cards model_fetch model_import model_manifest models options
-    cases                  <- candidate errors nifti selection selection_rules series series_rules volume
+    cases                  <- candidate errors nifti selection selection_rules series series_rules stacks volume
     film                   <- dicom_result findings picture volume
     batch                  <- analysis cases criteria durable errors film findings guards limits log models nifti pipelines series_rules uids upright volume
     scripting              <- batch cases config criteria dicom_result dicom_seg errors findings limits nifti pipelines preflight series

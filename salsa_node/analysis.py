@@ -61,6 +61,7 @@ class Terms:
     label_map: some destination asks for the lesions by class as a label map, which is then made beside the SEG.
     series: what is done where slices make no regular grid.
     one_of_several: results of other series of the study stand beside this one, whose series is then named by number.
+    stack: which one of a series that holds several is read, as "1 of 2"; "" for a whole series.
     """
 
     criteria: Criteria = field(default_factory=Criteria)
@@ -69,6 +70,7 @@ class Terms:
     label_map: bool = False
     series: SeriesRules = field(default_factory=SeriesRules)
     one_of_several: bool = False
+    stack: str = ""
 
     def identity(self, source: pydicom.Dataset) -> Identity:
         """How the results are signed that are made from images such as `source`."""
@@ -152,10 +154,12 @@ def analyse(
         dicom_result.series_read(source),
         *map(repr, (identity, terms.products, terms.limits)),
         *(["label map"] if terms.label_map else []),
+        *(["stack", terms.stack] if terms.stack else []),
     )
     found = (
         *findings.flags,
         *([Flag("phase_wrong", phase.wrong)] if phase.wrong else []),
+        *([_one_stack(terms.stack, len(source))] if terms.stack else []),
         *guards.flags(ct, findings, terms.limits),
         *dicom_seg.flags(findings, include_organ=terms.products.include_liver),
     )
@@ -166,6 +170,14 @@ def analyse(
     outcome = Outcome.LESIONS if findings.lesions else Outcome.NO_CANDIDATE
     blocked = " ".join(flag.text for flag in findings.flags if flag.blocks)
     return Analysis(outcome, objects, findings, ct, "", signed, blocked)
+
+
+def _one_stack(which: str, images: int) -> Flag:
+    return Flag(
+        "one_stack",
+        "The series holds several stacks of images, of other acquisitions or directions: "
+        f"this result is of stack {which} alone, {images} images.",
+    )
 
 
 def refuse(

@@ -10,7 +10,7 @@ supersedes the old result; only masks that a person gave stay in force until a p
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from functools import partial
@@ -20,12 +20,12 @@ from typing import TypeVar
 
 from pydicom.uid import CTImageStorage, EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage
 
-from salsa_node import evidence, pacs_count, series, store
+from salsa_node import evidence, pacs_count, series, stacks, store
 from salsa_node.candidate import Candidate, read_candidate
 from salsa_node.errors import SeriesRejected
 from salsa_node.log import unforeseen
 from salsa_node.pacs_count import Answer, Archive
-from salsa_node.selection import choose_volume
+from salsa_node.selection import Verdict, Volume, choose_volume
 from salsa_node.selection_rules import SelectionRules
 from salsa_node.series_rules import SeriesRules
 from salsa_node.settings import AssemblySettings, PipelineChoice, QuerySettings
@@ -58,15 +58,25 @@ class Subject:
 
     series_uid: the series chosen; with a refusal, the one it is about, None where it is about all.
     source_digest: changes when what would be analysed changes.
+    part, images: as in `store.Run`, of a series that holds several stacks.
     """
 
     series_uid: str | None
     source_digest: str
+    part: str = ""
+    images: tuple[str, ...] | None = None
+
+    @classmethod
+    def of(cls, volume: Volume) -> Subject:
+        """The run of that volume."""
+        one, found = volume.candidate, volume.series
+        images = tuple(image.sop_instance_uid for image in found.instances) if one.part else None
+        return cls(one.series_uid, found.source_digest, one.part, images)
 
     @property
     def place(self) -> str:
         """As `store.Run.place`."""
-        return store.place(self.series_uid)
+        return store.place(self.series_uid, self.part)
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +198,8 @@ def _queue(
             series_uid=subject.series_uid,
             options=pipeline.options,
             refusal=found.refusal,
+            part=subject.part,
+            images=subject.images,
             beside=_beside(subject, found),
         )
         for subject in found.subjects
@@ -239,6 +251,8 @@ def queue_again(
             options=options,
             refusal=found.refusal,
             force=True,
+            part=subject.part,
+            images=subject.images,
             beside=_beside(subject, found),
         )
         for subject in subjects
@@ -271,21 +285,33 @@ def examine(record: Store, data_dir: Path, study: Study, rules: Rules = DEFAULT_
         except SeriesRejected as verdict:
             refused[uid] = verdict.reason
     choice = choose_volume(
-        candidates, lambda files: _verdict(partial(series.inspect, files, rules.series)), rules.selection
+        candidates,
+        lambda files: _verdict(partial(series.inspect, files, rules.series)),
+        rules.selection,
+        partial(stacks.apart, rules=rules.series),
     )
     ranked = sorted(choice.verdicts, key=lambda verdict: (verdict.rank is None, verdict.rank or 0))
     scores = tuple(verdict.as_json() for verdict in ranked)
     told = {candidate.series_uid: candidate for candidate in candidates}
-    refused |= {verdict.series_uid: verdict.reason for verdict in choice.verdicts if not verdict.accepted}
+    accepted = _reasons(verdict for verdict in choice.verdicts if verdict.accepted)
+    refused |= _reasons(verdict for verdict in choice.verdicts if verdict.series_uid not in accepted)
     if choice.volumes:
-        accepted = {verdict.series_uid: verdict.reason for verdict in choice.verdicts if verdict.accepted}
-        subjects = tuple(Subject(one.candidate.series_uid, one.series.source_digest) for one in choice.volumes)
+        subjects = tuple(map(Subject.of, choice.volumes))
         return Input(subjects, None, refused, accepted, scores, told)
     best = choice.best_refused.series_uid if choice.best_refused else None
     refusal = refused[best] if best else _all_reasons(record, study, refused)
     everything = sorted(image.sop_instance_uid for image in images)
     about = Subject(best, digest("refused", refusal, *everything))
     return Input((about,), refusal, refused, {}, scores, told)
+
+
+def _reasons(verdicts: Iterable[Verdict]) -> dict[str, str]:
+    """Series Instance UID -> reason; of a series of several stacks, of each."""
+    told: dict[str, list[str]] = {}
+    for verdict in verdicts:
+        stack = f"stack {verdict.candidate.part}: " if verdict.candidate.part else ""
+        told.setdefault(verdict.series_uid, []).append(f"{stack}{verdict.reason}")
+    return {uid: "; ".join(reasons) for uid, reasons in told.items()}
 
 
 def _verdict(read: Callable[[], _Read]) -> _Read:

@@ -56,6 +56,8 @@ class Candidate:
     gaps: how many steps between positions are wide enough for a missing slice.
     image_numbers: the Instance Numbers in rising order, where the headers have any.
     faults: header facts that rule the series out, in words.
+    part: which stack it is of a series that holds several, as "1 of 2"; "" for a whole series.
+    mixed: the images looked at lie in several directions, or are of several kinds.
     """
 
     study_uid: str
@@ -75,11 +77,14 @@ class Candidate:
     acquisition: tuple[str, ...] = ()
     gaps: int = 0
     image_numbers: tuple[int, ...] = ()
+    part: str = ""
+    mixed: bool = False
 
     @property
     def name(self) -> str:
         """How messages call it: by its number where it has one."""
-        return f"series {self.series_uid if self.series_number is None else self.series_number}"
+        stack = f", stack {self.part}" if self.part else ""
+        return f"series {self.series_uid if self.series_number is None else self.series_number}{stack}"
 
 
 _SORTED_BY: Final = ("StudyInstanceUID", "SeriesInstanceUID")
@@ -194,6 +199,7 @@ def read_candidate(paths: Sequence[Path]) -> Candidate:
         acquisition=_acquisition(images),
         gaps=reach.gaps,
         image_numbers=reach.image_numbers,
+        mixed=len({(_fault(ds), *(round(x, 2) for x in _numbers(ds, "ImageOrientationPatient"))) for ds in images}) > 1,
     )
 
 

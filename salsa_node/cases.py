@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from salsa_node import candidate, nifti, selection, series
+from salsa_node import candidate, nifti, selection, series, stacks
 from salsa_node.errors import ConfigError, SeriesRejected
 from salsa_node.selection_rules import SelectionRules
 from salsa_node.series_rules import SeriesRules
@@ -254,7 +254,12 @@ def _dicom_cases(folder: Path, files: Sequence[Path], rules: Rules) -> list[Case
         studies.setdefault(found.study_uid, []).append(found)
     cases = []
     for study_uid, candidates in sorted(studies.items()):
-        choice = selection.choose_volume(candidates, partial(series.inspect, rules=rules.series), rules.selection)
+        choice = selection.choose_volume(
+            candidates,
+            partial(series.inspect, rules=rules.series),
+            rules.selection,
+            partial(stacks.apart, rules=rules.series),
+        )
         if not choice.volumes:
             reasons = "; ".join(dict.fromkeys(verdict.reason for verdict in choice.verdicts))
             which = f"the study {study_uid}" if len(studies) > 1 else "this study"

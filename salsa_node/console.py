@@ -112,6 +112,7 @@ def put_scores(scores: Sequence[Mapping[str, object]]) -> None:
     rows = [
         {
             **line,
+            "series_number": _called(line),
             **{str(r["criterion"]): f"{float(str(r['points'])):+.4g} {r['found']}" for r in _rows(line["reasons"])},
         }
         for line in scores
@@ -120,6 +121,12 @@ def put_scores(scores: Sequence[Mapping[str, object]]) -> None:
     put_table(columns | {name: name for name in criteria}, [row for row in rows if row["rank"]], "Scores")
     for row in rows:
         put(f"series {row['series_uid'] if row['series_number'] is None else row['series_number']}: {row['reason']}")
+
+
+def _called(line: Mapping[str, object]) -> object:
+    """The number of a series in the table of scores, and which stack of it."""
+    part = line.get("part")
+    return f"{line['series_number']}, stack {part}" if part else line["series_number"]
 
 
 def put_detail(study: Mapping[str, object]) -> None:

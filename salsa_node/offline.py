@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from salsa_node import candidate, dicom_ct, nifti, picture, pipelines, selection
+from salsa_node import candidate, dicom_ct, nifti, picture, pipelines, selection, stacks
 from salsa_node.analysis import Analysis, Lineage, Outcome, Terms, analyse, check, refuse, summary
 from salsa_node.config import Config
 from salsa_node.criteria import Criteria, Rule
@@ -54,12 +54,14 @@ class Case:
     """The images of one study: those of a series to analyse, or, with a refusal, all of them.
 
     folder: where its results go. of_several: other series of the study are analysed too.
+    stack: which one of its series, as in `Terms`.
     """
 
     paths: tuple[Path, ...]
     folder: Path
     refusal: str = ""
     of_several: bool = False
+    stack: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,11 +178,19 @@ def _dicom_cases(path: Path, folder: Path, config: Config) -> list[Case]:
 
 def _of_study(candidates: Sequence[candidate.Candidate], place: Path, config: Config) -> list[Case]:
     """The best series, as many as the rules ask for, the best first; or all images and why there is none."""
-    choice = selection.choose_volume(candidates, partial(inspect, rules=config.series), config.selection)
+    choice = selection.choose_volume(
+        candidates,
+        partial(inspect, rules=config.series),
+        config.selection,
+        partial(stacks.apart, rules=config.series),
+    )
     if choice.volumes:
         fit = [volume.candidate for volume in choice.volumes]
         folders = [place] if len(fit) == 1 else [place / f"series-{n}" for n in range(1, len(fit) + 1)]
-        return [Case(one.paths, folder, of_several=len(fit) > 1) for one, folder in zip(fit, folders, strict=True)]
+        return [
+            Case(one.paths, folder, of_several=len(fit) > 1, stack=one.part)
+            for one, folder in zip(fit, folders, strict=True)
+        ]
     reasons = "; ".join(verdict.reason for verdict in choice.verdicts)
     everything = tuple(path for one in candidates for path in one.paths)
     return [Case(everything, place, f"no series of this study can be analysed: {reasons}")]
@@ -204,7 +214,9 @@ def _as_series(path: Path, folder: Path) -> tuple[Path, ...]:
 
 
 def _one(path: Path, case: Case, pipeline: Pipeline, criteria: Criteria, config: Config) -> Result:
-    terms = Terms(criteria, config.guards, config.results, series=config.series, one_of_several=case.of_several)
+    terms = Terms(
+        criteria, config.guards, config.results, series=config.series, one_of_several=case.of_several, stack=case.stack
+    )
     born = Lineage(AS_ITS_IMAGES)
     if case.refusal:
         analysis = refuse(case.paths, case.refusal, terms, lambda _: born)

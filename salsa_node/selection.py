@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from salsa_node import stacks
 from salsa_node.candidate import Candidate
 from salsa_node.errors import SeriesRejected
 from salsa_node.selection_rules import SelectionRules
@@ -42,6 +43,7 @@ class Verdict:
         return {
             "series_uid": self.series_uid,
             "series_number": self.candidate.series_number,
+            "part": self.candidate.part,
             "images": len(self.candidate.paths),
             "rank": self.rank,
             "chosen": self.chosen,
@@ -80,7 +82,7 @@ class VolumeChoice:
     volumes: as many of the best candidates as the rules ask for; empty where none is one volume.
     best_refused: the best candidate whose headers were fit but whose files are no volume, for a report
         that says so; None where every one that was looked at is a volume.
-    verdicts: one on each candidate, in the order given.
+    verdicts: one on each candidate, or on each stack of it, in the order given.
     """
 
     volumes: tuple[Volume, ...]
@@ -136,12 +138,18 @@ def choose_volume(
     candidates: Sequence[Candidate],
     look: Callable[[tuple[Path, ...]], Series] = inspect,
     rules: SelectionRules = DEFAULT_RULES,
+    apart: Callable[[Candidate], Sequence[Candidate]] = stacks.apart,
 ) -> VolumeChoice:
     """The best series that `look` accepts, as many as the rules ask for; what it refuses is ruled out for its reason.
 
     look: gives the series that these files make, or raises SeriesRejected.
+    apart: the stacks of a series that is refused, which take its place; none where it holds no several.
     """
-    told = list(candidates)
+    told = [
+        part
+        for one in candidates
+        for part in ((apart(one) if one.mixed and score(one, rules).faults else ()) or (one,))
+    ]
     best_refused: Candidate | None = None
     seen: dict[int, Volume] = {}
     while True:
@@ -153,7 +161,9 @@ def choose_volume(
             seen[id(unseen)] = Volume(unseen, look(unseen.paths))
         except SeriesRejected as verdict:
             best_refused = best_refused or unseen
-            told[[one is unseen for one in told].index(True)] = replace(unseen, faults=(verdict.reason,))
+            at = [one is unseen for one in told].index(True)
+            parts = () if unseen.part else apart(unseen)
+            told[at : at + 1] = parts or [replace(unseen, faults=(verdict.reason,))]
 
 
 def _worse(candidate: Candidate, found: Score, best: Candidate, best_score: Score) -> str:

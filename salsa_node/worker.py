@@ -156,6 +156,7 @@ class Worker:
             label_map,
             self._config.series,
             one_of_several=bool(run.beside),
+            stack=run.part,
         )
         if run.refusal is not None:
             return refuse(paths, run.refusal, terms, lambda digest: self._lineage(run, digest))
