@@ -86,6 +86,7 @@ class Archive:
     asked: list[Dataset] = field(default_factory=list)
     found: int = 0
     commits: Callable[[evt.Event], None] | None = None
+    on_store: Callable[[evt.Event], int] | None = None
 
     def destination(self, verify: str = "auto", **more: object) -> Destination:
         return Destination("pacs", "PACS", "127.0.0.1", self.port, verify=verify, **more)  # type: ignore[arg-type]
@@ -171,7 +172,7 @@ def an_archive(
     if commits:
         ae.add_supported_context(commitment.SOP_CLASS)
     handlers: list[evt.EventHandlerType] = [
-        (evt.EVT_C_STORE, archive.store),
+        (evt.EVT_C_STORE, lambda event: (archive.on_store or archive.store)(event)),
         (evt.EVT_C_FIND, archive.find),
         (evt.EVT_N_ACTION, archive.action),
     ]
