@@ -14,7 +14,7 @@ import pydicom
 import pytest
 from made_series import edit, made
 from pydicom.dataset import Dataset
-from pydicom.uid import CTImageStorage
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 from pynetdicom import AE, evt
 
 from salsa_node import assembly, pacs_count
@@ -350,7 +350,7 @@ def test_how_the_sender_left_is_evidence(ends, weight, fast, store, files, tmp_p
     settings = ListenerSettings(port=0, min_free_gib=0.0, fast=fast)
     with Listener(settings, store, tmp_path / "data", clock=lambda: T0) as door:
         ae = AE("CT1")
-        ae.add_requested_context(CTImageStorage)
+        ae.add_requested_context(CTImageStorage, ExplicitVRLittleEndian)  # as the files are: nothing is converted
         assoc = ae.associate("127.0.0.1", door.port, ae_title="SALSA_NODE")
         assert [assoc.send_c_store(path).Status for path in files] == [0] * len(files)
         getattr(assoc, ends)()
