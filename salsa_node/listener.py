@@ -41,6 +41,10 @@ __all__ = ["INCOMING", "Listener"]
 log = logging.getLogger(__name__)
 
 REQUEST_S = 5.0  # how long a connection may stay without asking for an association
+#: Retired encodings of images (PS3.6 annex A), and one that pynetdicom does not know: taken and kept, though read by few.
+_RARE_SYNTAXES = ("1.2.840.10008.1.2.1.98",) + tuple(
+    f"1.2.840.10008.1.2.4.{number}" for number in (*range(52, 57), *range(58, 67))
+)
 _CALLING_NOT_RECOGNISED = (0x01, 0x01, 0x03)  # rejected permanent, service user, PS3.8 table 9-21
 _CALLED_NOT_RECOGNISED = (0x01, 0x01, 0x07)
 _CONGESTED = (0x02, 0x03, 0x01)  # rejected transient, temporary congestion
@@ -103,7 +107,7 @@ class Listener:
         # Either role: an archive that reports to us on an association of its own is the SCP there (PS3.4 J.3.3).
         ae.add_supported_context(commitment.SOP_CLASS, scu_role=True, scp_role=True)
         for context in AllStoragePresentationContexts:
-            ae.add_supported_context(str(context.abstract_syntax), ALL_TRANSFER_SYNTAXES)
+            ae.add_supported_context(str(context.abstract_syntax), [*ALL_TRANSFER_SYNTAXES, *_RARE_SYNTAXES])
         handlers: list[evt.EventHandlerType] = [
             (evt.EVT_CONN_OPEN, without_delay),
             (evt.EVT_CONN_OPEN, self._on_opened),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pydicom
 import pytest
-from pydicom.uid import CTImageStorage
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 from pynetdicom import AE, evt
 
 from salsa_node import assembly, phantom
@@ -151,7 +151,7 @@ def test_ten_associations_at_once_with_duplicates_make_one_run_of_that_series(
 def _sent(port: int, paths: list[Path]) -> list[int]:
     """The statuses of one association that sends these files."""
     ae = AE("CT1")
-    ae.add_requested_context(CTImageStorage)
+    ae.add_requested_context(CTImageStorage, ExplicitVRLittleEndian)
     assoc = ae.associate("127.0.0.1", port, ae_title="SALSA_NODE", evt_handlers=[(evt.EVT_CONN_OPEN, without_delay)])
     assert assoc.is_established
     try:
