@@ -41,10 +41,9 @@ __all__ = ["INCOMING", "Listener"]
 log = logging.getLogger(__name__)
 
 REQUEST_S = 5.0  # how long a connection may stay without asking for an association
-#: Retired encodings of images (PS3.6 annex A), and one that pynetdicom does not know: taken and kept, though read by few.
-_RARE_SYNTAXES = ("1.2.840.10008.1.2.1.98",) + tuple(
-    f"1.2.840.10008.1.2.4.{number}" for number in (*range(52, 57), *range(58, 67))
-)
+_RETIRED = (*range(52, 57), *range(58, 67))  # JPEG processes (PS3.6 annex A)
+#: Encodings of images that pynetdicom does not know: taken and kept, though few can read them.
+_RARE_SYNTAXES = ("1.2.840.10008.1.2.1.98", *(f"1.2.840.10008.1.2.4.{number}" for number in _RETIRED))
 _CALLING_NOT_RECOGNISED = (0x01, 0x01, 0x03)  # rejected permanent, service user, PS3.8 table 9-21
 _CALLED_NOT_RECOGNISED = (0x01, 0x01, 0x07)
 _CONGESTED = (0x02, 0x03, 0x01)  # rejected transient, temporary congestion
