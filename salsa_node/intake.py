@@ -161,11 +161,18 @@ def _row(request: Request, header: Header, digest: str, size_bytes: int) -> NewI
     )
 
 
+def _locked() -> threading.Lock:
+    lock = threading.Lock()
+    lock.acquire()
+    return lock
+
+
 @dataclass(slots=True, eq=False)
 class _Waiting:
     """An instance that lies on disk and waits for the next commit; then it has a verdict, or what went wrong.
 
     file: where it lies; path: where its row will say that it does.
+    called: released when it is over, or when it is its receiver's turn to commit.
     """
 
     file: Path
@@ -173,7 +180,9 @@ class _Waiting:
     new: NewInstance
     verdict: Verdict = None
     error: Exception | None = None
-    is_over: bool = field(default=False)
+    is_over: bool = False
+    has_turn: bool = False
+    called: threading.Lock = field(default_factory=_locked)
 
 
 class Intake:
@@ -192,8 +201,9 @@ class Intake:
         self._notes = notes
         self._clock = clock
         self._bound = bound
+        self._gathering = threading.Lock()  # of the next two
         self._waiting: deque[_Waiting] = deque()
-        self._turn = threading.Lock()
+        self._is_committing = False
         self._locks = tuple(threading.Lock() for _ in range(_LOCKS))
 
     def begin(self, request: Request) -> Incoming:
@@ -283,20 +293,44 @@ class Intake:
     def _committed(self, mine: _Waiting) -> Verdict:
         """The verdict on an instance. Raises what the commit raised, StoreError where none comes in time.
 
-        Whoever has the turn commits what has gathered, its own and that of the others who wait for the turn.
+        One receiver at a time commits: its own instance and all that have gathered. Then it calls the first of those
+        that came meanwhile, which commits next, so that no answer waits for a commit that it has no part in.
         """
-        self._waiting.append(mine)
-        if not self._turn.acquire(timeout=_COMMIT_S):
-            raise StoreError(f"the record was not written within {_COMMIT_S:g} s")
-        try:
-            while not mine.is_over:
-                batch = [self._waiting.popleft() for _ in range(min(_TOGETHER, len(self._waiting)))]
-                self._commit(batch)
-        finally:
-            self._turn.release()
+        with self._gathering:
+            self._waiting.append(mine)
+            mine.has_turn, self._is_committing = not self._is_committing, True
+        if not (mine.has_turn or mine.called.acquire(timeout=_COMMIT_S)):
+            self._give_up(mine)
+        if mine.has_turn:
+            self._commit_gathered(mine)
         if mine.error is not None:
             raise mine.error
         return mine.verdict
+
+    def _give_up(self, mine: _Waiting) -> None:
+        """Wait no longer, unless its turn came this moment. Raises StoreError."""
+        with self._gathering:
+            if mine.has_turn or mine.is_over:
+                return
+            if mine in self._waiting:  # else its row may yet come
+                self._waiting.remove(mine)
+                mine.is_over = True
+        raise StoreError(f"the record was not written within {_COMMIT_S:g} s")
+
+    def _commit_gathered(self, mine: _Waiting) -> None:
+        with self._gathering:
+            batch = [self._waiting.popleft() for _ in range(min(_TOGETHER, len(self._waiting)))]
+        try:
+            self._commit(batch)
+        finally:
+            with self._gathering:
+                following = self._waiting[0] if self._waiting else None
+                self._is_committing = following is not None
+                if following is not None:
+                    following.has_turn = True
+            for each in (following, *batch):
+                if each is not None and each is not mine:
+                    each.called.release()
 
     def _commit(self, batch: Sequence[_Waiting]) -> None:
         unnamed = {id(waiting.new): (waiting.file, waiting.path) for waiting in batch if waiting.file != waiting.path}
