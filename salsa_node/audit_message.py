@@ -22,23 +22,26 @@ from salsa_node.settings import AuditSettings
 
 _PRIORITY: Final = 10 * 8 + 5  # facility "security/authorization messages", severity "notice"
 _DCM = "DCM"
-# beginning of an action -> code and meaning of the event (CID 400), what was done (RFC 3881 5.1.2)
-_EVENTS: Final = (
+#: beginning of an action -> code and meaning of the event (CID 400), what was done (RFC 3881 5.1.2)
+EVENTS: Final = (
+    ("node.association_rejected", "110113", "Security Alert", "E"),
     ("node.", "110100", "Application Activity", "E"),
+    ("queue.", "110100", "Application Activity", "E"),
     ("access.", "110103", "DICOM Instances Accessed", "R"),
     ("run.", "110103", "DICOM Instances Accessed", "R"),
     ("study.new", "110104", "DICOM Instances Transferred", "C"),
     ("delivery.", "110104", "DICOM Instances Transferred", "R"),
     ("study.purged", "110105", "DICOM Study Deleted", "D"),
+    ("study.", "110103", "DICOM Instances Accessed", "U"),
     ("", "110113", "Security Alert", "E"),
 )
 _TYPES: Final = {"node.started": ("110120", "Application Start"), "node.stopped": ("110121", "Application Stop")}
-_FAILED: Final = ("delivery.gave_up", "association.rejected", "instance.quarantined")
+_FAILED: Final = ("delivery.gave_up", "node.association_rejected", "instance.quarantined")
 
 
 def message(entry: Entry, source: str) -> str:
     """The XML of that line; source: our name among the sources of audit messages."""
-    code, meaning, action = next(found[1:] for found in _EVENTS if entry.action.startswith(found[0]))
+    code, meaning, action = next(found[1:] for found in EVENTS if entry.action.startswith(found[0]))
     root = ET.Element("AuditMessage")
     outcome = "4" if entry.action in _FAILED else "0"  # RFC 3881: minor failure, success
     event = ET.SubElement(

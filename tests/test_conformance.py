@@ -14,7 +14,7 @@ from pynetdicom import AE, AllStoragePresentationContexts
 from pynetdicom.presentation import build_context
 from test_result_cases import objects
 
-from salsa_node import codes, commitment, instance_header
+from salsa_node import audit_message, codes, commitment, instance_header
 from salsa_node.association import VERIFICATION
 from salsa_node.dicom_result import LABEL_MAP_STORAGE, Identity, Kind
 from salsa_node.listener import Listener
@@ -120,3 +120,9 @@ def test_the_listener_accepts_what_the_statement_says(port):
     services = [row[0] for row in table("service", "role", "as")]
     assert services[0] == f"Verification (`{VERIFICATION}`)"
     assert f"Storage Commitment Push Model (`{commitment.SOP_CLASS}`)" in services
+
+
+def test_the_audit_messages_are_those_that_are_sent():
+    stated = [tuple(row) for row in table("action", "EventID (DCM)", "EventActionCode")]
+    sent = [(begin or "any other", f"{code} {meaning}", done) for begin, code, meaning, done in audit_message.EVENTS]
+    assert stated == sent
