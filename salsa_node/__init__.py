@@ -11,6 +11,7 @@ room imports exactly what stands right of its arrow):
     uids                   <-
     log                    <-
     durable                <-
+    damage                 <-
     criteria               <-
     settings               <-
     limits                 <-
@@ -22,10 +23,10 @@ room imports exactly what stands right of its arrow):
   the science wing, in the order of the flow
     volume                 <- uids
     regrid                 <- volume
-    nifti                  <- errors volume
+    nifti                  <- damage errors volume
     slice_geometry         <- errors series_rules volume
     native_image           <-
-    series                 <- errors native_image series_rules slice_geometry uids volume
+    series                 <- damage errors native_image series_rules slice_geometry uids volume
     contrast_phase         <-
     candidate              <- contrast_phase native_image series slice_geometry
     stacks                 <- candidate errors series series_rules slice_geometry
@@ -84,7 +85,7 @@ room imports exactly what stands right of its arrow):
   store                  <- store_arrivals store_commitments store_connection store_deliveries store_interventions store_looks store_proofs store_quarantine store_queries store_reviews store_rows store_search store_switches store_transaction
     association            <-
     notes                  <- errors store
-    instance_header        <-
+    instance_header        <- damage
     intake                 <- durable errors instance_header log notes store
     fast_receive           <- association instance_header intake
     pacs_count             <- association settings

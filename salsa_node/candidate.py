@@ -259,7 +259,7 @@ def _fault(ds: pydicom.Dataset) -> str | None:
     if "LOCALIZER" in _words(ds, "ImageType"):
         return "Image Type LOCALIZER: no slices of a volume"
     if (frames := _number(ds.get("NumberOfFrames")) or 1) > 1:
-        return f"images of {frames:g} frames (multi-frame), which are not supported"
+        return f"images of {frames:g} frames (multi-frame), which are not supported: send it as single-frame images"
     if ds.get("SOPClassUID") != CTImageStorage:
         return f"SOP class {ds.get('SOPClassUID') or 'unknown'}, expected CT Image Storage"
     if _normal(ds) is None:

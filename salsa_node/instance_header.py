@@ -17,6 +17,8 @@ from pydicom.uid import UID
 from pydicom.valuerep import EXPLICIT_VR_LENGTH_16, EXPLICIT_VR_LENGTH_32
 from pynetdicom.dsutils import create_file_meta, encode_file_meta
 
+from salsa_node.damage import DAMAGED
+
 SUCCESS: Final = 0x0000
 SOP_CLASS_NOT_SUPPORTED: Final = 0x0122  # PS3.7 C.5
 OUT_OF_RESOURCES: Final = 0xA700  # PS3.4 table B.2-1; the sender may try again
@@ -39,8 +41,6 @@ _FIRST_GROUP, _ITEM_GROUP = 0x0008, 0xFFFE  # of a data set; of what delimits it
 _SHORT_VRS = frozenset(str(vr).encode("ascii") for vr in EXPLICIT_VR_LENGTH_16)
 _LONG_VRS = frozenset(str(vr).encode("ascii") for vr in EXPLICIT_VR_LENGTH_32)
 _EXPLICIT, _IMPLICIT, _LENGTH = struct.Struct("<HH2sH"), struct.Struct("<HHL"), struct.Struct("<L")
-_UNREADABLE = (ValueError, KeyError, IndexError, TypeError, AttributeError, EOFError, OSError)
-_UNREADABLE_MORE = (NotImplementedError, RecursionError, OverflowError, struct.error, zlib.error)
 
 
 class Refused(Exception):
@@ -128,7 +128,7 @@ def read_header(stream: BinaryIO, transfer_syntax: UID, *, complete: bool = True
         if not (reached or complete):
             raise Refused(CANNOT_UNDERSTAND, "the data set has more to it than was read")
         return _header(lambda tag: ds.get_item(tag).value if tag in ds else None)
-    except (*_UNREADABLE, *_UNREADABLE_MORE) as error:
+    except DAMAGED as error:
         raise Refused(CANNOT_UNDERSTAND, f"the data set cannot be read ({type(error).__name__})") from error
 
 

@@ -8,7 +8,6 @@ k -> slice, j -> row, i -> column. No axis is flipped; the affine says where eac
 from __future__ import annotations
 
 import os
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.nifti1 import Nifti1Image, Nifti1Pair
 from nibabel.spatialimages import HeaderDataError
 
+from salsa_node.damage import DAMAGED
 from salsa_node.errors import SeriesRejected
 from salsa_node.volume import Affine, CtVolume, Grid, LabelVolume
 
@@ -28,17 +28,7 @@ _DESCRIPTION_CHARS = 79  # the header's field holds 80 bytes
 _MAX_SKEW_DEGREES = 0.5  # rounding in a header stays far below it; a tilted gantry is beyond
 
 _RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
-_UNREADABLE = (  # what nibabel raises over damaged files, as fuzzing found
-    EOFError,
-    HeaderDataError,
-    ImageFileError,
-    KeyError,
-    OSError,
-    OverflowError,
-    TypeError,
-    ValueError,
-    zlib.error,
-)
+_UNREADABLE = (*DAMAGED, HeaderDataError, ImageFileError)
 
 Numbers = npt.NDArray[np.generic]
 

@@ -8,7 +8,6 @@ pydicom's.
 from __future__ import annotations
 
 import re
-import struct
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pydicom
 from pydicom import config as pydicom_config
-from pydicom.errors import BytesLengthException, InvalidDicomError
+from pydicom.errors import InvalidDicomError
 from pydicom.multival import MultiValue
 from pydicom.uid import (
     CTImageStorage,
@@ -30,6 +29,7 @@ from pydicom.uid import (
 )
 
 from salsa_node import native_image, slice_geometry
+from salsa_node.damage import DAMAGED
 from salsa_node.errors import SeriesRejected
 from salsa_node.native_image import PADDING_HU, NativePixels
 from salsa_node.series_rules import SeriesRules
@@ -80,19 +80,8 @@ _UPPER_HALF = 0.1  # of the pixels: metal fills less, air in two's complement mo
 _READERS = 2  # threads; copying from the page cache keeps two busy, and hardly more
 _PADDING = {"PixelPaddingValue": "Pixel Padding Value", "PixelPaddingRangeLimit": "Pixel Padding Range Limit"}
 _COUNTS = ("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "BitsAllocated")
-UNREADABLE = (  #: what pydicom raises over damaged headers, as fuzzing found
-    AttributeError,
-    BytesLengthException,
-    EOFError,
-    InvalidDicomError,
-    KeyError,
-    NotImplementedError,
-    OSError,
-    TypeError,
-    ValueError,
-    struct.error,
-)
-UNDECODABLE = (*UNREADABLE, IndexError, RuntimeError)  #: and its decoders over damaged pixels
+UNREADABLE = (*DAMAGED, InvalidDicomError)  #: what pydicom raises over damaged headers
+UNDECODABLE = (*UNREADABLE, RuntimeError)  #: and its decoders over damaged pixels
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,7 +285,10 @@ def _not_a_ct_slice(ds: pydicom.Dataset) -> str | None:
     if ds.get("Modality") != "CT":
         return f"of modality {ds.get('Modality') or 'unknown'!s:.16}; expected CT"
     if (frames := int(ds.get("NumberOfFrames") or 1)) > 1:
-        return f"of {frames} frames (multi-frame), which are not supported; expected one image a slice"
+        return (
+            f"of {frames} frames (multi-frame), which are not supported; "
+            "expected one image a slice: send it as single-frame images"
+        )
     if ds.get("SOPClassUID") != CTImageStorage:
         return f"of SOP class {ds.get('SOPClassUID') or 'unknown'}, such as a screenshot; expected CT Image Storage"
     if "LOCALIZER" in (ds.get("ImageType") or ()):

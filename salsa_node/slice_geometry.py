@@ -73,7 +73,7 @@ def stack(
     regular, uneven = _check_regular(along_mm, [image_numbers[n] for n in order] if image_numbers else [], rules)
     sheared, tilted = _check_straight(positions, along_mm, normal, min(spacing_mm), rules)
     if tilted or uneven:
-        raise SeriesRejected("; ".join(filter(None, (tilted, uneven))))
+        raise SeriesRejected("; ".join(filter(None, (tilted, uneven, _what_to_do(tilted, uneven, along_mm, rules)))))
     step_mm = float(along_mm[-1] / (len(positions) - 1))
     affine = np.eye(4)
     affine[:3, 0] = (positions[-1] - positions[0]) / (len(positions) - 1) if sheared else normal * step_mm
@@ -155,6 +155,19 @@ def _check_straight(
     if apart_mm > TILT_TOLERANCE_PIXELS * pixel_mm:
         return True, f"slices lie up to {apart_mm:.1f} mm beside one line (gantry tilt); expected one shear of all"
     return True, ""
+
+
+def _what_to_do(tilted: str, uneven: str, along_mm: Numbers, rules: SeriesRules) -> str:
+    """The settings that would let these slices pass; "" where none would."""
+    steps = np.diff(along_mm)
+    if uneven and not SAME_POSITION_MM <= steps.min() <= steps.max() <= rules.max_gap_mm:
+        return ""
+    refusing = (
+        ("series.tilt", tilted and rules.tilt == REFUSE),
+        ("series.irregular", uneven and rules.irregular == REFUSE),
+    )
+    settings = [setting for setting, refuses in refusing if refuses]
+    return f'to have it resampled set {" and ".join(settings)} = "resample"' if settings else ""
 
 
 def _describe_steps(steps: Numbers, image_numbers: Sequence[int]) -> str:

@@ -126,7 +126,8 @@ def test_the_best_series_that_is_one_volume_is_chosen(study, tmp_path):
     assert choice.best_refused is candidates[1]
     assert [verdict.accepted for verdict in choice.verdicts] == [False, False, True]
     assert (
-        choice.verdicts[1].reason == "1 of 6 slices missing: gap of 10.0 mm between images 2 and 4, spacing is 5.0 mm"
+        choice.verdicts[1].reason == "1 of 6 slices missing: gap of 10.0 mm between images 2 and 4, spacing is 5.0 mm; "
+        'to have it resampled set series.irregular = "resample"'
     )
     assert choice.verdicts[2].reason.startswith("chosen: ")
 

@@ -13,7 +13,7 @@ import SimpleITK
 from made_series import ORIENTATIONS, edit, files, given_uids, made, move
 from pydicom.dataelem import RawDataElement
 from pydicom.tag import Tag
-from pydicom.uid import ExplicitVRLittleEndian
+from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian
 
 from salsa_node.candidate import by_series, read_candidate
 from salsa_node.errors import SeriesRejected
@@ -208,7 +208,10 @@ def test_a_series_that_is_wrong_throughout_is_rejected(case, tmp_path):
 def test_missing_slices_are_counted(tmp_path):
     _, paths = made(tmp_path, slices=12)
     del paths[7:9]
-    assert reason(paths) == "2 of 12 slices missing: gap of 7.5 mm between images 7 and 10, spacing is 2.5 mm"
+    assert (
+        reason(paths) == "2 of 12 slices missing: gap of 7.5 mm between images 7 and 10, spacing is 2.5 mm; "
+        'to have it resampled set series.irregular = "resample"'
+    )
 
 
 def test_a_gap_is_told_in_the_numbers_of_the_pacs_and_in_slices_where_there_are_none(tmp_path):
@@ -259,7 +262,10 @@ def test_a_tilted_gantry_is_rejected_with_its_angle(tmp_path):
 def test_uneven_steps_are_rejected(tmp_path):
     _, paths = made(tmp_path)
     move(paths[3], 0, 0, 0.9)
-    assert reason(paths) == "irregular slice spacing: steps from 1.60 to 3.40 mm, median 2.50 mm; expected one spacing"
+    assert (
+        reason(paths) == "irregular slice spacing: steps from 1.60 to 3.40 mm, median 2.50 mm; expected one spacing; "
+        'to have it resampled set series.irregular = "resample"'
+    )
 
 
 @pytest.mark.parametrize(
@@ -327,31 +333,35 @@ GOOD = {
 BAD = {
     "01_abdomen_ct_siemens_j2k/example_ct_dicom": "file 1 of 20 has no SOP Instance UID",
     "02_liver_ct_seg_dcmqi/segmentations/23x38x3/multiframe": "1 of 1 image(s) of 3 frames (multi-frame), "
-    "which are not supported; expected one image a slice",
+    "which are not supported; expected one image a slice: send it as single-frame images",
     "03_tid1500_liver_sr/rsna2018_dataset1": "1 of 1 image(s) of modality SR; expected CT",
     "04_ge_tilt_variable_spacing": "slices are sheared by 18.5 degrees (gantry tilt), so that they lie up to 48.2 mm "
     "beside their stack; expected no shear; "
-    "irregular slice spacing: steps from 1.08 to 7.00 mm, median 4.00 mm; expected one spacing",
+    "irregular slice spacing: steps from 1.08 to 7.00 mm, median 4.00 mm; expected one spacing; "
+    'to have it resampled set series.tilt and series.irregular = "resample"',
     "05_philips_head_study_localizer_dose/S21570": "images of 3 series in one series; expected one",
     "05_philips_head_study_localizer_dose/S21570/S1000": "1 of 1 image(s) of Image Type LOCALIZER; "
     "expected slices of a volume",
     "05_philips_head_study_localizer_dose/S21570/S4010": "1 of 1 image(s) of SOP class 1.2.840.10008.5.1.4.1.1.7, "
     "such as a screenshot; expected CT Image Storage",
     "06_ct_bad_geometry/gantrytilting/001": "slices are sheared by 14.0 degrees (gantry tilt), "
-    "so that they lie up to 3.6 mm beside their stack; expected no shear",
+    "so that they lie up to 3.6 mm beside their stack; expected no shear; "
+    'to have it resampled set series.tilt = "resample"',
     "06_ct_bad_geometry/sliceincrement/001": "1 of 5 slices missing: gap of 10.0 mm between images 9 and 10, "
-    "spacing is 5.0 mm",
+    "spacing is 5.0 mm; "
+    'to have it resampled set series.irregular = "resample"',
     "06_ct_bad_geometry/sliceincrement/002": "slices are sheared by 15.5 degrees (gantry tilt), "
     "so that they lie up to 0.8 mm beside their stack; expected no shear; "
-    "1 of 5 slices missing: gap of 1.5 mm between images 3 and 5, spacing is 0.7 mm",
+    "1 of 5 slices missing: gap of 1.5 mm between images 3 and 5, spacing is 0.7 mm; "
+    'to have it resampled set series.tilt and series.irregular = "resample"',
     "06_ct_bad_geometry/notavolume/001": "all 4 slices lie at one position; expected one slice at each position",
     "07_ct_one_image_all_syntaxes/no-pixel-data.dcm": "1 of 1 image(s) of modality SR; expected CT",
     "07_ct_one_image_all_syntaxes/no-pixel-spacing.dcm": "1 of 1 image(s) of modality US; expected CT",
     "07_ct_one_image_all_syntaxes/CT0012.fragmented_no_bot_jpeg_baseline.51.dcm": "1 of 1 image(s) of 2 frames "
-    "(multi-frame), which are not supported; expected one image a slice",
+    "(multi-frame), which are not supported; expected one image a slice: send it as single-frame images",
     "07_ct_one_image_all_syntaxes/CT1_J2KR": "1 slice(s); a volume needs at least 3",
     "08_odd_ct_and_seg_encodings/eCT_Supplemental.dcm": "1 of 1 image(s) of 2 frames (multi-frame), "
-    "which are not supported; expected one image a slice",
+    "which are not supported; expected one image a slice: send it as single-frame images",
     "08_odd_ct_and_seg_encodings/explicit_VR-UN.dcm": "1 slice(s); a volume needs at least 3",
     "08_odd_ct_and_seg_encodings/HTJ2K_08_RGB.dcm": "file 1 of 1 has no Series Instance UID",
     "08_odd_ct_and_seg_encodings/liver_expb.dcm": "1 of 1 image(s) of modality SEG; expected CT",
@@ -432,3 +442,15 @@ def test_every_lossless_transfer_syntax_gives_the_same_numbers(syntax, testdata,
     plain = pydicom.dcmread(folder / "CTImage.dcm")
     assert (read.min(), read.max()) == (-2000 - 1024, 2402 - 1024)
     assert np.array_equal(read[1], plain.pixel_array - 1024)
+
+
+def test_deflated_images_that_are_cut_off_or_damaged_are_a_verdict_not_a_crash(tmp_path):
+    ct, paths = made(tmp_path)
+    for path in paths:
+        ds = pydicom.dcmread(path)
+        ds.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+        ds.save_as(path)
+    assert np.array_equal(read_volume(inspect(paths)).voxels_hu, ct.voxels_hu)
+    whole = paths[2].read_bytes()
+    paths[2].write_bytes(whole[: len(whole) * 3 // 4])
+    assert reason(paths) == "file 3 of 6 cannot be read as DICOM (error): it is truncated or damaged"
