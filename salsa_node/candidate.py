@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from enum import Enum
 from itertools import pairwise
+from math import isfinite
 from pathlib import Path
 from statistics import median
 from typing import Final
@@ -312,7 +313,8 @@ def _acquisition(images: Sequence[pydicom.Dataset]) -> tuple[str, ...]:
 
 
 def _number(value: object) -> float | None:
-    return float(value) if isinstance(value, int | float | Decimal) else None
+    """A number with which to reckon and to rank: "nan", which is none, would put other series out of order."""
+    return float(value) if isinstance(value, int | float | Decimal) and isfinite(value) else None
 
 
 def _words(ds: pydicom.Dataset, keyword: str) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
+from stat import S_ISREG
 from typing import Final
 
 from pydicom.dataset import Dataset
@@ -73,8 +74,7 @@ def report(store: Store, data_dir: Path, commitment: Commitment) -> tuple[int, D
         item = Dataset()
         item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = sop_class, sop_instance
         row = store.instance(sop_instance)
-        file = data_dir / row.path if row else None
-        if row is None or file is None or not file.is_file() or file.stat().st_size != row.size_bytes:
+        if row is None or _size_bytes(data_dir / row.path) != row.size_bytes:
             item.FailureReason = NO_SUCH_INSTANCE
         elif row.sop_class_uid != sop_class:
             item.FailureReason = CONFLICT
@@ -86,6 +86,15 @@ def report(store: Store, data_dir: Path, commitment: Commitment) -> tuple[int, D
     if failed:
         told.FailedSOPSequence = DicomSequence(failed)
     return SOME_NOT_HELD if failed else ALL_HELD, told
+
+
+def _size_bytes(file: Path) -> int | None:
+    """None where no file can be read there, which is no promise to keep one."""
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_size if S_ISREG(found.st_mode) else None
 
 
 def send(store: Store, data_dir: Path, commitment: Commitment, assoc: Association, now: datetime) -> None:

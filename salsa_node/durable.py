@@ -64,28 +64,29 @@ class Staged:
                 rest = rest[os.write(self._handle, rest) :]
             self.size += size
 
-    def settle(self, path: Path) -> bool:
+    def settle(self, path: Path | None) -> bool:
         """The content is on disk when this returns, and where nothing had the name `path` the file has it, on disk too.
 
-        False where the name is taken; the file keeps the one that means nothing. Nobody else may be about to give a
-        file that name. The name comes before the flush, so that one flush does for both where the disk allows it.
+        False where the name is taken, or none is given; the file keeps the one that means nothing. Nobody else may be
+        about to give a file that name. The name comes before the flush, so that one flush does for both where the disk
+        allows it.
         """
-        folder = path.parent
-        _make_folder(folder)
-        is_named = not path.exists()
-        if is_named:
-            self.path.rename(path)
+        if path is not None:
+            _make_folder(path.parent)
+        free = None if path is None or path.exists() else path
+        if free is not None:
+            self.path.rename(free)
             self._is_there = False
         try:
             os.fsync(self._handle)
-            if is_named and not _names_follow_content(os.fstat(self._handle).st_dev):
-                _sync_folder(folder)
+            if free is not None and not _names_follow_content(os.fstat(self._handle).st_dev):
+                _sync_folder(free.parent)
         except OSError:
-            if is_named:
-                path.unlink(missing_ok=True)
+            if free is not None:
+                free.unlink(missing_ok=True)
             raise
         self._close()
-        return is_named
+        return free is not None
 
     def discard(self) -> None:
         """Close the file and take its first name away; harmless after `settle` and after `publish`."""

@@ -2,7 +2,7 @@
 
 Order: the bytes under a name that means nothing; their own name, where it is free, and fsync; then, for all
 instances that wait together, the rows. Only then is any of them answered. A file whose name was taken keeps
-the other until its row is certain.
+the other until its row is certain; where nodes share a store, and the data folder, every file does.
 """
 
 from __future__ import annotations
@@ -131,10 +131,10 @@ class Incoming:
             raise Refused(DOES_NOT_MATCH, "SOP Class UID differs between request and data set")
         return _row(request, header, self._hash.hexdigest(), staged.size)
 
-    def settle(self, path: Path) -> Path:
+    def settle(self, path: Path | None) -> Path:
         """Put it on disk; its name, which is `path` where nothing had that. Raises OSError."""
         assert self._staged is not None, "only what is described is settled"
-        return path if self._staged.settle(path) else self._staged.path
+        return path if self._staged.settle(path) and path is not None else self._staged.path
 
     def _fail(self, refused: Refused) -> None:
         self._failed = refused
@@ -239,7 +239,9 @@ class Intake:
         new = incoming.described()
         path = self._data_dir / new.path
         with self._locks[hash(new.sop_instance_uid) % _LOCKS]:  # two that ask for one name, one after the other
-            waiting = _Waiting(incoming.settle(path), path, new)
+            # Another node has locks of its own; between the two only the writer's turn keeps order.
+            file = incoming.settle(None if self._store.is_shared else path)
+            waiting = _Waiting(file, path, new)
             try:
                 verdict = self._committed(waiting)
             except Exception:

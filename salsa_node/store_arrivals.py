@@ -64,6 +64,11 @@ class Arrivals(Queries):
         self._writer = writer(engine)
         self._kept = KeptConnection(self._writer)
 
+    @property
+    def is_shared(self) -> bool:
+        """As `StoreSettings.is_shared`."""
+        return self._engine.dialect.name == "postgresql"
+
     def close(self) -> None:
         """Close every connection."""
         self._kept.close()

@@ -22,7 +22,7 @@ from salsa_node import commitment
 from salsa_node.errors import StoreError
 from salsa_node.listener import Listener
 from salsa_node.settings import DeliverySettings, Destination, ListenerSettings
-from salsa_node.store import Store, StoreSettings
+from salsa_node.store import NewInstance, Store, StoreSettings
 
 T0 = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
 HELD, OTHER_CLASS, LOST, UNKNOWN = (f"2.25.8.1.{number}" for number in (1, 2, 3, 9))
@@ -273,6 +273,16 @@ def test_without_a_destination_the_report_is_given_up_at_once(store: Store, data
 
 
 @pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")  # pynetdicom drops a refused connection's socket
+def test_a_file_that_the_disk_does_not_show_is_not_promised(store: Store, data_dir: Path) -> None:
+    path = f"studies/{'x' * 300}.dcm"  # a name for which every disk answers an error
+    (data_dir / "studies").mkdir(parents=True)
+    row = NewInstance("2.25.8.2.1", "2.25.8.2", "2.25.8", raw_scu.CT, ExplicitVRLittleEndian, path, "digest", 8, "CT1")
+    store.add_instance(row, T0)
+    request = store.ask_commitment("1.2.3", "CT1", [(raw_scu.CT, "2.25.8.2.1")], T0, T0)
+    kind, told = commitment.report(store, data_dir, request)
+    assert (kind, failures(told)) == (commitment.SOME_NOT_HELD, {"2.25.8.2.1": commitment.NO_SUCH_INSTANCE})
+
+
 def test_nobody_there_is_tried_again(store: Store, data_dir: Path) -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))

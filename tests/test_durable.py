@@ -124,6 +124,32 @@ def test_a_staged_file_gets_the_name_that_nothing_has(tmp_path: Path) -> None:
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [name]
 
 
+@pytest.mark.parametrize("keeps_order", [True, False])
+def test_a_staged_name_is_on_disk_before_anyone_hears_of_it(keeps_order, tmp_path, synced, monkeypatch):
+    monkeypatch.setattr(durable, "_names_follow_content", lambda _: keeps_order)
+    staged = durable.Staged(tmp_path / "in")
+    staged.write([b"DICM"])
+    synced.clear()
+    assert staged.settle(tmp_path / "new" / "image.dcm")
+    assert synced == [".", "new/image.dcm+"] + ([] if keeps_order else ["new+"])
+
+
+def test_renamed_files_are_on_disk_under_their_new_names(tmp_path, synced):
+    durable.write(tmp_path / "in" / "file", [b"DICM"])
+    synced.clear()
+    durable.publish([(tmp_path / "in" / "file", tmp_path / "new" / "image.dcm")])
+    assert synced == [".", "new+"]
+
+
+def test_a_staged_file_without_a_name_keeps_its_own(tmp_path: Path) -> None:
+    staged = durable.Staged(tmp_path / "in")
+    staged.write([b"text"])
+    assert staged.settle(None) is False
+    assert staged.path.read_bytes() == b"text"
+    staged.discard()
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
 def test_a_staged_file_that_cannot_be_flushed_has_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

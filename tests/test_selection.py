@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from math import isfinite
 from pathlib import Path
 
 import numpy as np
@@ -189,6 +191,28 @@ def test_too_few_images_or_unreadable_ones_are_no_volume(study, tmp_path):
     text.write_text("liver")
     assert read_candidate([*study.axial, text]).faults == ("file 7 of 7 cannot be read as DICOM",)
     assert text not in {p for paths in by_series([*study.axial, text]).values() for p in paths}
+
+
+@pytest.mark.parametrize(
+    ("element", "value"),
+    [("ImagePositionPatient", [0.0, 0.0, "nan"]), ("SliceThickness", "nan")],
+)  # fmt: skip
+def test_a_number_that_is_none_brings_no_other_series_out_of_order(element, value, study, tmp_path):
+    """What cannot be compared would otherwise part the series before it from those behind it."""
+    paths = []
+    for n, path in enumerate(study.axial):
+        ds = pydicom.dcmread(path)
+        if n == 0 or element == "SliceThickness":
+            setattr(ds, element, value)
+        paths.append(tmp_path / path.name)
+        ds.save_as(paths[-1])
+    odd = read_candidate(paths)
+    [verdict] = choose([odd]).verdicts
+    assert all(isfinite(reason.points) for reason in verdict.score.reasons)
+    twin = replace(odd, series_uid="2.25.5")
+    worse, better = replace(odd, slice_thickness_mm=9.0), replace(odd, slice_thickness_mm=1.0)
+    assert choose([worse, twin, better]).chosen is better
+    assert json.dumps(verdict.as_json(), allow_nan=False)
 
 
 def test_of_the_head_study_the_axial_series_is_the_only_volume(testdata):

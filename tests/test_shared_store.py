@@ -7,16 +7,59 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
+import raw_scu
 from postgres import a_database
+from pydicom.uid import ExplicitVRLittleEndian
 
 from salsa_node import loopback, overview, phantom
+from salsa_node.instance_header import CONTENT_CONFLICT, SUCCESS
+from salsa_node.intake import Incoming, Intake, Request
+from salsa_node.notes import Notes
 from salsa_node.overview import Standing
 from salsa_node.store import RunState, Store, StoreSettings
 
 WAIT_S = 240.0
+SERIES = "2.25.4.1"
+
+
+def incoming(door: Intake, pixels: int) -> Incoming:
+    """One and the same instance, of as many rows and columns."""
+    uid = f"{SERIES}.1"
+    come = door.begin(Request(raw_scu.CT, uid, raw_scu.CT, ExplicitVRLittleEndian, "CT1", "SALSA_NODE"))
+    come.write([raw_scu.image("2.25.4", SERIES, uid, 1, pixels).content])
+    return come
+
+
+def test_what_one_door_acknowledged_another_door_does_not_set_aside(
+    tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two contents of one instance come to two nodes at once; the other commits between the one's file and its row."""
+    url = a_database(request)
+    with Store.open(StoreSettings(url)) as store, Store.open(StoreSettings(url)) as others:
+        one, other = (Intake(each, tmp_path / "data", Notes(each, clock), clock) for each in (store, others))
+        commit, told = one._committed, []
+
+        def late(mine: Any) -> Any:
+            told.append(other.take(incoming(other, pixels=16))[0])
+            return commit(mine)
+
+        monkeypatch.setattr(one, "_committed", late)
+        told.append(one.take(incoming(one, pixels=8))[0])
+        assert told == [SUCCESS, CONTENT_CONFLICT]
+        [kept], [aside] = store.instances_of("2.25.4"), store.quarantined()
+        for row, pixels in ((kept, 16), (aside, 8)):
+            content = raw_scu.image("2.25.4", SERIES, f"{SERIES}.1", 1, pixels).content
+            assert (tmp_path / "data" / row.path).read_bytes().endswith(content)
+        assert len([path for path in (tmp_path / "data").rglob("*") if path.is_file()]) == 2
+
+
+def clock() -> datetime:
+    return datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
 
 
 def test_the_work_of_a_dead_machine_goes_on_at_the_other(tmp_path: Path, request: pytest.FixtureRequest) -> None:
