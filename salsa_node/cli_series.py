@@ -71,6 +71,7 @@ def export(
     """Write one CT series of a study as NIfTI, in Hounsfield units, without patient identity."""
     settings = config.load(config_file)
     from salsa_node import nifti, series, store
+    from salsa_node.audit import Trail
     from salsa_node.upright import upright
 
     with store.Store.open(store.StoreSettings(settings.store_url)) as record:
@@ -82,6 +83,7 @@ def export(
         raise ConfigError(f"--output: expected a name that ends in .nii or .nii.gz, found {file.name}")
     if file.exists() and not force:
         raise ConfigError(f"--output: {file} is there already; --force writes over it")
+    Trail(settings.node.data_dir).accessed("export", wanted.study_uid, datetime.now(UTC), f"series {chosen}")
     ct = series.read_volume(series.inspect(paths, settings.series))
     resampled = not ct.grid.is_upright
     if resampled:

@@ -8,17 +8,16 @@ from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from salsa_node import audit, config, console, durable, overview
+from salsa_node import config, console, durable
 from salsa_node.options import EXIT_NO, AsJson, ConfigFile, Since, StudyName, Until, Yes, ask, moment
-from salsa_node.overview import Standing
-from salsa_node.store import ORDERS, Event, Sought, Store, StoreSettings
 
-#: where a study needs a person, and `retry` has something to do
-TO_RETRY = (Standing.FAILED, Standing.NOT_DELIVERED)
+if TYPE_CHECKING:  # the record's rooms take longer to import than most commands to answer
+    from salsa_node.overview import Standing
+    from salsa_node.store import Event, Store
 
 
 def studies(
@@ -34,7 +33,7 @@ def studies(
     ae: Annotated[str, typer.Option("--ae", help="The AE title that sent it.")] = "",
     called: Annotated[str, typer.Option(help="The AE title of ours that it was sent to.")] = "",
     accession: Annotated[str, typer.Option(help="A beginning of the accession number.")] = "",
-    sort: Annotated[str, typer.Option(help=f"By {', '.join(ORDERS)}.")] = "last",
+    sort: Annotated[str, typer.Option(help="By last, first, date, accession, from or images.")] = "last",
     reverse: Annotated[bool, typer.Option("--reverse", help="The other way round.")] = False,
     uids: Annotated[bool, typer.Option("--uids", help="Only Study Instance UIDs, a line each, for other programs.")] = (
         False
@@ -43,6 +42,9 @@ def studies(
     every_s: Annotated[float, typer.Option("--every", min=0.1, help="With --watch: seconds between looks.")] = 2.0,
 ) -> None:
     """List the studies, newest first."""
+    from salsa_node import overview
+    from salsa_node.store import Sought
+
     sought = Sought(since, until, _dates(date), ae, called, accession, _order(sort), reverse)
     standings = [_standing(word) for word in state or ()]
     with _store(config_file) as record:
@@ -72,6 +74,8 @@ def _put_studies(rows: Sequence[dict[str, object]], as_json: bool, uids: bool, a
 
 def show(study: StudyName, config_file: ConfigFile = None, as_json: AsJson = False) -> None:
     """Show one study: series, scores, runs, findings, deliveries, provenance, time line."""
+    from salsa_node import audit, overview
+
     with _store(config_file) as record:
         page = overview.detail(record, overview.glance(record, record.study(study)))
     audit.Trail(config.load(config_file).node.data_dir).accessed("show", str(page["study_uid"]), datetime.now(UTC))
@@ -107,9 +111,13 @@ def retry(
     """Try again what failed: a run as it was, a delivery that was given up; with all their attempts."""
     if bool(study) == every:
         raise typer.BadParameter("name a STUDY, or say --all")
+    from salsa_node import overview
+    from salsa_node.store import Sought
+
     with _store(config_file) as record:
         if every:
-            found = overview.search(record, Sought(since=since), TO_RETRY, 1_000_000)
+            waiting = (overview.Standing.FAILED, overview.Standing.NOT_DELIVERED)
+            found = overview.search(record, Sought(since=since), waiting, 1_000_000)
             wanted = [seen.study.study_uid for seen in found]
         else:
             wanted = [record.study(study).study_uid]
@@ -145,6 +153,8 @@ def stats(
     ] = "7d",  # type: ignore[assignment]
 ) -> None:
     """Count studies, runs, results and deliveries, and say how long they took."""
+    from salsa_node import overview
+
     with _store(config_file) as record:
         figures = overview.statistics(record.figures(since))
     if as_json:
@@ -178,6 +188,8 @@ def logs(
 
 def _put_events(found: Sequence[Event], as_json: bool, last: int) -> int:
     """Print them; the highest number of them and `last`."""
+    from salsa_node import overview
+
     lines = [overview.event(one) for one in found]
     if as_json:
         console.put_json_lines(lines)
@@ -215,10 +227,14 @@ def purge(
 
 
 def _store(config_file: Path | None) -> Store:
+    from salsa_node.store import Store, StoreSettings
+
     return Store.open(StoreSettings(config.load(config_file).store_url))
 
 
 def _standing(word: str) -> Standing:
+    from salsa_node.overview import Standing
+
     wanted = word.lower().replace("-", " ").replace("_", " ")
     for standing in Standing:
         if wanted in (standing.value, standing.name.lower().replace("_", " ")):
@@ -227,6 +243,8 @@ def _standing(word: str) -> Standing:
 
 
 def _order(word: str) -> str:
+    from salsa_node.store import ORDERS
+
     if word not in ORDERS:
         raise typer.BadParameter(f"--sort: expected {', '.join(ORDERS)}; found {word!r}")
     return word

@@ -11,7 +11,6 @@ import typer
 
 from salsa_node import config, console
 from salsa_node.options import EXIT_NO, AsJson, ConfigFile, Yes, ask
-from salsa_node.store import Store, StoreSettings
 
 audit_app = typer.Typer(help="The audit trail.", no_args_is_help=True)
 db_app = typer.Typer(help="The record.", no_args_is_help=True)
@@ -30,6 +29,7 @@ def verify(
         raise typer.BadParameter("--set-aside goes with all studies: name none")
     settings = config.load(config_file)
     from salsa_node import integrity
+    from salsa_node.store import Store, StoreSettings
 
     data_dir = settings.node.data_dir
     with Store.open(StoreSettings(settings.store_url)) as record:
@@ -120,6 +120,7 @@ def selftest(
     settings = config.load(config_file)
     from salsa_node import preflight
     from salsa_node import selftest as trial
+    from salsa_node.store import Store, StoreSettings
 
     settings = preflight.ready(settings, pipeline)
     outcome = trial.run(settings, limit_s, (lambda _: None) if as_json else console.note)

@@ -267,6 +267,11 @@ def test_asking_imports_nothing_heavy(heavy):
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_a_command_that_asks_no_record_does_not_import_one():
+    code = "import sys, salsa_node.cli; sys.exit('sqlalchemy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_the_shell_completes_commands(command):
     environment = {
         **os.environ,
