@@ -23,6 +23,16 @@ def without_delay(event: evt.Event) -> None:
         connection.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
+def acknowledging_at_once(event: evt.Event) -> None:
+    """For EVT_DATA_SENT: a peer that sends its answer in two parts, as DCMTK does, must not wait for our 40 ms either.
+
+    Linux takes the wish for a while only, so it is uttered after each PDU.
+    """
+    connection = event.assoc.dul.socket
+    if connection is not None and connection.socket is not None and hasattr(socket, "TCP_QUICKACK"):
+        connection.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+
+
 def called_by(assoc: Association) -> str:
     """The AE title by which the requestor of an association calls its acceptor."""
     request = assoc.requestor.primitive

@@ -10,7 +10,7 @@ from pynetdicom import AE, evt
 from pynetdicom.association import Association
 from pynetdicom.pdu_primitives import A_ASSOCIATE, SCP_SCU_RoleSelectionNegotiation
 
-from salsa_node.association import without_delay
+from salsa_node.association import acknowledging_at_once, without_delay
 from salsa_node.errors import ConfigError, DeliveryError, DestinationRefused
 from salsa_node.settings import Destination
 from salsa_node.tls import client_context
@@ -48,7 +48,11 @@ def associated(
             max_pdu=_MAX_PDU_BYTES,
             ext_neg=list(roles) or None,
             tls_args=(secure, destination.host) if secure else None,
-            evt_handlers=[(evt.EVT_CONN_OPEN, without_delay), *handlers],
+            evt_handlers=[
+                (evt.EVT_CONN_OPEN, without_delay),
+                (evt.EVT_DATA_SENT, acknowledging_at_once),
+                *handlers,
+            ],
         )
     except (RuntimeError, ValueError, OSError) as error:
         raise DeliveryError(f"{where}: cannot be reached ({type(error).__name__}: {error})") from error
