@@ -115,7 +115,7 @@ room imports exactly what stands right of its arrow):
     preflight              <- config errors model_fetch models pipelines settings
     overview               <- failures store
     selftest               <- config errors loopback overview phantom settings store
-    doctor                 <- config errors loopback overview preflight settings store way_dicom
+    doctor                 <- config errors loopback overview preflight settings store ways
     backup                 <- durable errors store
     retention              <- durable errors overview settings store
     integrity              <- durable store

@@ -27,7 +27,7 @@ FILE = Path("audit") / "audit.jsonl"
 NOBODY_BEFORE = "0" * 64  #: what the first line holds in place of the digest before it
 #: events of the record that are an access to a study, a transfer of one, or the node's own life
 AUDITED: Final = (
-    "study.new", "study.purged", "study.held", "study.released_result", "run.queued", "run.cancelled",
+    "study.new", "study.fetched", "study.purged", "study.held", "study.released_result", "run.queued", "run.cancelled",
     "delivery.pending", "delivery.sent", "delivery.verified", "delivery.gave_up", "delivery.held",
     "instance.quarantined", "node.association_rejected", "node.started", "node.stopped", "node.restored",
     "queue.paused", "queue.resumed",

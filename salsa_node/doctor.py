@@ -13,7 +13,7 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
-from salsa_node import loopback, overview, preflight, way_dicom
+from salsa_node import loopback, overview, preflight, ways
 from salsa_node.config import Config
 from salsa_node.errors import SalsaNodeError
 from salsa_node.overview import Standing
@@ -175,11 +175,11 @@ def _gpu(device: str) -> Check:
 def _peer(destination: Destination, timeout_s: float) -> Check:
     name = f"destination {destination.name}"
     try:
-        way_dicom.echo(destination, min(timeout_s, _ECHO_S))
+        answer = ways.echo(destination, min(timeout_s, _ECHO_S))
     except SalsaNodeError as error:
         then = "is it up, is the port open from here, does it know our AE title?"
         return Check(name, ok=False, detail=f"{error}; {then}")
-    return Check(name, ok=True, detail=f"{destination.ae_title} at {destination.host}:{destination.port} answered")
+    return Check(name, ok=True, detail=f"{destination.where} answered {answer}")
 
 
 def _archive(config: Config) -> Iterator[Check]:

@@ -108,10 +108,17 @@ def test_peers_that_answer_and_that_do_not(config, free_port):
     assert server is not None
     try:
         port = server.socket.getsockname()[1]
-        peers = (Destination("up", "PACS", "127.0.0.1", port), Destination("down", "X", "127.0.0.1", free_port))
+        peers = (
+            Destination("up", "PACS", "127.0.0.1", port),
+            Destination("down", "X", "127.0.0.1", free_port),
+            Destination("folder", folder=str(config.node.data_dir)),
+            Destination("gone", folder=str(config.node.data_dir / "gone")),
+        )
         asked = replace(config, destination=peers, query=QuerySettings("PACS", "127.0.0.1", port))
         assert found(asked, "destination up").ok
         assert found(asked, "query").ok
+        assert found(asked, "destination folder").ok
+        assert not found(asked, "destination gone").ok
         check = found(asked, "destination down")
         assert (check.ok, "is it up" in check.detail) == (False, True)
     finally:
