@@ -142,7 +142,7 @@ room imports exactly what stands right of its arrow):
     cli_fetch              <- config console errors fetch intake notes options settings store
     cli_review             <- config console options store
     cli_queue              <- config console options store
-    cli_series             <- assembly audit config console errors nifti options preflight series store upright
+    cli_series             <- assembly audit candidate config console errors nifti options preflight series series_rules stacks store upright
     cli_upkeep             <- audit backup config console doctor integrity options preflight selftest store
     cli_studies            <- audit config console durable options overview store
     cli_quarantine         <- config console options overview store

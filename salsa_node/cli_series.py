@@ -14,6 +14,8 @@ from salsa_node.errors import ConfigError, SeriesRejected
 from salsa_node.options import AsJson, ConfigFile, StudyName
 
 if TYPE_CHECKING:
+    from salsa_node.series import Series
+    from salsa_node.series_rules import SeriesRules
     from salsa_node.store import Run, Store, Study
 
 
@@ -62,6 +64,9 @@ def export(
     which: Annotated[
         str | None, typer.Option("--series", help="Its number or UID; without it the series analysed last.")
     ] = None,
+    stack: Annotated[
+        int | None, typer.Option(min=1, help="Which one, of a series that holds several; else the one analysed.")
+    ] = None,
     output: Annotated[
         Path | None, typer.Option(help="File to write, .nii or .nii.gz; by default the series' UID.nii here.")
     ] = None,
@@ -77,14 +82,20 @@ def export(
     with store.Store.open(store.StoreSettings(settings.store_url)) as record:
         wanted = record.study(study)
         chosen = series_uid(record, wanted, which)
-        paths = [settings.node.data_dir / image.path for image in record.instances_of(wanted.study_uid, chosen)]
+        analysed = [] if stack else [run for run in record.runs_of(wanted.study_uid) if run.series_uid == chosen]
+        images = analysed[-1].images if analysed else None
+        paths = [
+            settings.node.data_dir / image.path
+            for image in record.instances_of(wanted.study_uid, chosen)
+            if images is None or image.sop_instance_uid in images
+        ]
     file = output or Path(f"{chosen}.nii")
     if not file.name.endswith((".nii", ".nii.gz")):
         raise ConfigError(f"--output: expected a name that ends in .nii or .nii.gz, found {file.name}")
     if file.exists() and not force:
         raise ConfigError(f"--output: {file} is there already; --force writes over it")
     Trail(settings.node.data_dir).accessed("export", wanted.study_uid, datetime.now(UTC), f"series {chosen}")
-    ct = series.read_volume(series.inspect(paths, settings.series))
+    ct = series.read_volume(_geometry(paths, settings.series, stack))
     resampled = not ct.grid.is_upright
     if resampled:
         ct = upright(ct)
@@ -98,6 +109,22 @@ def export(
         console.put_json({**told, "resampled": resampled})
     else:
         console.put(f"{file}: {ct.grid}{', resampled: its slices make no regular grid' if resampled else ''}")
+
+
+def _geometry(paths: Sequence[Path], rules: SeriesRules, stack: int | None) -> Series:
+    """The volume that these files are, or that stack of them. Raises SeriesRejected."""
+    from salsa_node import candidate, series, stacks
+
+    try:
+        return series.inspect(paths, rules)
+    except SeriesRejected:
+        parts = stacks.apart(candidate.read_candidate(paths), rules)
+        if not parts:
+            raise
+    if stack is None or stack > len(parts):
+        there = ", ".join(f"{n}: {len(part.paths)} images" for n, part in enumerate(parts, start=1))
+        raise SeriesRejected(f"the series holds several stacks of images ({there}); name one with --stack")
+    return series.inspect(parts[stack - 1].paths, rules)
 
 
 def series_uid(record: Store, study: Study, which: str | None) -> str:

@@ -155,3 +155,29 @@ def test_export_resamples_tilted_slices_where_the_rules_say_so(
     told = json.loads(_called("export", study.study_uid, "--config", config, "--output", file, "--json"))
     assert told["resampled"]
     assert nifti.read_ct(file).grid.spacing_mm == pytest.approx(told["spacing_mm"])
+
+
+def test_export_takes_one_stack_of_a_series_that_holds_several(
+    config: Path, study: phantom.Study, tmp_path: Path
+) -> None:
+    with Store.open(StoreSettings(f"sqlite:///{tmp_path / 'data' / 'salsa_node.sqlite'}")) as record:
+        for round_ in (1, 2):
+            for n, source in enumerate(study.axial[: 8 + round_]):
+                ds = pydicom.dcmread(source)
+                ds.SeriesInstanceUID, ds.SeriesNumber, ds.AcquisitionNumber = "2.25.5.6", 6, round_
+                ds.InstanceNumber = 100 * round_ + n
+                ds.SOPInstanceUID = f"{ds.SOPInstanceUID[:58]}.6{round_}"
+                name = f"6-{round_}-{n}.dcm"
+                ds.save_as(tmp_path / "data" / name)
+                new = NewInstance(
+                    ds.SOPInstanceUID, "2.25.5.6", ds.StudyInstanceUID, ds.SOPClassUID,
+                    ds.file_meta.TransferSyntaxUID, name, "0" * 64, 1, "CT1", "CT", 6,
+                )  # fmt: skip
+                record.add_instance(new, T0)
+    wanted = ["export", study.study_uid, "--config", config, "--series", 6, "--output", tmp_path / "ct.nii"]
+    for arguments in (wanted, [*wanted, "--stack", 3]):
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        assert str(result.exception) == (
+            "the series holds several stacks of images (1: 9 images, 2: 10 images); name one with --stack"
+        )
+    assert json.loads(_called(*wanted, "--stack", 2, "--json"))["shape"] == [10, 32, 32]
