@@ -195,12 +195,13 @@ def _header(value: Callable[[int], object]) -> Header:
 def _text(value: object) -> str:
     """A value's text without padding, "" where absent; read raw, so that odd values neither warn nor fail."""
     if not isinstance(value, bytes):
-        return "" if value is None else str(value).strip()
-    try:
-        text = value.decode()
-    except UnicodeDecodeError:
-        text = value.decode("latin-1")
-    return text.strip(" \0")
+        text = "" if value is None else str(value)
+    else:
+        try:
+            text = value.decode()
+        except UnicodeDecodeError:
+            text = value.decode("latin-1")
+    return text.replace("\0", " ").strip(" ")  # PostgreSQL keeps no NUL
 
 
 def _uid(value: object, name: str) -> str:

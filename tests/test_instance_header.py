@@ -147,3 +147,14 @@ def test_other_byte_orders_are_left_to_pydicom(syntax: UID) -> None:
 )  # fmt: skip
 def test_what_is_odd_is_left_to_pydicom(content: bytes) -> None:
     assert instance_header._plain_elements(content, ExplicitVRLittleEndian) is None
+
+
+def test_a_value_that_the_head_holds_in_part_is_read_from_the_file(tmp_path: Path) -> None:
+    """Wherever the head ends; a UID cut short would be a UID too, of another series."""
+    content = struct.pack("<HH2sHL", 0x0008, 0x0001, b"SQ", 0, 0xFFFFFFFF) + struct.pack("<HHL", 0xFFFE, 0xE0DD, 0)
+    content += whole({0x0020000D: b"1.2.3.4.5.6.7.8.9.10", 0x0020000E: b"1.2.3.4.5.6.7.8.9.11"})
+    (tmp_path / "file").write_bytes(content)
+    expected = read_header(BytesIO(content), ExplicitVRLittleEndian)
+    for end in range(content.index(b"ISO_IR 100") + 10, len(content)):
+        found = header_of_file(tmp_path / "file", 0, content[:end], False, ExplicitVRLittleEndian)
+        assert found == expected, f"the head ends after {end} bytes"

@@ -58,6 +58,19 @@ def test_what_one_door_acknowledged_another_door_does_not_set_aside(
         assert len([path for path in (tmp_path / "data").rglob("*") if path.is_file()]) == 2
 
 
+def test_a_zero_byte_in_a_header_is_no_reason_to_refuse_an_image_for_ever(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """The sender would be told to try again, and PostgreSQL takes no such text however often it comes."""
+    uid = f"{SERIES}.1"
+    with Store.open(StoreSettings(a_database(request))) as store:
+        door = Intake(store, tmp_path / "data", Notes(store, clock), clock)
+        come = door.begin(Request(raw_scu.CT, uid, raw_scu.CT, ExplicitVRLittleEndian, "CT1", "SALSA_NODE"))
+        come.write([raw_scu.image("2.25.4", SERIES, uid, 1, 8, patient_id="MA\0DE").content])
+        assert door.take(come) == (SUCCESS, "")
+        assert store.study("2.25.4").patient_id == "MA DE"
+
+
 def clock() -> datetime:
     return datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
 
