@@ -64,6 +64,8 @@ def finish(store: Store, data_dir: Path, uid: str, how: str, then: datetime = T0
         store.block_run(run.id, "w", [item], "lesions", {}, "d", "mirrored", then)
         return
     store.produce(run.id, "w", [item], ["pacs"], "lesions", {}, "d", then)
+    if how == "held":
+        store.hold_study(uid, then)
     if how in ("done", "not_delivered"):
         (delivery,) = store.claim_deliveries("s", 60, then)
         if how == "done":
@@ -73,7 +75,7 @@ def finish(store: Store, data_dir: Path, uid: str, how: str, then: datetime = T0
 
 
 ALL = RetentionSettings(done_days=1, failed_days=1, blocked_days=1, nothing_days=1, cancelled_days=1, results_days=3)
-STANDINGS = ("done", "failed", "blocked", "nothing", "cancelled", "not_delivered", "sending")
+STANDINGS = ("done", "failed", "blocked", "nothing", "cancelled", "not_delivered", "sending", "held")
 
 
 def days(count: float) -> datetime:
@@ -94,12 +96,12 @@ def test_images_go_after_the_days_of_their_standing_and_never_what_has_not_arriv
     finish(store, tmp_path, "1.2", how)
     assert retention.step(store, tmp_path, ALL, days(0.9)) is None
     gone = retention.step(store, tmp_path, ALL, days(1.1))
-    kept = how in ("not_delivered", "sending")
+    kept = how in ("not_delivered", "sending", "held")
     assert (gone, path.exists()) == ((None, True) if kept else ("1.2", False))
     assert retention.step(store, tmp_path, ALL, days(1.2)) is None
     result = tmp_path / "results" / "1.2" / "seg.dcm"
     assert retention.step(store, tmp_path, ALL, days(4)) == ("1.2" if how == "done" else None)
-    assert result.exists() == (how in ("blocked", "not_delivered", "sending"))
+    assert result.exists() == (how in ("blocked", "not_delivered", "sending", "held"))
     assert retention.step(store, tmp_path, ALL, days(5)) is None
 
 
