@@ -84,12 +84,14 @@ class Quarantine(Queries):
                 return ()
             gone = []
             oldest = sa.select(QUARANTINE).where(_KEPT).order_by(QUARANTINE.c.received_at, QUARANTINE.c.id)
-            for row in t.all(Quarantined, oldest):
+            rows = t.all(Quarantined, oldest)
+            for row in rows:
                 if files <= most_files and size <= most_bytes:
                     break
                 gone.append(row)
                 files, size = files - 1, size - row.size_bytes
-            remove([row.path for row in gone])
+            held = {row.path for row in rows[len(gone) :]}  # one file may have been set aside for two reasons
+            remove([row.path for row in gone if row.path not in held])
             for row in gone:
                 t.execute(sa.update(QUARANTINE).where(QUARANTINE.c.id == row.id).values(path=""))
                 detail = f"{row.reason}; let go, as the quarantine is full; {row.calling_ae} was refused it"

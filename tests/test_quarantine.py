@@ -93,6 +93,18 @@ def test_the_bound_is_in_bytes_too_and_leaves_all_where_a_file_cannot_go(store):
     assert len(gone) == 4
 
 
+def test_a_file_set_aside_for_two_reasons_is_kept_for_the_second(store):
+    for seconds, reason in enumerate(("another Patient ID", "other content")):
+        new = an_instance(path="quarantine/1.dcm")
+        store.quarantine(replace(new, size_bytes=100), reason, T0 + timedelta(seconds=seconds))
+    gone: list[str] = []
+    assert [row.reason for row in store.bound_quarantine(1, 1e9, T0, gone.extend)] == ["another Patient ID"]
+    assert gone == []
+    assert [row.path for row in store.quarantined()] == ["quarantine/1.dcm", ""]
+    store.bound_quarantine(0, 1e9, T0, gone.extend)
+    assert gone == ["quarantine/1.dcm"]
+
+
 def test_an_admin_sees_what_is_there_and_what_was_let_go_and_why(store, tmp_path):
     first, second = (an_instance(path=f"quarantine/{number}.dcm") for number in (1, 2))
     store.add_instance(an_instance(), T0)
