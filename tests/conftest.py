@@ -12,6 +12,8 @@ from pathlib import Path
 import postgres
 import pytest
 
+from salsa_node.store import Store, StoreSettings
+
 PROJECT = Path(__file__).parents[1]
 
 
@@ -22,6 +24,19 @@ def testdata() -> Path:
     if not folder.is_dir():
         pytest.skip("the public test data is not beside the project (SALSA_NODE_TESTDATA names another place)")
     return folder
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    """A store of the test's own, in SQLite."""
+    with Store.open(StoreSettings(f"sqlite:///{tmp_path / 'record.sqlite'}"), create=True) as opened:
+        yield opened
+
+
+@pytest.fixture
+def data_dir(tmp_path: Path) -> Path:
+    """Where images would be kept; not made yet."""
+    return tmp_path / "data"
 
 
 @pytest.fixture

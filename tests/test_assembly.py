@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from salsa_node import assembly, dicom_ct, phantom, series
 from salsa_node.errors import SeriesRejected
 from salsa_node.series_rules import SeriesRules
 from salsa_node.settings import AssemblySettings, PipelineChoice
-from salsa_node.store import NewInstance, Run, RunState, SeriesState, Store, StoreSettings
+from salsa_node.store import NewInstance, Run, RunState, SeriesState, Store
 from salsa_node.volume import CtVolume, Grid
 
 T0 = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
@@ -29,17 +29,6 @@ NAME, PATIENT_ID = "Doe^Jane", "ID-OF-JANE"
 
 def after(seconds: float) -> datetime:
     return T0 + timedelta(seconds=seconds)
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    with Store.open(StoreSettings(f"sqlite:///{tmp_path / 'record.sqlite'}"), create=True) as opened:
-        yield opened
-
-
-@pytest.fixture
-def data_dir(tmp_path: Path) -> Path:
-    return tmp_path / "data"
 
 
 @pytest.fixture

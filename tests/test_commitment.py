@@ -22,7 +22,7 @@ from salsa_node import commitment
 from salsa_node.errors import StoreError
 from salsa_node.listener import Listener
 from salsa_node.settings import DeliverySettings, Destination, ListenerSettings
-from salsa_node.store import NewInstance, Store, StoreSettings
+from salsa_node.store import NewInstance, Store
 
 T0 = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
 HELD, OTHER_CLASS, LOST, UNKNOWN = (f"2.25.8.1.{number}" for number in (1, 2, 3, 9))
@@ -41,17 +41,6 @@ class Reports:
         self.got.append((event.event_type, event.event_information))
         self.came.set()
         return self.status, None
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    with Store.open(StoreSettings(f"sqlite:///{tmp_path / 'record.sqlite'}"), create=True) as opened:
-        yield opened
-
-
-@pytest.fixture
-def data_dir(tmp_path: Path) -> Path:
-    return tmp_path / "data"
 
 
 @pytest.fixture

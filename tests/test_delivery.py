@@ -27,7 +27,7 @@ from salsa_node.dicom_result import Kind
 from salsa_node.errors import DeliveryError, DestinationRefused, StoreError
 from salsa_node.outgoing import Outgoing
 from salsa_node.settings import SEG_KINDS, DeliverySettings, Destination
-from salsa_node.store import Delivery, DeliveryState, NewInstance, NewObject, Store, StoreSettings
+from salsa_node.store import Delivery, DeliveryState, NewInstance, NewObject, Store
 from salsa_node.way_dicom import DicomWay
 
 T0 = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
@@ -41,12 +41,6 @@ BOTH = (SegmentationStorage, Comprehensive3DSRStorage)
 
 def after(seconds: float) -> datetime:
     return T0 + timedelta(seconds=seconds)
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    with Store.open(StoreSettings(f"sqlite:///{tmp_path / 'record.sqlite'}"), create=True) as opened:
-        yield opened
 
 
 def an_object(sop_class: UID, sop_instance_uid: str) -> bytes:

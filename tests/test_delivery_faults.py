@@ -20,7 +20,7 @@ from pynetdicom import evt
 
 from salsa_node import console, delivery, loopback, overview, verification
 from salsa_node.settings import DeliverySettings, Destination
-from salsa_node.store import DeliveryState, Store, StoreSettings
+from salsa_node.store import DeliveryState, Store
 
 RUNBOOK = Path(__file__).parents[1] / "deploy" / "runbook.md"
 SETTINGS = DeliverySettings(first_retry_s=30, max_retry_s=60, max_attempts=3, timeout_s=5, verify_after_s=10)
@@ -33,12 +33,6 @@ SENT, VERIFIED, PENDING, GAVE_UP = (
     DeliveryState.SENT, DeliveryState.VERIFIED, DeliveryState.PENDING, DeliveryState.GAVE_UP
 )  # fmt: skip
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")  # pynetdicom's, where it is refused
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    with Store.open(StoreSettings(f"sqlite:///{tmp_path / 'record.sqlite'}"), create=True) as opened:
-        yield opened
 
 
 @dataclass

@@ -10,11 +10,13 @@ import sys
 from collections.abc import Iterator
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from types import ModuleType
 
 import door
 import pytest
 import raw_scu
 
+from salsa_node import instance_header
 from salsa_node.store import Store, StoreSettings
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -30,6 +32,18 @@ def told(script: str, folder: Path, *options: str) -> dict[str, object]:
     return found
 
 
+def loaded(script: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A script as a module."""
+    loader = SourceFileLoader(script, str(SCRIPTS / script))
+    spec = importlib.util.spec_from_loader(loader.name, loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, loader.name, module)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    loader.exec_module(module)
+    return module
+
+
 def test_what_was_answered_with_success_survives_a_kill(tmp_path: Path) -> None:
     figures = told("chaos_receive", tmp_path, "--kills", "2", "--longest-s", "0.5")
     assert (figures["kills"], figures["swept"], figures["cut_off"]) == (2, True, 20)
@@ -43,13 +57,7 @@ def test_a_loss_would_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         assert [assoc.store(image) for image in images[:2]] == [0, 0]
     file = next(tmp_path.rglob(f"{images[0].uid}.dcm"))
     file.write_bytes(file.read_bytes()[:-1])
-    loader = SourceFileLoader("chaos_receive", str(SCRIPTS / "chaos_receive"))
-    spec = importlib.util.spec_from_loader(loader.name, loader)
-    assert spec is not None
-    chaos = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, loader.name, chaos)
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    loader.exec_module(chaos)
+    chaos = loaded("chaos_receive", monkeypatch)
     kept = chaos.Told({image.uid: image.content for image in images})
     assert sorted(chaos.missing(tmp_path, kept)) == [images[0].uid, images[2].uid]
 
@@ -60,6 +68,24 @@ def test_mutated_pdus_and_data_sets_neither_end_nor_stall_the_door(tmp_path: Pat
     for figure in figures.values():
         assert isinstance(figure, dict)
         assert figure["attacks"] >= 30
+
+
+def test_fuzzing_by_coverage_finds_no_header_that_the_quick_way_reads_otherwise(tmp_path: Path) -> None:
+    pytest.importorskip("atheris")
+    command = [sys.executable, str(SCRIPTS / "fuzz_header"), "--runs", "2000", "--folder", str(tmp_path)]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=500)
+    assert answer.returncode == 0, answer.stderr[-2000:]
+    assert "Done 2000 runs" in answer.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_header_that_is_read_otherwise_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    fuzz = loaded("fuzz_header", monkeypatch)
+    for seed in fuzz.seeds():
+        fuzz.attack(seed)
+    monkeypatch.setattr(instance_header, "_plain_elements", lambda *_: {0x00080018: b"2.25.99"})
+    with pytest.raises(AssertionError, match="pydicom: Header"):
+        fuzz.attack(fuzz.seeds()[0])
 
 
 def test_many_images_leave_the_door_as_large_as_it_was(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from salsa_node import assembly, pacs_count
 from salsa_node.candidate import read_candidate
 from salsa_node.listener import Listener
 from salsa_node.settings import AssemblySettings, ListenerSettings, PipelineChoice, QuerySettings
-from salsa_node.store import NewInstance, RunState, Series, SeriesState, Store, StoreSettings, Study
+from salsa_node.store import NewInstance, RunState, Series, SeriesState, Store, Study
 
 FIND = "1.2.840.10008.5.1.4.1.2.2.1"
 T0 = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
@@ -65,12 +65,6 @@ def archive() -> Iterator[Archive]:
     served = Archive()
     yield served
     served.close()
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    with Store.open(StoreSettings(f"sqlite:///{tmp_path / 'record.sqlite'}"), create=True) as opened:
-        yield opened
 
 
 @pytest.fixture

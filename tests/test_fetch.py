@@ -23,22 +23,11 @@ from salsa_node.intake import Intake
 from salsa_node.listener import Listener
 from salsa_node.notes import Notes
 from salsa_node.settings import Destination, ListenerSettings
-from salsa_node.store import Store, StoreSettings
+from salsa_node.store import Store
 
 T0 = datetime(2026, 11, 21, 12, 0, tzinfo=UTC)
 LATER = T0 + timedelta(days=30000)
 STUDY = HEADER.study_uid
-
-
-@pytest.fixture
-def data_dir(tmp_path: Path) -> Path:
-    return tmp_path / "data"
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    with Store.open(StoreSettings(f"sqlite:///{tmp_path / 'record.sqlite'}"), create=True) as opened:
-        yield opened
 
 
 @pytest.fixture

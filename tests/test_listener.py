@@ -50,22 +50,11 @@ from salsa_node.instance_header import (
 )
 from salsa_node.listener import Listener
 from salsa_node.settings import ListenerSettings, Peer, invalid_peer
-from salsa_node.store import NewObject, SeriesState, Store, StoreSettings
+from salsa_node.store import NewObject, SeriesState, Store
 
 T0 = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
 STUDY, SERIES = "1.2.3", "1.2.3.1"
 IDENTITY = ("Doe^Jane", "ID-OF-JANE", "19700101")
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    with Store.open(StoreSettings(f"sqlite:///{tmp_path / 'record.sqlite'}"), create=True) as opened:
-        yield opened
-
-
-@pytest.fixture
-def data_dir(tmp_path: Path) -> Path:
-    return tmp_path / "data"
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import made_findings
@@ -26,16 +26,10 @@ from test_result_cases import objects
 from salsa_node import delivery, outgoing
 from salsa_node.dicom_result import LABEL_MAP_STORAGE, Kind
 from salsa_node.settings import DeliverySettings, Destination
-from salsa_node.store import DeliveryState, Store, StoreSettings
+from salsa_node.store import DeliveryState, Store
 
 LABELMAP = "2.25.3"
 LEFT_OUT, SENT, GAVE_UP = DeliveryState.LEFT_OUT, DeliveryState.SENT, DeliveryState.GAVE_UP
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    with Store.open(StoreSettings(f"sqlite:///{tmp_path / 'record.sqlite'}"), create=True) as opened:
-        yield opened
 
 
 @pytest.fixture
