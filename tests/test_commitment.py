@@ -261,7 +261,6 @@ def test_without_a_destination_the_report_is_given_up_at_once(store: Store, data
     assert not step(store, data_dir, T0 + timedelta(days=1))
 
 
-@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")  # pynetdicom drops a refused connection's socket
 def test_a_file_that_the_disk_does_not_show_is_not_promised(store: Store, data_dir: Path) -> None:
     path = f"studies/{'x' * 300}.dcm"  # a name for which every disk answers an error
     (data_dir / "studies").mkdir(parents=True)
@@ -272,6 +271,7 @@ def test_a_file_that_the_disk_does_not_show_is_not_promised(store: Store, data_d
     assert (kind, failures(told)) == (commitment.SOME_NOT_HELD, {"2.25.8.2.1": commitment.NO_SUCH_INSTANCE})
 
 
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")  # pynetdicom drops a refused connection's socket
 def test_nobody_there_is_tried_again(store: Store, data_dir: Path) -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
