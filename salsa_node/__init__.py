@@ -89,7 +89,7 @@ room imports exactly what stands right of its arrow):
     intake                 <- durable errors instance_header log notes store
     fast_receive           <- association instance_header intake
     pacs_count             <- association settings
-    commitment             <- association errors settings store
+    commitment             <- errors requestor settings store
     tls                    <- errors settings
     listener               <- association commitment errors fast_receive instance_header intake notes settings store tls
     requestor              <- association errors settings tls

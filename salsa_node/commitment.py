@@ -16,11 +16,11 @@ from typing import Final
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence as DicomSequence
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
-from pynetdicom import AE, build_role, evt
+from pynetdicom import build_role
 from pynetdicom.association import Association
 
-from salsa_node.association import without_delay
 from salsa_node.errors import DeliveryError
+from salsa_node.requestor import associated
 from salsa_node.settings import DeliverySettings, Destination
 from salsa_node.store import Commitment, Store
 
@@ -132,7 +132,7 @@ def step(
         wait_s = min(settings.first_retry_s * 2 ** min(commitment.attempt, 60), settings.max_retry_s)
         is_last = commitment.attempt + 1 >= settings.max_attempts
         due = None if is_last else now + timedelta(seconds=wait_s)
-        store.commitment_failed(commitment.id, f"{destination.name}: {error}", due, now)
+        store.commitment_failed(commitment.id, str(error), due, now)
     return commitment
 
 
@@ -144,24 +144,7 @@ def _on_new_association(
     commitment: Commitment,
     now: datetime,
 ) -> None:
-    ae = AE(destination.calling_ae_title)
-    ae.connection_timeout = ae.acse_timeout = ae.dimse_timeout = ae.network_timeout = settings.timeout_s
-    ae.add_requested_context(SOP_CLASS, [ExplicitVRLittleEndian, ImplicitVRLittleEndian])
     provider = build_role(SOP_CLASS, scu_role=False, scp_role=True)  # though we ask for the association (PS3.7 D.3.3.4)
-    try:
-        assoc = ae.associate(
-            destination.host,
-            destination.port,
-            ae_title=destination.ae_title,
-            ext_neg=[provider],
-            evt_handlers=[(evt.EVT_CONN_OPEN, without_delay)],
-        )
-    except (RuntimeError, ValueError, OSError) as error:
-        raise DeliveryError(f"cannot be reached ({type(error).__name__})") from error
-    if not assoc.is_established:
-        raise DeliveryError("no association for the report")
-    try:
+    contexts = [(SOP_CLASS, syntax) for syntax in (ExplicitVRLittleEndian, ImplicitVRLittleEndian)]
+    with associated(destination, contexts, settings.timeout_s, roles=[provider]) as assoc:
         send(store, data_dir, commitment, assoc, now)
-    finally:
-        if assoc.is_established:
-            assoc.release()
