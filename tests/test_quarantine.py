@@ -15,10 +15,11 @@ from told import events
 from typer.testing import CliRunner
 
 from salsa_node import cli, overview
+from salsa_node.errors import ContentConflict, PatientConflict
 from salsa_node.instance_header import CONTENT_CONFLICT, PATIENT_CONFLICT
 from salsa_node.listener import Listener
 from salsa_node.settings import ListenerSettings
-from salsa_node.store import Store, StoreSettings
+from salsa_node.store import Arrival, Store, StoreSettings
 
 T0 = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
 STUDY, SERIES = "2.25.4", "2.25.4.1"
@@ -103,6 +104,28 @@ def test_a_file_set_aside_for_two_reasons_is_kept_for_the_second(store):
     assert [row.path for row in store.quarantined()] == ["quarantine/1.dcm", ""]
     store.bound_quarantine(0, 1e9, T0, gone.extend)
     assert gone == ["quarantine/1.dcm"]
+
+
+def test_what_contradicts_others_of_its_own_commit_is_set_aside_like_any_other(store):
+    """Ten associations fill one commit, in which nothing of the study is in the store yet."""
+    arrived = [
+        an_instance(1, patient_id=""),
+        an_instance(2),
+        an_instance(3, patient_id="P8"),
+        an_instance(4, study_uid="1.2.4"),
+        an_instance(2),
+        an_instance(2, digest="other"),
+        an_instance(5, patient_id=""),
+    ]
+    named: list[str] = []
+    verdicts = store.add_instances(arrived, T0, lambda new: named.extend(one.sop_instance_uid[-1] for one in new))
+    assert [type(verdict) for verdict in verdicts] == [
+        Arrival, Arrival, PatientConflict, ContentConflict, Arrival, ContentConflict, Arrival
+    ]  # fmt: skip
+    assert [verdict.is_new for verdict in verdicts if isinstance(verdict, Arrival)] == [True, True, False, True]
+    assert named == ["1", "2", "5"]
+    [study], [series] = store.studies(), store.series_of("1.2.3")
+    assert (study.patient_id, study.instances, series.instances, series.duplicates) == ("P7", 3, 3, 1)
 
 
 def test_an_admin_sees_what_is_there_and_what_was_let_go_and_why(store, tmp_path):
