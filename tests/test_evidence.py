@@ -344,6 +344,7 @@ def test_how_the_sender_left_is_evidence(ends, weight, fast, store, files, tmp_p
     settings = ListenerSettings(port=0, min_free_gib=0.0, fast=fast)
     with Listener(settings, store, tmp_path / "data", clock=lambda: T0) as door:
         ae = AE("CT1")
+        ae.acse_timeout = ae.dimse_timeout = ae.network_timeout = 120  # a machine may be busy
         ae.add_requested_context(CTImageStorage, ExplicitVRLittleEndian)  # as the files are: nothing is converted
         assoc = ae.associate("127.0.0.1", door.port, ae_title="SALSA_NODE")
         assert [assoc.send_c_store(path).Status for path in files] == [0] * len(files)

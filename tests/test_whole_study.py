@@ -131,6 +131,7 @@ def send_all(images: Sequence[pydicom.Dataset], store: Store, config: Config, se
         def send(number: int) -> int:
             mine = dealt[number::SENDERS]
             ae = AE("CT1")
+            ae.acse_timeout = ae.dimse_timeout = ae.network_timeout = 120  # a machine may be busy
             for syntax in {ds.file_meta.TransferSyntaxUID for ds in mine}:
                 ae.add_requested_context(CTImageStorage, syntax)
                 ae.add_requested_context(XRayRadiationDoseSRStorage, syntax)
