@@ -120,7 +120,8 @@ def _record(config: Config, now: datetime) -> Iterator[Check]:
             "record", ok=False, detail=f"{file} cannot be read ({error}); stop the node, then salsa-node restore"
         )
     except SalsaNodeError as error:
-        yield Check("record", ok=False, detail=str(error))
+        then = "; stop the node, then salsa-node restore" if "malformed" in str(error) else ""
+        yield Check("record", ok=False, detail=f"{error}{then}")
 
 
 def _waiting(store: Store, running: bool, now: datetime) -> Iterator[Check]:
