@@ -17,11 +17,12 @@ from pydicom.dataset import Dataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 from pynetdicom import AE, evt
 
-from salsa_node import assembly, pacs_count
+from salsa_node import assembly, evidence, pacs_count
 from salsa_node.candidate import read_candidate
+from salsa_node.evidence import Weight
 from salsa_node.listener import Listener
 from salsa_node.settings import AssemblySettings, ListenerSettings, PipelineChoice, QuerySettings
-from salsa_node.store import NewInstance, RunState, Series, SeriesState, Store, Study
+from salsa_node.store import Event, NewInstance, RunState, Series, SeriesState, Store, Study
 
 FIND = "1.2.840.10008.5.1.4.1.2.2.1"
 T0 = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
@@ -372,3 +373,10 @@ def test_images_with_one_number_tell_nothing(files):
     for path in files:
         edit(path, lambda ds: delattr(ds, "InstanceNumber"))
     assert read_candidate(files).image_numbers == ()
+
+
+@pytest.mark.parametrize(("last_s", "weight"), [(0, Weight.WEAK), (1, Weight.UNKNOWN)])
+def test_an_association_that_ended_before_the_last_image_came_tells_nothing(last_s, weight):
+    study = Study("2.25.1", "CT1", "", "", "", T0, T0 + timedelta(seconds=last_s), 2, 0, "SALSA_NODE")
+    ended = Event(1, T0, "2.25.1", "study", "2.25.1", "study.released", "CT1 released its association")
+    assert evidence.of_association(study, [ended]).weight is weight
