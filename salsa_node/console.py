@@ -118,7 +118,11 @@ def put_scores(scores: Sequence[Mapping[str, object]]) -> None:
         for line in scores
     ]
     columns = {"rank": ">rank", "series_number": ">series", "images": ">images", "points": ">points"}
-    put_table(columns | {name: name for name in criteria}, [row for row in rows if row["rank"]], "Scores")
+    ranked = [row for row in rows if row["rank"]]
+    if ranked:
+        put_table(columns | {name: name for name in criteria}, ranked, "Scores")
+    else:
+        put("Scores: none; every series is ruled out")
     for row in rows:
         put(f"series {row['series_uid'] if row['series_number'] is None else row['series_number']}: {row['reason']}")
 

@@ -182,6 +182,8 @@ def _worse(candidate: Candidate, found: Score, best: Candidate, best_score: Scor
         tie = "its slices are declared thicker, or no thickness is declared"
     elif candidate.series_number != best.series_number:
         tie = "the lower series number goes first"
-    else:
+    elif candidate.series_uid != best.series_uid:
         tie = "the first Series Instance UID goes first"
+    else:
+        tie = "the stack whose images come first goes first"
     return f"{twin}as many points ({found.points:g}), and {tie}"

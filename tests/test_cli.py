@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pydicom
 import pytest
+import typer
 from pynetdicom import AE
+from typer.core import TyperGroup
 
 from salsa_node import console, phantom
+from salsa_node.cli import app
 from salsa_node.nifti import read_labels, write_labels
 from salsa_node.volume import LabelVolume
 
@@ -44,6 +47,17 @@ def test_version_and_help_need_no_config():
     told = subprocess.run([sys.executable, "-m", "salsa_node", "--help"], capture_output=True, text=True, check=True)
     for command in ("serve", "studies", "show", "rerun", "resend", "echo", "config", "run", "demo"):
         assert command in told.stdout
+
+
+def test_every_command_stands_in_the_readme():
+    text = (ROOT / "README.md").read_text()
+    commands = typer.main.get_command(app)
+    assert isinstance(commands, TyperGroup)
+    assert "serve" in commands.commands
+    absent = [
+        name for name, command in commands.commands.items() if not command.hidden and f"salsa-node {name}" not in text
+    ]
+    assert not absent
 
 
 def test_every_command_of_the_readme_exists():

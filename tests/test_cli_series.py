@@ -96,6 +96,17 @@ def test_select_queues_a_run_only_where_the_rules_lead_to_another_series(config:
     assert [look.scores[0]["series_number"] for look in looks] == [2, 2, 3]
 
 
+def test_where_every_series_is_ruled_out_words_stand_in_place_of_an_empty_table(
+    config: Path, study: phantom.Study
+) -> None:
+    config.write_text(config.read_text() + '[selection]\nnever = ["ORIGINAL", "LOCALIZER"]\n')
+    table = _called("select", study.study_uid, "--config", config, "--dry-run")
+    assert "Scores: none; every series is ruled out" in table
+    assert "rank" not in table
+    for number in (1, 2, 3):
+        assert f"series {number}: Image Type" in table
+
+
 def test_show_prints_the_scores_of_the_latest_look(config: Path, study: phantom.Study) -> None:
     page = json.loads(_called("show", study.study_uid, "--config", config, "--json"))
     assert page["looks"][0]["scores"][0]["series_number"] == 2

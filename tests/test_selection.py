@@ -225,3 +225,11 @@ def test_of_the_head_study_the_axial_series_is_the_only_volume(testdata):
         "SOP class 1.2.840.10008.5.1.4.1.1.7, expected CT Image Storage",
         "chosen",
     ]
+
+
+def test_of_two_stacks_that_are_worth_the_same_the_first_goes_first_and_the_reason_says_so():
+    first, second = (replace(AXIAL, part=f"{n} of 2") for n in (1, 2))
+    choice = choose((first, second))
+    assert choice.chosen is first
+    why = "as many points (139.11), and the stack whose images come first goes first"
+    assert choice.verdicts[1].reason.endswith(why)
