@@ -156,6 +156,7 @@ def _postgresql(settings: StoreSettings) -> sa.Engine:
         pool_pre_ping=True,  # the server may have been started anew
     )
     sa.event.listen(engine, "begin", _begin_postgresql)
+    sa.event.listen(engine, "before_cursor_execute", _without_zero_bytes, retval=True)
     return engine
 
 
@@ -164,6 +165,23 @@ def _begin_postgresql(connection: sa.Connection) -> None:
         execute(connection, f"SELECT pg_advisory_xact_lock({_WRITERS_TURN})")
     else:
         execute(connection, "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+
+
+def _without_zero_bytes(
+    _connection: sa.Connection, _cursor: object, statement: str, parameters: Any, _context: object, _many: bool
+) -> tuple[str, Any]:
+    """Text that PostgreSQL can keep: a reason may quote a header that holds a zero byte."""
+    return statement, _cleaned(parameters)
+
+
+def _cleaned(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.replace("\0", " ")
+    if isinstance(value, dict):
+        return {name: _cleaned(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_cleaned(one) for one in value)
+    return value
 
 
 @compiles(sa.String, "postgresql")

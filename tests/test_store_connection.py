@@ -11,7 +11,7 @@ from postgres import a_database
 from test_store import T0, an_instance, arrived, looked_at
 
 from salsa_node.errors import ConfigError, StoreError
-from salsa_node.store import RunState, Store, StoreSettings, hold
+from salsa_node.store import RunState, SeriesState, Store, StoreSettings, hold
 from salsa_node.store_connection import writer
 from salsa_node.store_transaction import transaction
 
@@ -137,6 +137,17 @@ def test_a_header_that_is_longer_than_the_standard_allows_is_kept_all_the_same(s
         store.add_instance(an_instance(modality=long, patient_id=long, size_bytes=3 << 31), T0)
         assert store.studies()[0].patient_id == long
         assert store.instances_of("1.2.3", None)[0].size_bytes == 3 << 31
+
+
+def test_a_reason_that_quotes_a_zero_byte_is_kept(shared: str) -> None:
+    with Store.open(StoreSettings(shared)) as store:
+        arrived(store)
+        looked_at(store, "1.2.3")
+        (series,) = store.series_of("1.2.3")
+        if series.state is not SeriesState.COMPLETE:
+            store.complete_series(T0, T0)
+        rejected = store.reject_series(series.series_uid, "modality 'C\0T' is none", T0)
+        assert rejected.reason == "modality 'C T' is none"
 
 
 def test_a_server_that_was_started_anew_is_found_again(shared: str) -> None:
