@@ -146,6 +146,7 @@ def analyse(
     identity = terms.identity(source[0])
     phase = contrast_phase.read(source[len(source) // 2])
     numbers = image_numbers(source)
+    unspecified = sum(str(ds.get("RescaleType") or "HU").strip().upper() == "US" for ds in source)
     signed = digest(
         findings.run_digest,
         repr(phase),
@@ -155,11 +156,13 @@ def analyse(
         *map(repr, (identity, terms.products, terms.limits)),
         *(["label map"] if terms.label_map else []),
         *(["stack", terms.stack] if terms.stack else []),
+        *(["unspecified", str(unspecified)] if unspecified else []),
     )
     found = (
         *findings.flags,
         *([Flag("phase_wrong", phase.wrong)] if phase.wrong else []),
         *([_one_stack(terms.stack, len(source))] if terms.stack else []),
+        *([_no_unit(unspecified, len(source))] if unspecified else []),
         *guards.flags(ct, findings, terms.limits),
         *dicom_seg.flags(findings, include_organ=terms.products.include_liver),
     )
@@ -177,6 +180,14 @@ def _one_stack(which: str, images: int) -> Flag:
         "one_stack",
         "The series holds several stacks of images, of other acquisitions or directions: "
         f"this result is of stack {which} alone, {images} images.",
+    )
+
+
+def _no_unit(unspecified: int, images: int) -> Flag:
+    return Flag(
+        "no_unit",
+        f"{unspecified} of {images} images give no unit of their values (Rescale Type US, unspecified): they were read "
+        "as Hounsfield units.",
     )
 
 

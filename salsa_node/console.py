@@ -15,7 +15,7 @@ NEXT = {
     "failed": "salsa-node retry STUDY, once the cause is mended",
     "blocked": "look at the objects that salsa-node show STUDY names, then rerun with other settings or --masks",
     "held": "look at the objects that salsa-node show STUDY names, then salsa-node release STUDY",
-    "not delivered": "salsa-node echo DESTINATION, then salsa-node retry STUDY",
+    "not delivered": "do what the last error says (salsa-node echo NAME tries the way), then salsa-node retry STUDY",
 }
 
 

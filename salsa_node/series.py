@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pydicom
 from pydicom import config as pydicom_config
-from pydicom.errors import InvalidDicomError
+from pydicom.errors import BytesLengthException, InvalidDicomError
 from pydicom.multival import MultiValue
 from pydicom.uid import (
     CTImageStorage,
@@ -80,7 +80,7 @@ _UPPER_HALF = 0.1  # of the pixels: metal fills less, air in two's complement mo
 _READERS = 2  # threads; copying from the page cache keeps two busy, and hardly more
 _PADDING = {"PixelPaddingValue": "Pixel Padding Value", "PixelPaddingRangeLimit": "Pixel Padding Range Limit"}
 _COUNTS = ("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "BitsAllocated")
-UNREADABLE = (*DAMAGED, InvalidDicomError)  #: what pydicom raises over damaged headers
+UNREADABLE = (*DAMAGED, BytesLengthException, InvalidDicomError)  #: what pydicom raises over damaged headers
 UNDECODABLE = (*UNREADABLE, RuntimeError)  #: and its decoders over damaged pixels
 
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import made_findings as made
+import numpy as np
 import pydicom
 import pytest
 from made_series import edit
 from made_series import made as made_on_disk
 
-from salsa_node.analysis import Analysis, Lineage, Terms, check, refuse
+from salsa_node.analysis import Analysis, Lineage, Terms, analyse, check, refuse
 from salsa_node.dicom_result import Kind
 from salsa_node.errors import EncodingError, GuardFailed, SeriesRejected
+from salsa_node.pipelines import Masks, Observer, Provenance, unobserved
+from salsa_node.volume import CtVolume, LabelVolume
 from salsa_node.worker import encoded
 
 BORN = Lineage(made.PRODUCED_AT)
@@ -140,3 +143,29 @@ def test_what_cannot_be_read_is_kept_here_as_what_is_wrong_is(tmp_path):
         path.write_bytes(b"nor this")
     with pytest.raises(GuardFailed, match="cannot be read"):
         check(contents, paths, result)
+
+
+class Corner:
+    """A pipeline that marks one block."""
+
+    provenance = Provenance("corner", "1")
+
+    def segment(self, ct: CtVolume, observer: Observer = unobserved) -> Masks:
+        labels = np.zeros(ct.grid.shape, np.uint8)
+        labels[1:4, 2:6, 2:6] = 1
+        return Masks(None, LabelVolume(labels, ct.grid), self.provenance)
+
+    def unload(self) -> None: ...
+
+
+def test_values_of_no_stated_unit_are_said_to_be_taken_for_hounsfield_units(tmp_path):
+    _, paths = made_on_disk(tmp_path)
+    plain = analyse(paths, Corner(), Terms(), lambda _: BORN)
+    for path in paths[:2]:
+        edit(path, lambda ds: setattr(ds, "RescaleType", "US"))
+    result = analyse(paths, Corner(), Terms(), lambda _: BORN)
+    (report,) = result.of(Kind.SR)
+    words = " ".join(str(each.value) for each in report.iterall() if each.keyword == "TextValue")
+    assert f"2 of {len(paths)} images give no unit of their values" in words
+    assert "no_unit" not in {flag.name for flag in plain.findings.flags}
+    assert not uids(plain) & uids(result), "other words are other bytes, and go out under other UIDs"

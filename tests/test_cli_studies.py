@@ -141,7 +141,7 @@ def test_watch_prints_again_what_changed_and_ends_by_ctrl_c(store, command):
 
 def test_show_tells_what_made_the_result_and_what_to_do(store, cli):
     told = cli("show", "ACC2").stdout
-    assert "next: salsa-node echo DESTINATION, then salsa-node retry STUDY" in told
+    assert "next: do what the last error says (salsa-node echo NAME tries the way), then salsa-node retry STUDY" in told
     assert "made by: demo 1 on cpu" in told
     assert "weights: fold_0 abababababababab" in told
     assert "delivery.gave_up" in told
