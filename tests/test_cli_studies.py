@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -125,12 +126,23 @@ def test_a_filter_that_means_nothing_is_wrong_usage(store, cli, words, told):
     assert told in re.sub(r"[│\s]+", " ", answer.stderr)
 
 
+@contextmanager
+def going_on(command: list[str]) -> Iterator[subprocess.Popen[str]]:
+    """A command that ends by Ctrl-C, which the background work of a shell ignores and hands down."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
 def test_watch_prints_again_what_changed_and_ends_by_ctrl_c(store, command):
-    with subprocess.Popen(
-        command("studies", "--uids", "--state", "failed", "--watch", "--every", "0.1"),
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as watching:
+    with going_on(command("studies", "--uids", "--state", "failed", "--watch", "--every", "0.1")) as watching:
         assert watching.stdout is not None
         assert watching.stdout.readline().strip() == FAILED
         store.retry(FAILED, NOW)
@@ -200,9 +212,7 @@ def test_logs_are_filtered(store, cli):
 
 
 def test_logs_follow_what_happens_next(store, command):
-    with subprocess.Popen(
-        command("logs", "--follow", "--json", "--every", "0.1", "--limit", "1"), stdout=subprocess.PIPE, text=True
-    ) as following:
+    with going_on(command("logs", "--follow", "--json", "--every", "0.1", "--limit", "1")) as following:
         assert following.stdout is not None
         last = json.loads(following.stdout.readline())
         store.add_event("node", "here", "node.tested", "a test", NOW)
