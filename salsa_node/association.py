@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
+import threading
 from typing import Final
 
 from pynetdicom import evt
@@ -31,6 +32,54 @@ def acknowledging_at_once(event: evt.Event) -> None:
     connection = event.assoc.dul.socket
     if connection is not None and connection.socket is not None and hasattr(socket, "TCP_QUICKACK"):
         connection.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+
+
+def taking_turns(event: evt.Event) -> None:
+    """For EVT_CONN_OPEN of an association that we ask for: the answer goes to whoever asked."""
+    event.assoc._reactor_checkpoint = _Turns(event.assoc)
+
+
+class _Turns(threading.Event):
+    """pynetdicom's checkpoint, at which the thread of an association stops while another waits for an answer.
+
+    pynetdicom takes a thread that was let go, but has not yet gone on, for one that stands still. On a busy machine it
+    then takes the answer off the queue, and the one who asked waits until its time is over. Here `clear` returns when
+    the thread stands still in deed, or is no more.
+    """
+
+    def __init__(self, assoc: Association) -> None:
+        super().__init__()
+        self._assoc = assoc
+        self._moved = threading.Condition()
+        self._is_open, self._is_standing = True, False
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Stand still until `set`, or for `timeout` seconds; whether it was set."""
+        with self._moved:
+            self._is_standing = True
+            self._moved.notify_all()
+            self._moved.wait_for(lambda: self._is_open, timeout)
+            self._is_standing = False
+            return self._is_open
+
+    def set(self) -> None:
+        """Let the thread go on."""
+        with self._moved:
+            self._is_open = True
+            self._moved.notify_all()
+
+    def clear(self) -> None:
+        """Have the thread stand still, which it does within a millisecond unless it ends."""
+        with self._moved:
+            self._is_open = False
+            while not (self._is_standing or threading.current_thread() is self._assoc):
+                if not self._assoc.is_alive() or self._assoc._kill:
+                    return
+                self._moved.wait(0.01)
+
+    def is_set(self) -> bool:
+        """Whether the thread may go on."""
+        return self._is_open
 
 
 def called_by(assoc: Association) -> str:

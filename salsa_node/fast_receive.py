@@ -1,4 +1,4 @@
-"""The quick way in for C-STORE, through pynetdicom's insides; nothing else reaches into them.
+"""The quick way in for C-STORE, through pynetdicom's insides; only `association.taking_turns` reaches there too.
 
 pynetdicom negotiates, answers C-ECHO, releases and aborts. The thread that it gives each connection reads
 PDUs here, as many at once as have come: the fragments of a C-STORE request go straight from one buffer into

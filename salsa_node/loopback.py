@@ -20,7 +20,7 @@ import pydicom
 from pydicom.uid import CTImageStorage
 from pynetdicom import AE, evt
 
-from salsa_node.association import VERIFICATION
+from salsa_node.association import VERIFICATION, taking_turns
 from salsa_node.errors import DeliveryError, PipelineError
 
 RECEIVER_AE = "VIEWER"
@@ -112,7 +112,7 @@ def echoes(port: int) -> bool:
             return False
     ae = AE(ae_title=SENDER_AE)
     ae.add_requested_context(VERIFICATION)
-    association = ae.associate("127.0.0.1", port, ae_title=NODE_AE)
+    association = ae.associate("127.0.0.1", port, ae_title=NODE_AE, evt_handlers=[(evt.EVT_CONN_OPEN, taking_turns)])
     if not association.is_established:
         return False
     status = association.send_c_echo()
@@ -124,7 +124,7 @@ def send(paths: Iterable[Path], port: int) -> None:
     """C-STORE of CT images in explicit VR little endian. Raises DeliveryError for any answer but 0x0000."""
     ae = AE(ae_title=SENDER_AE)
     ae.add_requested_context(CTImageStorage, pydicom.uid.ExplicitVRLittleEndian)
-    association = ae.associate("127.0.0.1", port, ae_title=NODE_AE)
+    association = ae.associate("127.0.0.1", port, ae_title=NODE_AE, evt_handlers=[(evt.EVT_CONN_OPEN, taking_turns)])
     if not association.is_established:
         raise DeliveryError(f"the node at 127.0.0.1:{port} took no association")
     try:

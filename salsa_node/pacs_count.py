@@ -13,7 +13,7 @@ from pydicom.dataset import Dataset
 from pynetdicom import AE, evt
 from pynetdicom.status import STATUS_PENDING, code_to_category
 
-from salsa_node.association import without_delay
+from salsa_node.association import taking_turns, without_delay
 from salsa_node.settings import QuerySettings
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ def ask(settings: QuerySettings, study_uid: str) -> Answer:
             settings.host,
             settings.port,
             ae_title=settings.ae_title,
-            evt_handlers=[(evt.EVT_CONN_OPEN, without_delay)],
+            evt_handlers=[(evt.EVT_CONN_OPEN, without_delay), (evt.EVT_CONN_OPEN, taking_turns)],
         )
     except (RuntimeError, ValueError, OSError) as error:
         return Answer(silence=f"cannot be reached ({type(error).__name__})", is_down=True)

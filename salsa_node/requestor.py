@@ -10,7 +10,7 @@ from pynetdicom import AE, evt
 from pynetdicom.association import Association
 from pynetdicom.pdu_primitives import A_ASSOCIATE, SCP_SCU_RoleSelectionNegotiation
 
-from salsa_node.association import acknowledging_at_once, without_delay
+from salsa_node.association import acknowledging_at_once, taking_turns, without_delay
 from salsa_node.errors import ConfigError, DeliveryError, DestinationRefused
 from salsa_node.settings import Destination
 from salsa_node.tls import client_context
@@ -50,6 +50,7 @@ def associated(
             tls_args=(secure, destination.host) if secure else None,
             evt_handlers=[
                 (evt.EVT_CONN_OPEN, without_delay),
+                (evt.EVT_CONN_OPEN, taking_turns),
                 (evt.EVT_DATA_SENT, acknowledging_at_once),
                 *handlers,
             ],

@@ -17,6 +17,7 @@ from pydicom.uid import UID, Comprehensive3DSRStorage, ExplicitVRLittleEndian, S
 from pynetdicom import AE, build_role, evt
 
 from salsa_node import commitment, way_dicom
+from salsa_node.association import taking_turns
 from salsa_node.settings import Destination
 from salsa_node.store import NewInstance, NewObject, Store
 
@@ -144,7 +145,8 @@ class Archive:
         ae.acse_timeout = ae.dimse_timeout = ae.network_timeout = 20
         ae.add_requested_context(commitment.SOP_CLASS)
         role = build_role(commitment.SOP_CLASS, scu_role=False, scp_role=True)
-        assoc = ae.associate("127.0.0.1", port, ae_title="SALSA_NODE", ext_neg=[role])
+        handlers = [(evt.EVT_CONN_OPEN, taking_turns)]
+        assoc = ae.associate("127.0.0.1", port, ae_title="SALSA_NODE", ext_neg=[role], evt_handlers=handlers)
         assert assoc.is_established
         kind, told = self.report(self.asked[-1])
         status, _ = assoc.send_n_event_report(told, kind, commitment.SOP_CLASS, commitment.SOP_INSTANCE)

@@ -19,6 +19,7 @@ from pynetdicom.association import Association
 from told import events
 
 from salsa_node import commitment
+from salsa_node.association import taking_turns
 from salsa_node.errors import StoreError
 from salsa_node.listener import Listener
 from salsa_node.settings import DeliverySettings, Destination, ListenerSettings
@@ -75,7 +76,7 @@ def asking(port: int, reports: Reports, calling: str = "CT1") -> Iterator[Associ
     ae = AE(calling)
     ae.acse_timeout = ae.dimse_timeout = ae.network_timeout = 20
     ae.add_requested_context(commitment.SOP_CLASS, ExplicitVRLittleEndian)
-    handlers = [(evt.EVT_N_EVENT_REPORT, reports.take)]
+    handlers = [(evt.EVT_N_EVENT_REPORT, reports.take), (evt.EVT_CONN_OPEN, taking_turns)]
     assoc = ae.associate("127.0.0.1", port, ae_title="SALSA_NODE", evt_handlers=handlers)
     assert assoc.is_established
     try:
@@ -135,9 +136,8 @@ def test_images_and_requests_share_an_association(port: int, store: Store) -> No
     ae = AE("CT1")
     ae.add_requested_context(commitment.SOP_CLASS, ExplicitVRLittleEndian)
     ae.add_requested_context(raw_scu.CT, ExplicitVRLittleEndian)
-    assoc = ae.associate(
-        "127.0.0.1", port, ae_title="SALSA_NODE", evt_handlers=[(evt.EVT_N_EVENT_REPORT, reports.take)]
-    )
+    handlers = [(evt.EVT_N_EVENT_REPORT, reports.take), (evt.EVT_CONN_OPEN, taking_turns)]
+    assoc = ae.associate("127.0.0.1", port, ae_title="SALSA_NODE", evt_handlers=handlers)
     image = Dataset()
     image.SOPClassUID, image.SOPInstanceUID = raw_scu.CT, "2.25.8.1.4"
     image.StudyInstanceUID, image.SeriesInstanceUID, image.PatientID = "2.25.8", "2.25.8.1", "MADE"

@@ -18,6 +18,7 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 from pynetdicom import AE, evt
 
 from salsa_node import assembly, evidence, pacs_count
+from salsa_node.association import taking_turns
 from salsa_node.candidate import read_candidate
 from salsa_node.evidence import Weight
 from salsa_node.listener import Listener
@@ -347,7 +348,8 @@ def test_how_the_sender_left_is_evidence(ends, weight, fast, store, files, tmp_p
         ae = AE("CT1")
         ae.acse_timeout = ae.dimse_timeout = ae.network_timeout = 120  # a machine may be busy
         ae.add_requested_context(CTImageStorage, ExplicitVRLittleEndian)  # as the files are: nothing is converted
-        assoc = ae.associate("127.0.0.1", door.port, ae_title="SALSA_NODE")
+        handlers = [(evt.EVT_CONN_OPEN, taking_turns)]
+        assoc = ae.associate("127.0.0.1", door.port, ae_title="SALSA_NODE", evt_handlers=handlers)
         assert [assoc.send_c_store(path).Status for path in files] == [0] * len(files)
         getattr(assoc, ends)()
         deadline = time.monotonic() + 20

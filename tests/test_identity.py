@@ -19,6 +19,7 @@ from pydicom.dataset import Dataset
 from pynetdicom import AE, evt
 
 from salsa_node import loopback, overview, phantom
+from salsa_node.association import taking_turns
 from salsa_node.overview import Standing
 from salsa_node.store import Store, StoreSettings
 
@@ -169,7 +170,8 @@ verify = "off"
             loopback.send(files, port)
             refused = AE("DEMO")
             refused.add_requested_context(ds.SOPClassUID, ds.file_meta.TransferSyntaxUID)
-            assoc = refused.associate("127.0.0.1", port, ae_title="SALSA_NODE")
+            handlers = [(evt.EVT_CONN_OPEN, taking_turns)]
+            assoc = refused.associate("127.0.0.1", port, ae_title="SALSA_NODE", evt_handlers=handlers)
             assert assoc.send_c_store(other).Status != 0  # another patient under the same study
             assoc.release()
             url = f"sqlite:///{tmp_path / 'data' / 'salsa_node.sqlite'}"

@@ -30,13 +30,14 @@ from pydicom.uid import (
     JPEG2000Lossless,
     MRImageStorage,
 )
-from pynetdicom import AE
+from pynetdicom import AE, evt
 from pynetdicom.association import Association
 from pynetdicom.dsutils import encode
 from told import events
 
 from salsa_node import durable, intake, notes
 from salsa_node import listener as listener_module
+from salsa_node.association import taking_turns
 from salsa_node.errors import ConfigError, StoreError
 from salsa_node.instance_header import (
     CANNOT_UNDERSTAND,
@@ -107,7 +108,7 @@ def associated(
     ae.acse_timeout = ae.dimse_timeout = ae.network_timeout = 20
     for sop_class, syntax in contexts or [(CTImageStorage, ExplicitVRLittleEndian)]:
         ae.add_requested_context(sop_class, syntax)
-    assoc = ae.associate("127.0.0.1", port, ae_title=called)
+    assoc = ae.associate("127.0.0.1", port, ae_title=called, evt_handlers=[(evt.EVT_CONN_OPEN, taking_turns)])
     try:
         yield assoc
     finally:

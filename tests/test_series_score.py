@@ -15,7 +15,7 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 from pynetdicom import AE, evt
 
 from salsa_node import assembly, phantom
-from salsa_node.association import without_delay
+from salsa_node.association import taking_turns, without_delay
 from salsa_node.candidate import BodyPart, Kernel, by_series, read_candidate
 from salsa_node.contrast_phase import Phase
 from salsa_node.listener import Listener
@@ -152,7 +152,8 @@ def _sent(port: int, paths: list[Path]) -> list[int]:
     """The statuses of one association that sends these files."""
     ae = AE("CT1")
     ae.add_requested_context(CTImageStorage, ExplicitVRLittleEndian)
-    assoc = ae.associate("127.0.0.1", port, ae_title="SALSA_NODE", evt_handlers=[(evt.EVT_CONN_OPEN, without_delay)])
+    handlers = [(evt.EVT_CONN_OPEN, without_delay), (evt.EVT_CONN_OPEN, taking_turns)]
+    assoc = ae.associate("127.0.0.1", port, ae_title="SALSA_NODE", evt_handlers=handlers)
     assert assoc.is_established
     try:
         return [assoc.send_c_store(path).Status for path in paths]

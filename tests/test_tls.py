@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 from pydicom.uid import CTImageStorage
-from pynetdicom import AE
+from pynetdicom import AE, evt
 from pynetdicom.association import Association
 from test_listener import a_slice
 
 from salsa_node import config, loopback, tls
+from salsa_node.association import taking_turns
 from salsa_node.errors import ConfigError
 from salsa_node.listener import Listener
 from salsa_node.settings import ListenerSettings, TlsSettings
@@ -87,7 +88,8 @@ def associated(port: int, context: ssl.SSLContext) -> Association:
     ae = AE("CT1")
     ae.acse_timeout = ae.dimse_timeout = ae.network_timeout = 20
     ae.add_requested_context(CTImageStorage, "1.2.840.10008.1.2.1")
-    return ae.associate("127.0.0.1", port, ae_title="SALSA_NODE", tls_args=(context, "node"))
+    handlers = [(evt.EVT_CONN_OPEN, taking_turns)]
+    return ae.associate("127.0.0.1", port, ae_title="SALSA_NODE", tls_args=(context, "node"), evt_handlers=handlers)
 
 
 def test_a_known_peer_stores_images(secure_port: int, papers: Papers) -> None:

@@ -12,10 +12,11 @@ from pathlib import Path
 import pydicom
 import pytest
 from pydicom.uid import CTImageStorage, XRayRadiationDoseSRStorage
-from pynetdicom import AE
+from pynetdicom import AE, evt
 
 from salsa_node import assembly, delivery, dicom_ct, loopback, phantom, pipelines
 from salsa_node.anatomy import LesionSpec
+from salsa_node.association import taking_turns
 from salsa_node.config import Config, parse
 from salsa_node.listener import Listener
 from salsa_node.pipelines import Masks, Observer, Provenance, unobserved
@@ -135,7 +136,8 @@ def send_all(images: Sequence[pydicom.Dataset], store: Store, config: Config, se
             for syntax in {ds.file_meta.TransferSyntaxUID for ds in mine}:
                 ae.add_requested_context(CTImageStorage, syntax)
                 ae.add_requested_context(XRayRadiationDoseSRStorage, syntax)
-            assoc = ae.associate("127.0.0.1", door.port, ae_title="SALSA_NODE")
+            handlers = [(evt.EVT_CONN_OPEN, taking_turns)]
+            assoc = ae.associate("127.0.0.1", door.port, ae_title="SALSA_NODE", evt_handlers=handlers)
             assert assoc.is_established
             try:
                 return sum(assoc.send_c_store(ds).Status == 0 for ds in mine)
