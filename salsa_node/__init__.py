@@ -86,7 +86,8 @@ room imports exactly what stands right of its arrow):
     association            <-
     notes                  <- errors store
     instance_header        <- damage
-    intake                 <- durable errors instance_header log notes store
+    transcoding            <- damage
+    intake                 <- durable errors instance_header log notes store transcoding
     fast_receive           <- association instance_header intake
     pacs_count             <- association settings
     commitment             <- errors requestor settings store

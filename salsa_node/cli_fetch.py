@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated
@@ -91,7 +92,8 @@ def bring(settings: Config, record: Store, archive: Destination, study_uid: str,
     clock: Callable[[], datetime] = lambda: datetime.now(UTC)  # noqa: E731
     intake = Intake(record, settings.node.data_dir, Notes(record, clock), clock)
     our_title = settings.listener.ae_title
-    brought = fetching.bring(archive, study_uid, intake, our_title, settings.delivery.timeout_s, by)
+    with closing(intake):
+        brought = fetching.bring(archive, study_uid, intake, our_title, settings.delivery.timeout_s, by)
     detail = f"from {archive.name} by {brought.by}: {brought.taken} instances, {brought.failed} not taken"
     record.add_event("study", study_uid, "study.fetched", detail, clock(), study_uid)
     return brought

@@ -128,13 +128,16 @@ class ContentConflict(StoreError):
     """An instance contradicts what is stored: the same UID with other content, or a series under another study.
 
     brief: what contradicts what, in at most 64 characters, fit for a DIMSE Error Comment.
+    path: of the file that is kept under that UID, in that series of that study, relative to the data folder; its
+        content may yet be the same in another encoding. "" where the two cannot be one instance.
     """
 
     retryable = False
 
-    def __init__(self, message: str, brief: str) -> None:
+    def __init__(self, message: str, brief: str, path: str = "") -> None:
         super().__init__(message)
         self.brief = brief
+        self.path = path
 
 
 class PatientConflict(ContentConflict):

@@ -39,6 +39,7 @@ from salsa_node.instance_header import (
 from salsa_node.log import unforeseen
 from salsa_node.notes import Notes
 from salsa_node.store import NewInstance, Store, Verdict
+from salsa_node.transcoding import Comparison
 
 log = logging.getLogger(__name__)
 
@@ -201,10 +202,15 @@ class Intake:
         self._notes = notes
         self._clock = clock
         self._bound = bound
+        self._comparison = Comparison()
         self._gathering = threading.Lock()  # of the next two
         self._waiting: deque[_Waiting] = deque()
         self._is_committing = False
         self._locks = tuple(threading.Lock() for _ in range(_LOCKS))
+
+    def close(self) -> None:
+        """End what it has started; harmless at any time."""
+        self._comparison.close()
 
     def begin(self, request: Request) -> Incoming:
         """A place for the instance that `request` announces."""
@@ -248,6 +254,10 @@ class Intake:
                 if waiting.is_over:  # else its row may yet come, and must find its file
                     waiting.file.unlink(missing_ok=True)
                 raise
+            if isinstance(verdict, ContentConflict) and self._is_transcoded(waiting.file, verdict):
+                waiting.file.unlink()
+                self._store.count_transcoded(new, self._clock())
+                return SUCCESS, ""
             if isinstance(verdict, ContentConflict):
                 self._quarantine(waiting.file, new, verdict)
                 is_patient = isinstance(verdict, PatientConflict)
@@ -273,6 +283,11 @@ class Intake:
             again.unlink(missing_ok=True)
         else:
             durable.publish([(again, kept)])
+
+    def _is_transcoded(self, again: Path, conflict: ContentConflict) -> bool:
+        """Whether what came is what is kept under its UID, in another encoding: an archive sends as it likes."""
+        kept = self._data_dir / conflict.path
+        return bool(conflict.path) and kept.exists() and self._comparison.is_same(kept, again)
 
     def _quarantine(self, file: Path, new: NewInstance, conflict: ContentConflict) -> None:
         """Keep beside the first what contradicts it: file, then row."""

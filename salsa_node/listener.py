@@ -173,6 +173,7 @@ class Listener:
             self._ae.shutdown()
         self._ae = None
         self._servers.clear()
+        self._intake.close()
 
     def __enter__(self) -> Listener:
         self.start()

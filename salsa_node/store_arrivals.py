@@ -52,6 +52,8 @@ _GROWN_SERIES = Change(
     .values({name: sa.bindparam(f"new_{name}") for name in ("instances", "duplicates", "last_instance_at")})
 )
 
+AGAIN = "an instance came again with the same content"
+
 #: what becomes of one instance; None: it is a result that this node made itself, and no input
 Verdict = Arrival | ContentConflict | None
 
@@ -102,6 +104,20 @@ class Arrivals(Queries):
             verdicts = batch.verdicts()
             publish(batch.new)
             return verdicts
+
+    def count_transcoded(self, new: NewInstance, now: datetime) -> Series:
+        """An instance came again with the same content in another encoding; its series, where it is a duplicate.
+
+        Raises UnknownStudy.
+        """
+        with transaction(self._writer) as t:
+            series = t.series(new.series_uid)
+            more = sa.update(SERIES).where(SERIES.c.series_uid == new.series_uid)
+            t.execute(more.values(duplicates=SERIES.c.duplicates + 1))
+            if not series.duplicates:
+                detail = f"{AGAIN} in another encoding ({new.transfer_syntax_uid}); later ones are only counted"
+                t.event(now, series.study_uid, "series", series.series_uid, "series.duplicate", detail)
+            return t.series(new.series_uid)
 
 
 @dataclass(slots=True)
@@ -175,10 +191,12 @@ class _Batch:
     def _again(self, there: Instance, new: NewInstance) -> Arrival | ContentConflict:
         content = (new.digest if there.digest else "", new.size_bytes, new.study_uid, new.series_uid)
         if (there.digest, there.size_bytes, there.study_uid, there.series_uid) != content:
+            is_of_one_series = (there.study_uid, there.series_uid) == (new.study_uid, new.series_uid)
             return ContentConflict(
                 f"instance {new.sop_instance_uid} is already stored with other content: digest {there.digest[:12]}… "
                 f"is kept, {new.digest[:12]}… was refused",
                 brief="stored already under this UID with other content",
+                path=there.path if is_of_one_series else "",
             )
         self._of_series.setdefault(there.series_uid, _Growth()).duplicates += 1
         return Arrival(there, is_new=False)
@@ -278,5 +296,5 @@ class _Batch:
             self._note_duplicate(first.study_uid, first.series_uid)
 
     def _note_duplicate(self, study_uid: str, series_uid: str) -> None:
-        detail = "an instance came again with the same content; later ones are only counted"
+        detail = f"{AGAIN}; later ones are only counted"
         self._t.event(self._now, study_uid, "series", series_uid, "series.duplicate", detail)
