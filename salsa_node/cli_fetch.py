@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict
@@ -12,7 +13,7 @@ import typer
 
 from salsa_node import config, console
 from salsa_node.config import Config
-from salsa_node.errors import ConfigError
+from salsa_node.errors import ConfigError, DeliveryError
 from salsa_node.options import EXIT_NO, AsJson, ConfigFile, Yes
 from salsa_node.settings import Destination
 
@@ -27,9 +28,9 @@ def fetch(
     study: Annotated[str, typer.Option(help="Study Instance UID.")] = "",
     accession: Annotated[str, typer.Option(help="Accession number.")] = "",
     patient: Annotated[str, typer.Option(help="Patient ID.")] = "",
-    date: Annotated[str, typer.Option(help="Study date: 20260131, or 20260101-20260131.")] = "",
+    date: Annotated[str, typer.Option(help="Study Date: 20260131, 20260101-20260131, or 20260101-.")] = "",
     source: Annotated[
-        str, typer.Option("--from", help="A destination by name; without it the archive of [query], or the only one.")
+        str, typer.Option("--from", help="A destination by name; without it the archive of \\[query], or the only one.")
     ] = "",
     by: Annotated[str, typer.Option(help="get, move (to our own door), or auto: the first that is offered.")] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what there is, and fetch nothing.")] = False,
@@ -42,7 +43,11 @@ def fetch(
     if not (study or accession or patient):
         raise typer.BadParameter("name a --study, an --accession or a --patient")
     if by not in ("auto", "get", "move"):
-        raise typer.BadParameter("--by is get, move or auto")
+        raise typer.BadParameter(f"--by: expected get, move or auto; found {by!r}")
+    if study and not re.fullmatch(r"[0-9.]{1,64}", study):
+        raise typer.BadParameter(f"--study: expected a whole Study Instance UID, found {study!r}")
+    if date and not re.fullmatch(r"\d{8}|\d{8}-(\d{8})?|-\d{8}", date):
+        raise typer.BadParameter(f"--date: expected 20260131, 20260101-20260131 or 20260101-, found {date!r}")
     from salsa_node import fetch as fetching
     from salsa_node.store import Store, StoreSettings
 
@@ -51,18 +56,25 @@ def fetch(
     found = fetching.find(archive, wanted, settings.delivery.timeout_s)
     if len(found) > MANY and not (dry_run or yes):
         typer.confirm(f"fetch {len(found)} studies from {archive.name}?", abort=True)
-    rows = []
+    rows, faults = [], []
     with Store.open(StoreSettings(settings.store_url)) as record:
         for one in found:
-            brought = None if dry_run else bring(settings, record, archive, one.study_uid, by)
+            try:
+                brought = None if dry_run else bring(settings, record, archive, one.study_uid, by)
+            except DeliveryError as error:  # the other studies may come
+                faults.append(error)
+                continue
             rows.append({**asdict(one), **(asdict(brought) if brought else {})})
     if as_json:
         console.put_json(rows)
     elif rows:
         columns = {"study_uid": "study", "accession_number": "accession", "study_date": "date", "images": ">images"}
         console.put_table(columns | ({} if dry_run else {"by": "by", "taken": ">taken", "failed": ">failed"}), rows)
-    else:
+    elif not found:
         console.put(f"{archive.name} ({archive.where}) holds no such study")
+    if faults:
+        first = f"{len(faults)} of {len(found)} studies did not come; the first: " if len(found) > 1 else ""
+        raise DeliveryError(f"{first}{faults[0]}", faults[0].status)
     if not rows or any(row.get("failed") for row in rows):
         raise SystemExit(EXIT_NO)
 

@@ -1,12 +1,15 @@
 """Studies back from an archive: found by C-FIND or QIDO-RS, brought by C-GET, C-MOVE to our door, or WADO-RS.
 
-What comes by C-GET or WADO-RS is kept as the door keeps it: file and row on disk before the archive hears Success.
+Of a study its CT series are asked for, one by one: an archive also holds our results, dose reports and screenshots, and
+one that may not go by C-GET ends the whole request there. What comes by C-GET or WADO-RS is kept as the door keeps it:
+file and row on disk before the archive hears Success.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Final
 
 from pydicom.dataset import Dataset
@@ -21,7 +24,7 @@ from pydicom.uid import (
     JPEGLosslessSV1,
     JPEGLSLossless,
     RLELossless,
-    SegmentationStorage,
+    SecondaryCaptureImageStorage,
 )
 from pynetdicom import build_role, evt
 from pynetdicom.dimse_primitives import C_STORE
@@ -39,6 +42,7 @@ from salsa_node.way_dicom import FIND
 GET: Final = "1.2.840.10008.5.1.4.1.2.2.3"  # Study Root Query/Retrieve Information Model - GET
 MOVE: Final = "1.2.840.10008.5.1.4.1.2.2.2"  # Study Root Query/Retrieve Information Model - MOVE
 _UNKNOWN_DESTINATION = 0xA801  # PS3.4 table C.4-2
+_Ask = Callable[[Dataset], Iterator[tuple[Dataset, Dataset | None]]]
 #: what is brought by C-GET, with the transfer syntaxes of each; an archive converts what it has in another
 BROUGHT: Final = {
     CTImageStorage: (
@@ -51,7 +55,10 @@ BROUGHT: Final = {
         DeflatedExplicitVRLittleEndian,
     ),
     EnhancedCTImageStorage: (ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEG2000Lossless),
-    SegmentationStorage: (ExplicitVRLittleEndian, ImplicitVRLittleEndian),
+    SecondaryCaptureImageStorage: (
+        ExplicitVRLittleEndian,
+        ImplicitVRLittleEndian,
+    ),  # screenshots that call themselves CT
 }
 
 
@@ -76,8 +83,16 @@ class Found:
 
 
 @dataclass(frozen=True, slots=True)
+class _CtSeries:
+    """A series to bring; images: how many instances the archive counts, 1 where it does not count."""
+
+    series_uid: str
+    images: int
+
+
+@dataclass(frozen=True, slots=True)
 class Brought:
-    """What came of one study: by which way, how many instances were taken, how many were not."""
+    """What came of the CT of one study: by which way, how many instances were taken, how many were not."""
 
     by: str
     taken: int
@@ -97,22 +112,23 @@ def find(source: Destination, wanted: Wanted, timeout_s: float) -> tuple[Found, 
 def bring(
     source: Destination, study_uid: str, intake: Intake, our_title: str, timeout_s: float, by: str = "auto"
 ) -> Brought:
-    """One study: by "get" or "move", "auto" for the first that the archive offers; a url has one way of its own.
+    """The CT of a study: by "get" or "move", "auto" for the first that is offered; a url has one way of its own.
 
     our_title: the AE title of our door, to which C-MOVE sends; a node must listen there.
-    Raises DeliveryError, DestinationRefused where the archive offers no such way.
+    Raises DeliveryError where nothing came, DestinationRefused where there is no such way or no CT.
     """
     if source.url:
         return _by_web(source, study_uid, intake, our_title, timeout_s)
     if source.folder:
         raise DestinationRefused(f"{source.name}: nothing can be fetched from a folder")
+    series = _ct_series(source, study_uid, _series_by_find(source, study_uid, timeout_s))
     if by in ("auto", "get"):
-        brought = _by_get(source, study_uid, intake, our_title, timeout_s)
+        brought = _by_get(source, study_uid, series, intake, our_title, timeout_s)
         if brought is not None:
             return brought
         if by == "get":
             raise DestinationRefused(f"{source.name}: offers no C-GET; try --by move")
-    return _by_move(source, study_uid, our_title, timeout_s)
+    return _by_move(source, study_uid, series, our_title, timeout_s)
 
 
 def _identifier(wanted: Wanted) -> Dataset:
@@ -125,15 +141,42 @@ def _identifier(wanted: Wanted) -> Dataset:
 
 
 def _find(source: Destination, wanted: Wanted, timeout_s: float) -> Iterator[Found]:
+    return (_found(match) for match in _matches(source, _identifier(wanted), timeout_s))
+
+
+def _matches(source: Destination, identifier: Dataset, timeout_s: float) -> Iterator[Dataset]:
     with associated(source, [(FIND, syntax) for syntax in PLAIN], timeout_s) as assoc:
         if not accepts(assoc, FIND):
             raise DestinationRefused(f"{source.name}: offers no C-FIND; allow our AE title to query there")
         last = None
-        for told, match in assoc.send_c_find(_identifier(wanted), FIND):
+        for told, match in assoc.send_c_find(identifier, FIND):
             last = told.get("Status")
             if match is not None and last is not None and code_to_category(last) == STATUS_PENDING:
-                yield _found(match)
+                yield match
         _require_end(source, "C-FIND", last)
+
+
+def _series_by_find(source: Destination, study_uid: str, timeout_s: float) -> Iterator[Dataset]:
+    ds = Dataset()
+    ds.QueryRetrieveLevel = "SERIES"
+    ds.StudyInstanceUID, ds.SeriesInstanceUID = study_uid, None
+    ds.Modality, ds.NumberOfSeriesRelatedInstances = None, None
+    return _matches(source, ds, timeout_s)
+
+
+def _ct_series(source: Destination, study_uid: str, matches: Iterable[Dataset]) -> tuple[_CtSeries, ...]:
+    """Those that are CT, or of which the archive does not say. Raises DestinationRefused for none."""
+    series, others = [], set()
+    for match in matches:
+        modality, number = str(match.get("Modality") or ""), match.get("NumberOfSeriesRelatedInstances")
+        if modality not in ("CT", ""):
+            others.add(modality)
+        elif match.get("SeriesInstanceUID"):
+            series.append(_CtSeries(str(match.SeriesInstanceUID), 1 if number in (None, "") else int(number)))
+    if not series:
+        held = f"{', '.join(sorted(others))} of it, and no CT" if others else "no series of it"
+        raise DestinationRefused(f"{source.name}: holds {held}; nothing to fetch of study {study_uid}")
+    return tuple(series)
 
 
 def _found(match: Dataset) -> Found:
@@ -146,7 +189,14 @@ def _found(match: Dataset) -> Found:
     )
 
 
-def _by_get(source: Destination, study_uid: str, intake: Intake, our_title: str, timeout_s: float) -> Brought | None:
+def _by_get(
+    source: Destination,
+    study_uid: str,
+    series: Iterable[_CtSeries],
+    intake: Intake,
+    our_title: str,
+    timeout_s: float,
+) -> Brought | None:
     """None where the archive offers no C-GET."""
     contexts: list[tuple[str, UID | str]] = [(GET, syntax) for syntax in PLAIN]
     contexts += [(str(sop_class), syntax) for sop_class, syntaxes in BROUGHT.items() for syntax in syntaxes]
@@ -170,32 +220,48 @@ def _by_get(source: Destination, study_uid: str, intake: Intake, our_title: str,
         statuses.append(intake.take(incoming)[0])
         return statuses[-1]
 
-    asked = Dataset()
-    asked.QueryRetrieveLevel, asked.StudyInstanceUID = "STUDY", study_uid
     with associated(source, contexts, timeout_s, roles=roles, handlers=[(evt.EVT_C_STORE, keep)]) as assoc:
         if not accepts(assoc, GET):
             return None
-        last, failed = None, 0
-        for told, _ in assoc.send_c_get(asked, GET):
-            last, failed = told.get("Status"), int(told.get("NumberOfFailedSuboperations") or 0)
-        _require_end(source, "C-GET", last)
+        _, failed = _retrieved(source, "C-GET", study_uid, series, lambda ds: assoc.send_c_get(ds, GET))
     refused = len([status for status in statuses if status != SUCCESS])
     return Brought("C-GET", len(statuses) - refused, max(failed, refused))
 
 
-def _by_move(source: Destination, study_uid: str, our_title: str, timeout_s: float) -> Brought:
-    asked = Dataset()
-    asked.QueryRetrieveLevel, asked.StudyInstanceUID = "STUDY", study_uid
+def _by_move(
+    source: Destination, study_uid: str, series: Iterable[_CtSeries], our_title: str, timeout_s: float
+) -> Brought:
     with associated(source, [(MOVE, syntax) for syntax in PLAIN], timeout_s) as assoc:
         if not accepts(assoc, MOVE):
             raise DestinationRefused(f"{source.name}: offers neither C-GET nor C-MOVE to us; allow one there")
-        last, taken, failed = None, 0, 0
-        for told, _ in assoc.send_c_move(asked, our_title, MOVE):
-            last = told.get("Status")
-            taken = int(told.get("NumberOfCompletedSuboperations") or taken)
-            failed = int(told.get("NumberOfFailedSuboperations") or failed)
-        _require_end(source, f"C-MOVE to {our_title}", last)
-    return Brought("C-MOVE", taken, failed)
+        what = f"C-MOVE to {our_title}"
+        ask: _Ask = lambda ds: assoc.send_c_move(ds, our_title, MOVE)  # noqa: E731
+        return Brought("C-MOVE", *_retrieved(source, what, study_uid, series, ask))
+
+
+def _retrieved(
+    source: Destination, what: str, study_uid: str, series: Iterable[_CtSeries], ask: _Ask
+) -> tuple[int, int]:
+    """How many instances went and how many did not, of all those series. Raises DeliveryError where each failed."""
+    taken, failed = 0, 0
+    fault, is_any_done = None, False
+    for one in series:
+        ds = Dataset()
+        ds.QueryRetrieveLevel, ds.StudyInstanceUID, ds.SeriesInstanceUID = "SERIES", study_uid, one.series_uid
+        last, went, missed = None, 0, 0
+        try:
+            for told, _ in ask(ds):
+                last = told.get("Status")
+                went = int(told.get("NumberOfCompletedSuboperations") or went)
+                missed = int(told.get("NumberOfFailedSuboperations") or missed)
+            _require_end(source, what, last)
+            is_any_done = True
+        except (DeliveryError, RuntimeError) as error:  # pynetdicom's RuntimeError: the association has ended
+            fault, missed = fault or error, max(missed, one.images - went)
+        taken, failed = taken + went, failed + missed
+    if fault is not None and not is_any_done:
+        raise fault if isinstance(fault, DeliveryError) else DeliveryError(f"{source.name}: {what}: {fault}")
+    return taken, failed
 
 
 def _require_end(source: Destination, what: str, status: int | None) -> None:
@@ -225,7 +291,10 @@ def _plain(item: dict[str, object]) -> Dataset:
 def _by_web(source: Destination, study_uid: str, intake: Intake, our_title: str, timeout_s: float) -> Brought:
     taken = failed = 0
     with way_web.opened(source, timeout_s) as web:
-        for content in web.instances(study_uid):
+        matches = (_plain(item) for item in web.series(study_uid))
+        for content in chain.from_iterable(
+            web.instances(study_uid, one.series_uid) for one in _ct_series(source, study_uid, matches)
+        ):
             is_kept = _keep_file(content, intake, source, our_title)
             taken, failed = taken + is_kept, failed + (not is_kept)
     return Brought("WADO-RS", taken, failed)

@@ -68,12 +68,16 @@ class WebWay:
         more = {"includefield": "NumberOfStudyRelatedInstances"}
         return _list(self._ask("GET", "/studies", params={**conditions, **more}, headers=_JSON))
 
-    def instances(self, study_uid: str) -> Iterator[bytes]:
-        """Each instance of a study as a DICOM file, as the service keeps it (WADO-RS). Raises DeliveryError."""
-        for item in _list(self._ask("GET", f"/studies/{study_uid}/instances", headers=_JSON)):
-            series, instance = _value(item, "0020000E"), _value(item, "00080018")
+    def series(self, study_uid: str) -> list[dict[str, object]]:
+        """The series of a study, as DICOM JSON. Raises DeliveryError."""
+        return _list(self._ask("GET", f"/studies/{study_uid}/series", headers=_JSON))
+
+    def instances(self, study_uid: str, series_uid: str) -> Iterator[bytes]:
+        """Each instance of a series as a DICOM file, as the service keeps it (WADO-RS). Raises DeliveryError."""
+        path = f"/studies/{study_uid}/series/{series_uid}/instances"
+        for item in _list(self._ask("GET", path, headers=_JSON)):
             accept = {"Accept": 'multipart/related; type="application/dicom"; transfer-syntax=*'}
-            answer = self._ask("GET", f"/studies/{study_uid}/series/{series}/instances/{instance}", headers=accept)
+            answer = self._ask("GET", f"{path}/{_value(item, '00080018')}", headers=accept)
             yield _only_part(answer, self._destination.name)
 
     def knock(self) -> None:

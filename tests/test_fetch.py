@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from io import BytesIO
 from pathlib import Path
 
 import orthanc as orthanc_peer
@@ -14,7 +15,13 @@ import pydicom
 import pytest
 from made_series import HEADER, made
 from orthanc import Pacs
-from pynetdicom import AE
+from pydicom.uid import (
+    KeyObjectSelectionDocumentStorage,
+    RawDataStorage,
+    XRayRadiationDoseSRStorage,
+    generate_uid,
+)
+from pynetdicom import AE, build_context, evt
 
 from salsa_node import fetch, loopback, way_web
 from salsa_node.errors import DeliveryError, DestinationRefused
@@ -24,6 +31,7 @@ from salsa_node.listener import Listener
 from salsa_node.notes import Notes
 from salsa_node.settings import Destination, ListenerSettings
 from salsa_node.store import Store
+from salsa_node.way_dicom import FIND
 
 T0 = datetime(2026, 11, 21, 12, 0, tzinfo=UTC)
 LATER = T0 + timedelta(days=30000)
@@ -107,6 +115,61 @@ def test_a_study_comes_back_byte_for_byte(
     assert kept(store, data_dir) == {uid: data_set(content) for uid, content in sent.items()}
 
 
+@pytest.mark.parametrize("way", ["C-GET", "C-MOVE", "WADO-RS"])
+def test_what_else_the_study_holds_stays_there(
+    pacs: Pacs,
+    sent: dict[str, bytes],
+    store: Store,
+    data_dir: Path,
+    intake: Intake,
+    door: ListenerSettings,
+    tmp_path: Path,
+    way: str,
+) -> None:
+    """Our own results, a dose report: Orthanc ends a C-GET at the first object that has no context."""
+    others = [(KeyObjectSelectionDocumentStorage, "KO"), (XRayRadiationDoseSRStorage, "SR")]
+    for sop_class, modality in others:
+        pacs.upload(beside(sent, tmp_path, sop_class, modality))
+    source = by_web(pacs) if way == "WADO-RS" else by_dicom(pacs)
+    with Listener(door, store, data_dir):
+        brought = fetch.bring(source, STUDY, intake, "SALSA_NODE", 10, by="move" if way == "C-MOVE" else "auto")
+    assert brought == Brought(way, len(sent), 0)
+    assert kept(store, data_dir) == {uid: data_set(content) for uid, content in sent.items()}
+
+
+def test_a_series_that_does_not_come_leaves_the_others(
+    pacs: Pacs, sent: dict[str, bytes], store: Store, data_dir: Path, intake: Intake, tmp_path: Path
+) -> None:
+    pacs.upload(beside(sent, tmp_path, RawDataStorage, "CT"))
+    assert fetch.bring(by_dicom(pacs), STUDY, intake, "SALSA_NODE", 10) == Brought("C-GET", len(sent), 1)
+    assert kept(store, data_dir) == {uid: data_set(content) for uid, content in sent.items()}
+
+
+def test_a_study_without_ct_is_told(pacs: Pacs, sent: dict[str, bytes], intake: Intake, tmp_path: Path) -> None:
+    (study,) = pacs.json("/tools/find", {"Level": "Study", "Query": {"StudyInstanceUID": STUDY}})  # type: ignore[misc]
+    path = beside(sent, tmp_path, KeyObjectSelectionDocumentStorage, "KO")
+    pacs.delete(f"/studies/{study}")
+    for source in (by_dicom(pacs), by_web(pacs)):
+        with pytest.raises(DestinationRefused, match="no series of it"):
+            fetch.bring(source, STUDY, intake, "SALSA_NODE", 10)
+    pacs.upload(path)
+    for source in (by_dicom(pacs), by_web(pacs)):
+        with pytest.raises(DestinationRefused, match="holds KO of it, and no CT"):
+            fetch.bring(source, STUDY, intake, "SALSA_NODE", 10)
+
+
+def beside(sent: dict[str, bytes], folder: Path, sop_class: str, modality: str) -> Path:
+    """The file of another object in the same study, in a series of its own."""
+    ds = pydicom.dcmread(BytesIO(next(iter(sent.values()))))
+    del ds.PixelData
+    ds.Modality, ds.SOPClassUID = modality, sop_class
+    ds.SeriesInstanceUID, ds.SOPInstanceUID = generate_uid(), generate_uid()
+    ds.file_meta.MediaStorageSOPClassUID, ds.file_meta.MediaStorageSOPInstanceUID = sop_class, ds.SOPInstanceUID
+    path = folder / f"{modality}-{ds.SOPInstanceUID}.dcm"
+    ds.save_as(path)
+    return path
+
+
 def test_c_move_brings_it_to_our_door(
     pacs: Pacs, sent: dict[str, bytes], store: Store, data_dir: Path, intake: Intake, door: ListenerSettings
 ) -> None:
@@ -148,6 +211,9 @@ port = {pacs.dicom_port}
     assert "Nobody" not in got.stdout + got.stderr
     assert cli("fetch", "--accession", "none").returncode == 1
     assert cli("fetch").returncode == 2
+    for wrong in (["--study", "1.2.*"], ["--study", STUDY, "--date", "1999"], ["--study", STUDY, "--by", "post"]):
+        refused = cli("fetch", *wrong)
+        assert (refused.returncode, "expected" in refused.stderr) == (2, True), refused.stderr
 
     store.complete_series(LATER, LATER)
     store.study_assembled(store.study(STUDY), "", LATER)
@@ -163,12 +229,19 @@ port = {pacs.dicom_port}
 def test_an_archive_that_offers_nothing_says_what_to_allow(intake: Intake) -> None:
     ae = AE("ARCHIVE")
     ae.add_supported_context("1.2.840.10008.1.1")
-    server = ae.start_server(("127.0.0.1", 0), block=False)
+
+    def answer(event: evt.Event) -> Iterator[tuple[int, pydicom.Dataset | None]]:
+        series = pydicom.Dataset()
+        series.SeriesInstanceUID = "1.2.3"
+        yield 0xFF00, series
+
+    server = ae.start_server(("127.0.0.1", 0), block=False, evt_handlers=[(evt.EVT_C_FIND, answer)])
     assert server is not None
     source = Destination("archive", "ARCHIVE", "127.0.0.1", server.server_address[1])
     try:
         with pytest.raises(DestinationRefused, match="offers no C-FIND; allow our AE title"):
             fetch.find(source, Wanted(study_uid=STUDY), 10)
+        server.contexts = [*server.contexts, build_context(FIND)]
         with pytest.raises(DestinationRefused, match="offers no C-GET; try --by move"):
             fetch.bring(source, STUDY, intake, "SALSA_NODE", 10, by="get")
         with pytest.raises(DestinationRefused, match="neither C-GET nor C-MOVE"):
