@@ -6,14 +6,17 @@ so that asking for status stays quick.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer.main import get_command_name
 
 from salsa_node import (
     __version__,
@@ -69,13 +72,26 @@ _EXIT_CODES = (
 def main() -> None:
     """The entry point: an error that we raise on purpose becomes one line and an exit code."""
     try:
-        app()
+        _with_command(sys.argv[1:2])()
     except errors.SalsaNodeError as error:
         sys.stderr.write(f"salsa-node: {error}\n")
         raise SystemExit(next(code for kind, code in _EXIT_CODES if isinstance(error, kind))) from None
     except BrokenPipeError:
         sys.stderr.close()
         raise SystemExit(EXIT_NO) from None
+
+
+def _with_command(called: Sequence[str]) -> typer.Typer:
+    """`app`, and where a command is called none but that: Typer would first read the signatures of all."""
+    commands = [
+        info
+        for info in app.registered_commands
+        if info.callback and [get_command_name(info.callback.__name__)] == called
+    ]
+    only = copy.copy(app)
+    if commands:
+        only.registered_commands, only.registered_groups = commands, []
+    return only
 
 
 def _version(wanted: bool) -> None:

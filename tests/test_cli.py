@@ -14,8 +14,8 @@ import typer
 from pynetdicom import AE
 from typer.core import TyperGroup
 
-from salsa_node import console, phantom
-from salsa_node.cli import app
+from salsa_node import cli_queue, console, phantom
+from salsa_node.cli import _with_command, app
 from salsa_node.nifti import read_labels, write_labels
 from salsa_node.volume import LabelVolume
 
@@ -47,6 +47,20 @@ def test_version_and_help_need_no_config():
     told = subprocess.run([sys.executable, "-m", "salsa_node", "--help"], capture_output=True, text=True, check=True)
     for command in ("serve", "studies", "show", "rerun", "resend", "echo", "config", "run", "demo"):
         assert command in told.stdout
+
+
+def test_a_command_is_read_alone_and_a_wrong_one_among_all():
+    """The signatures of the others would take a fifth of the time of an answer."""
+    [only] = _with_command(["pause"]).registered_commands
+    assert (only.callback, _with_command(["pause"]).registered_groups) == (cli_queue.pause, [])
+    for called in (["config"], ["paus"], []):
+        assert len(_with_command(called).registered_commands) == len(app.registered_commands) > 20
+        assert _with_command(called).registered_groups == app.registered_groups
+    heavy = {"pydantic", "numpy", "torch", "pydicom", "pynetdicom", "alembic"}
+    loaded = f"str({heavy} & set(sys.modules) or 'nothing')"
+    asked = f"import sys; from salsa_node import cli, overview; cli._with_command(['studies']); sys.exit({loaded})"
+    answer = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=False)
+    assert answer.stderr.strip() == "nothing"
 
 
 def test_every_command_stands_in_the_readme():
