@@ -140,9 +140,9 @@ room imports exactly what stands right of its arrow):
     model_trial            <- errors models phantom pipelines.nnunet volume
     model_import           <- errors model_cards model_manifest model_source model_trial models task_identity
     model_fetch            <- errors model_cards model_import model_manifest models
-    cli_fetch              <- config console errors fetch intake notes options settings store
-    cli_review             <- config console options store
-    cli_queue              <- config console options store
+    cli_fetch              <- audit config console errors fetch intake notes options settings store
+    cli_review             <- audit config console options store
+    cli_queue              <- audit config console options store
     cli_series             <- assembly audit candidate config console errors nifti options preflight series series_rules stacks store upright
     cli_upkeep             <- audit backup config console doctor integrity options preflight selftest store
     cli_studies            <- audit config console durable options overview store
@@ -153,7 +153,7 @@ room imports exactly what stands right of its arrow):
     batch                  <- analysis cases criteria durable errors film findings guards limits log models nifti pipelines series_rules uids upright volume
     scripting              <- batch cases config criteria dicom_result dicom_seg errors findings limits nifti pipelines preflight series
     cli_batch              <- batch cases config console criteria errors options pipelines preflight settings
-  cli                    <- assembly cli_batch cli_fetch cli_models cli_quarantine cli_queue cli_review cli_series cli_studies cli_upkeep config console demo durable errors log nifti node offline options preflight settings store ways worker
+  cli                    <- assembly audit cli_batch cli_fetch cli_models cli_quarantine cli_queue cli_review cli_series cli_studies cli_upkeep config console demo durable errors log nifti node offline options preflight settings store ways worker
     __main__               <- cli
 """  # noqa: E501 - one room, one line
 

@@ -13,7 +13,7 @@ import getpass
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -39,8 +39,8 @@ _TAIL_BYTES = 1 << 16
 class Entry:
     """One line.
 
-    action: an event's name, or "access." and the command that looked. who: a user of this machine, or an AE title.
-    event: the number of the event that it tells of; None for an access.
+    action: an event's name, "access." and the command that looked, or "command." and the one that changes something.
+    who: a user of this machine, or an AE title. event: the number of the event that it tells of; None for a command.
     """
 
     number: int
@@ -77,6 +77,14 @@ class Trail:
         """Note that the user of this process looked at a study. Raises ConfigError where that cannot be written."""
         self._append([(now.isoformat(), f"access.{command}", getpass.getuser(), study_uid, detail, None)])
 
+    def ordered(self, command: str, study_uids: Iterable[str | None], now: datetime, detail: str = "") -> None:
+        """Note that the user of this process has something done, to a study or (None) to the node.
+
+        Raises ConfigError where that cannot be written: then nothing should be done.
+        """
+        who = getpass.getuser()
+        self._append([(now.isoformat(), f"command.{command}", who, uid, detail, None) for uid in study_uids])
+
     def take(self, store: Store) -> int | None:
         """Write down what the record tells since the last time; how many lines, None where there was nothing."""
         if self._taken is None:
@@ -102,26 +110,22 @@ class Trail:
         """The lines of a higher number than `after`, as far as they can be read."""
         if not self._path.exists():
             return
-        with self._path.open(encoding="utf-8") as file:
+        with self._path.open("rb") as file:
             for line in file:
-                try:
-                    entry = Entry(**json.loads(line))
-                except (ValueError, TypeError):
-                    continue
-                if entry.number > after:
+                entry = _read(line)
+                if entry is not None and entry.number > after:
                     yield entry
 
     def verify(self) -> Chain:
         """Read every line and compare. Raises ConfigError where it cannot be read."""
         before, count = NOBODY_BEFORE, 0
         try:
-            text = self._path.read_text(encoding="utf-8") if self._path.exists() else ""
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{self._path} cannot be read ({type(error).__name__})") from error
-        for number, line in enumerate(text.splitlines(), 1):
-            try:
-                entry = Entry(**json.loads(line))
-            except (ValueError, TypeError):
+            content = self._path.read_bytes() if self._path.exists() else b""
+        except OSError as error:
+            raise ConfigError(f"{self._path} cannot be read ({error.strerror})") from error
+        for number, line in enumerate(content.splitlines(), 1):
+            entry = _read(line)
+            if entry is None:
                 return Chain(count, before, f"line {number} cannot be read")
             if entry.sha256 != _digest(entry):
                 return Chain(count, before, f"line {number} has been changed")
@@ -160,18 +164,28 @@ class Trail:
 
 
 def _last(file: int) -> tuple[int, str]:
-    """Number and digest of the last whole line; what a power cut left of a line behind it is cut off."""
+    """Number and digest of the last line that can be read; what a power cut left of a line behind it is cut off.
+
+    A whole line that cannot be read stays where it is, for `Trail.verify` to name: the trail goes on behind it.
+    """
     size = os.fstat(file).st_size
     start = max(0, size - _TAIL_BYTES)
     tail = os.pread(file, size - start, start)
     whole = tail.rfind(b"\n") + 1
     if whole < len(tail):
         os.ftruncate(file, start + whole)
-    lines = tail[:whole].splitlines()
-    if not lines:
-        return 0, NOBODY_BEFORE
-    entry = Entry(**json.loads(lines[-1]))
-    return entry.number, entry.sha256
+    readable = (entry for line in reversed(tail[:whole].splitlines()) if (entry := _read(line)) is not None)
+    entry = next(readable, None)
+    return (0, NOBODY_BEFORE) if entry is None else (entry.number, entry.sha256)
+
+
+def _read(line: bytes) -> Entry | None:
+    """What stands in a line; None where it is none of ours."""
+    try:
+        entry = Entry(**json.loads(line))
+    except (ValueError, TypeError):
+        return None
+    return entry if isinstance(entry.number, int) and isinstance(entry.sha256, str) else None
 
 
 def _digest(entry: Entry) -> str:

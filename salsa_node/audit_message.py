@@ -28,6 +28,7 @@ EVENTS: Final = (
     ("node.", "110100", "Application Activity", "E"),
     ("queue.", "110100", "Application Activity", "E"),
     ("access.", "110103", "DICOM Instances Accessed", "R"),
+    ("command.", "110103", "DICOM Instances Accessed", "U"),
     ("run.", "110103", "DICOM Instances Accessed", "R"),
     ("study.new", "110104", "DICOM Instances Transferred", "C"),
     ("delivery.", "110104", "DICOM Instances Transferred", "R"),

@@ -152,6 +152,7 @@ def rerun(
     """Analyse a study again; the node carries it out, and the new result supersedes the old one."""
     settings = config.load(config_file)
     from salsa_node import assembly, store
+    from salsa_node.audit import Trail
 
     name = _pipeline(settings, pipeline, masks)
     options = _options(settings, name, organ_label, lesion_label)
@@ -160,6 +161,7 @@ def rerun(
         kept = _keep_masks(settings, masks) if masks else None
         wanted = cli_fetch.brought_back(settings, record, wanted)
         only = None if of_series is None else cli_series.series_uid(record, wanted, of_series)
+        Trail(settings.node.data_dir).ordered("rerun", [wanted.study_uid], _now(), f"pipeline {name}")
         runs = assembly.queue_again(
             record,
             settings.node.data_dir,
@@ -217,11 +219,13 @@ def resend(
     """Send the current results of a study again: the same objects."""
     settings = config.load(config_file)
     from salsa_node import store
+    from salsa_node.audit import Trail
 
     if to and to != SENDER:
         settings.destination_named(to)
     with store.Store.open(store.StoreSettings(settings.store_url)) as record:
         wanted = record.study(study).study_uid
+        Trail(settings.node.data_dir).ordered("resend", [wanted], _now(), f"to {to}" if to else "")
         due = record.resend(wanted, to or None, _now())
         latest = store.standing(record.runs_of(wanted))
     if as_json:

@@ -98,10 +98,12 @@ def source_of(settings: Config, named: str = "") -> Destination:
 def bring(settings: Config, record: Store, archive: Destination, study_uid: str, by: str = "auto") -> Brought:
     """One study into the record. Raises DeliveryError."""
     from salsa_node import fetch as fetching
+    from salsa_node.audit import Trail
     from salsa_node.intake import Intake
     from salsa_node.notes import Notes
 
     clock: Callable[[], datetime] = lambda: datetime.now(UTC)  # noqa: E731
+    Trail(settings.node.data_dir).ordered("fetch", [study_uid], clock(), f"from {archive.name}")
     intake = Intake(record, settings.node.data_dir, Notes(record, clock), clock)
     our_title = settings.listener.ae_title
     with closing(intake):

@@ -17,9 +17,12 @@ def pause(
     as_json: AsJson = False,
 ) -> None:
     """Begin no run until `resume`, restarts included; images are taken and results sent as ever."""
+    settings = config.load(config_file)
     from salsa_node import store
+    from salsa_node.audit import Trail
 
-    with store.Store.open(store.StoreSettings(config.load(config_file).store_url)) as record:
+    with store.Store.open(store.StoreSettings(settings.store_url)) as record:
+        Trail(settings.node.data_dir).ordered("pause", [None], datetime.now(UTC))
         on = record.pause(reason, datetime.now(UTC))
     if as_json:
         console.put_json({"paused": True, "reason": on.reason, "since": on.at.isoformat()})
@@ -29,9 +32,12 @@ def pause(
 
 def resume(config_file: ConfigFile = None, as_json: AsJson = False) -> None:
     """Begin runs again."""
+    settings = config.load(config_file)
     from salsa_node import store
+    from salsa_node.audit import Trail
 
-    with store.Store.open(store.StoreSettings(config.load(config_file).store_url)) as record:
+    with store.Store.open(store.StoreSettings(settings.store_url)) as record:
+        Trail(settings.node.data_dir).ordered("resume", [None], datetime.now(UTC))
         was = record.resume(datetime.now(UTC))
     if as_json:
         console.put_json({"paused": False, "was_paused": was is not None})

@@ -10,10 +10,13 @@ from salsa_node.options import EXIT_NO, AsJson, ConfigFile, StudyName
 
 def hold(study: StudyName, config_file: ConfigFile = None, as_json: AsJson = False) -> None:
     """Let nothing of a study leave until `release`, results to come included; what has arrived is not called back."""
+    settings = config.load(config_file)
     from salsa_node import store
+    from salsa_node.audit import Trail
 
-    with store.Store.open(store.StoreSettings(config.load(config_file).store_url)) as record:
+    with store.Store.open(store.StoreSettings(settings.store_url)) as record:
         wanted = record.study(study).study_uid
+        Trail(settings.node.data_dir).ordered("hold", [wanted], datetime.now(UTC))
         held = record.hold_study(wanted, datetime.now(UTC))
     if as_json:
         console.put_json({"study_uid": wanted, "held": [item.id for item in held]})
@@ -25,10 +28,13 @@ def hold(study: StudyName, config_file: ConfigFile = None, as_json: AsJson = Fal
 
 def release(study: StudyName, config_file: ConfigFile = None, as_json: AsJson = False) -> None:
     """Let the current result of a study leave; a running node sends it."""
+    settings = config.load(config_file)
     from salsa_node import store
+    from salsa_node.audit import Trail
 
-    with store.Store.open(store.StoreSettings(config.load(config_file).store_url)) as record:
+    with store.Store.open(store.StoreSettings(settings.store_url)) as record:
         wanted = record.study(study).study_uid
+        Trail(settings.node.data_dir).ordered("release", [wanted], datetime.now(UTC))
         due = record.release_study(wanted, datetime.now(UTC))
     if as_json:
         console.put_json({"study_uid": wanted, "released": [item.id for item in due]})

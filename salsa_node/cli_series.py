@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from salsa_node import config, console
-from salsa_node.errors import ConfigError, SeriesRejected
+from salsa_node.errors import ConfigError, SeriesRejected, UnknownStudy
 from salsa_node.options import AsJson, ConfigFile, StudyName
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ def select(
     """Score the series of a study by the config's rules; queue the best ones where they are others than before."""
     settings = config.load(config_file)
     from salsa_node import assembly, preflight, store
+    from salsa_node.audit import Trail
 
     data_dir = settings.node.data_dir
     rules = assembly.Rules(settings.selection, settings.series, settings.assembly, settings.query)
@@ -37,6 +38,7 @@ def select(
         if dry_run:
             found = assembly.examine(record, data_dir, wanted, rules)
         else:
+            Trail(data_dir).ordered("select", [wanted.study_uid], datetime.now(UTC))
             ready = preflight.settled(settings)
             pipeline = ready.profile_pipelines.get(wanted.called_ae, ready.pipeline)
             found, runs = assembly.select(record, data_dir, wanted, pipeline, datetime.now(UTC), rules)
@@ -128,15 +130,15 @@ def _geometry(paths: Sequence[Path], rules: SeriesRules, stack: int | None) -> S
 
 
 def series_uid(record: Store, study: Study, which: str | None) -> str:
-    """The series of that number or UID, or the one of the study's last run. Raises SeriesRejected."""
+    """The series of that number or UID, or the one of the study's last run. Raises UnknownStudy."""
     rows = record.series_of(study.study_uid)
     if which is None:
         analysed = [run.series_uid for run in record.runs_of(study.study_uid) if run.series_uid]
         if analysed:
             return analysed[-1]
-        raise SeriesRejected("no series of this study was analysed; name one with --series")
+        raise UnknownStudy("no series of this study was analysed; name one with --series")
     found = [row.series_uid for row in rows if which in (row.series_uid, str(row.series_number))]
     if len(found) != 1:
         there = ", ".join(str(row.series_number or row.series_uid) for row in rows)
-        raise SeriesRejected(f"{len(found)} series are called {which!r}; the study holds {there}; name one by its UID")
+        raise UnknownStudy(f"{len(found)} series are called {which!r}; the study holds {there}; name one by its UID")
     return found[0]

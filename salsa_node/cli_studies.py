@@ -16,6 +16,7 @@ from salsa_node import config, console, durable
 from salsa_node.options import EXIT_NO, AsJson, ConfigFile, Since, StudyName, Until, Yes, ask, moment
 
 if TYPE_CHECKING:  # the record's rooms take longer to import than most commands to answer
+    from salsa_node.audit import Trail
     from salsa_node.overview import Standing
     from salsa_node.store import Event, Store
 
@@ -74,11 +75,11 @@ def _put_studies(rows: Sequence[dict[str, object]], as_json: bool, uids: bool, a
 
 def show(study: StudyName, config_file: ConfigFile = None, as_json: AsJson = False) -> None:
     """Show one study: series, scores, runs, findings, deliveries, provenance, time line."""
-    from salsa_node import audit, overview
+    from salsa_node import overview
 
     with _store(config_file) as record:
         page = overview.detail(record, overview.glance(record, record.study(study)))
-    audit.Trail(config.load(config_file).node.data_dir).accessed("show", str(page["study_uid"]), datetime.now(UTC))
+    _trail(config_file).accessed("show", str(page["study_uid"]), datetime.now(UTC))
     if as_json:
         console.put_json(page)
     else:
@@ -90,6 +91,7 @@ def cancel(study: StudyName, config_file: ConfigFile = None, as_json: AsJson = F
     with _store(config_file) as record:
         wanted = record.study(study).study_uid
         ask(yes, as_json, f"cancel what is under way for study {wanted}?")
+        _trail(config_file).ordered("cancel", [wanted], datetime.now(UTC))
         runs = record.cancel(wanted, datetime.now(UTC))
     if as_json:
         console.put_json([{"run": run.id, "state": run.state.value} for run in runs])
@@ -121,6 +123,7 @@ def retry(
             wanted = [seen.study.study_uid for seen in found]
         else:
             wanted = [record.study(study).study_uid]
+        _trail(config_file).ordered("retry", wanted, datetime.now(UTC))
         done = [(uid, *record.retry(uid, datetime.now(UTC))) for uid in wanted]
     done = [(uid, runs, due) for uid, runs, due in done if runs or due]
     if as_json:
@@ -215,6 +218,7 @@ def purge(
         wanted = [record.study(name).study_uid for name in study]
         what = "images and results" if results else "images"
         ask(yes, as_json, f"remove the {what} of {len(wanted)} studies from this machine for good?")
+        _trail(config_file).ordered("purge", wanted, datetime.now(UTC), what)
         told = []
         for uid in wanted:
             files, size = record.purge(uid, "by hand", datetime.now(UTC), let_go, results=results)
@@ -230,6 +234,12 @@ def _store(config_file: Path | None) -> Store:
     from salsa_node.store import Store, StoreSettings
 
     return Store.open(StoreSettings(config.load(config_file).store_url))
+
+
+def _trail(config_file: Path | None) -> Trail:
+    from salsa_node import audit
+
+    return audit.Trail(config.load(config_file).node.data_dir)
 
 
 def _standing(word: str) -> Standing:

@@ -171,13 +171,19 @@ def audit_verify(config_file: ConfigFile = None, as_json: AsJson = False) -> Non
 def audit_show(
     config_file: ConfigFile = None,
     as_json: AsJson = False,
-    study: Annotated[str, typer.Option(help="Only lines about this Study Instance UID.")] = "",
+    study: Annotated[str, typer.Option(help="Only lines about this study; named as for show.")] = "",
     limit: Annotated[int, typer.Option(min=1, help="The newest so many.")] = 100,
 ) -> None:
     """Print the audit trail, oldest first; with --json one object a line."""
+    settings = config.load(config_file)
     from salsa_node import audit
 
-    entries = audit.Trail(config.load(config_file).node.data_dir).entries()
+    entries = list(audit.Trail(settings.node.data_dir).entries())
+    if study and all(entry.study_uid != study for entry in entries):  # else the record need not be there
+        from salsa_node.store import Store, StoreSettings
+
+        with Store.open(StoreSettings(settings.store_url)) as record:
+            study = record.study(study).study_uid
     found = [entry for entry in entries if not study or entry.study_uid == study][-limit:]
     if as_json:
         console.put_json_lines([asdict(entry) for entry in found])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import multiprocessing
 import socket
@@ -99,6 +100,17 @@ def test_half_a_line_that_a_power_cut_left_is_cut_off(trail, store, tmp_path):
     assert (chain.lines, chain.broken) == (7, None)
 
 
+@pytest.mark.parametrize("garbage", [b"hello\n", b"\xff\xfe\x00\n", b"[1]\n", b'{"number": 7}\n'])
+def test_a_spoiled_last_line_is_named_and_the_trail_goes_on(trail, store, tmp_path, garbage):
+    with (tmp_path / FILE).open("ab") as file:
+        file.write(garbage)
+    assert Trail(tmp_path).take(store) is None
+    trail.accessed("show", "1.2", T0)
+    chain = trail.verify()
+    assert (chain.lines, chain.broken) == (6, "line 7 cannot be read")
+    assert [entry.number for entry in trail.entries()] == [1, 2, 3, 4, 5, 6, 7]
+
+
 def _look(folder: Path, times: int) -> None:
     for _ in range(times):
         Trail(folder).accessed("show", "1.2", T0)
@@ -132,6 +144,7 @@ def an_entry(action: str, who: str = "CT1") -> Entry:
         ("delivery.sent", "110104", "R", "0"),
         ("delivery.gave_up", "110104", "R", "4"),
         ("access.show", "110103", "R", "0"),
+        ("command.purge", "110103", "U", "0"),
         ("study.purged", "110105", "D", "0"),
         ("node.started", "110100", "E", "0"),
         ("instance.quarantined", "110113", "E", "4"),
@@ -224,3 +237,29 @@ def test_only_events_that_somebody_writes_are_waited_for():
                for state in states}  # fmt: skip
     missing = [name for name in AUDITED if f'"{name}"' not in source and name not in changes]
     assert not missing
+
+
+def test_who_had_something_done_and_the_trail_of_one_study(store, tmp_path):
+    """By the commands; a study is named there as everywhere."""
+    config = tmp_path / "site.toml"
+    config.write_text(f'[node]\ndata_dir = "{tmp_path}"\n')
+    for uid in ("1.2.77", "1.3"):
+        arrive(store, tmp_path, uid)
+        finish(store, tmp_path, uid, "done")
+
+    def cli(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "salsa_node", *words, "--config", str(config)]
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+
+    done = (["hold", "1.3"], ["release", "1.2.7"], ["resend", "1.2.77"], ["cancel", "1.2.77", "--yes"],
+            ["retry", "1.2.77"], ["pause"], ["resume"], ["purge", "1.3", "--yes"])  # fmt: skip
+    for words in done:
+        assert cli(*words).returncode in (0, 1)
+    told = [(entry.action, entry.who, entry.study_uid) for entry in Trail(tmp_path).entries()]
+    studies = ["1.3", "1.2.77", "1.2.77", "1.2.77", "1.2.77", None, None, "1.3"]
+    user = getpass.getuser()
+    assert told == [(f"command.{words[0]}", user, uid) for words, uid in zip(done, studies, strict=True)]
+    of_one = [json.loads(line) for line in cli("audit", "show", "--study", "1.3", "--json").stdout.splitlines()]
+    assert [line["action"] for line in of_one] == ["command.hold", "command.purge"]
+    assert cli("audit", "show", "--study", "1.2.7", "--json").stdout.count("\n") == 4, "a beginning of its UID"
+    assert cli("audit", "show", "--study", "nobody").returncode == 4
