@@ -2,11 +2,37 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import ssl
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 from salsa_node.errors import ConfigError
 from salsa_node.settings import Destination, TlsSettings
+
+log = logging.getLogger(__name__)
+
+
+class _TurningAway(ssl.SSLSocket):
+    """An accepted socket that says why it came to no TLS: pynetdicom keeps that to itself."""
+
+    def read(self, len: int = 1024, buffer: Buffer | None = None) -> bytes:  # noqa: A002 - the library's name
+        """As `ssl.SSLSocket.read`, which shakes hands first where that is not done."""
+        try:
+            return super().read(len, buffer)
+        except ssl.SSLError as error:
+            if self.version() is None:
+                address = "a peer that left"
+                with suppress(OSError):
+                    address = self.getpeername()[0]
+                why = error.verify_message if isinstance(error, ssl.SSLCertVerificationError) else error.reason
+                extra = {"event": "node.tls_refused"}
+                log.warning("no TLS with %s: %s", address, why or "it ended the connection", extra=extra)
+            raise
 
 
 class _LateHandshake(ssl.SSLContext):
@@ -14,6 +40,8 @@ class _LateHandshake(ssl.SSLContext):
 
     pynetdicom wraps them in the one thread that accepts connections.
     """
+
+    sslsocket_class = _TurningAway
 
     def wrap_socket(
         self,

@@ -6,6 +6,7 @@ import socket
 import ssl
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -104,9 +105,18 @@ def test_a_known_peer_stores_images(secure_port: int, papers: Papers) -> None:
     assert assoc.is_released
 
 
-@pytest.mark.parametrize("who", ["stranger", None])
-def test_nobody_else_comes_in(secure_port: int, papers: Papers, who: str | None) -> None:
+@pytest.mark.parametrize(
+    ("who", "why"),
+    [("stranger", "no TLS with 127.0.0.1: unable to get local issuer"), (None, "PEER_DID_NOT_RETURN_A_CERTIFICATE")],
+)
+def test_nobody_else_comes_in_and_the_log_says_why(
+    secure_port: int, papers: Papers, who: str | None, why: str, caplog: pytest.LogCaptureFixture
+) -> None:
     assert not associated(secure_port, papers.peer(who)).is_established
+    until = time.monotonic() + 30
+    while not any(why in record.getMessage() for record in caplog.records):
+        assert time.monotonic() < until, [record.getMessage() for record in caplog.records]
+        time.sleep(0.02)
     assoc = associated(secure_port, papers.peer("scanner"))
     assert assoc.is_established, "the door stays open for others"
     assoc.release()
