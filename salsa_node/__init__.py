@@ -117,10 +117,10 @@ room imports exactly what stands right of its arrow):
     overview               <- failures store
     selftest               <- config errors loopback overview phantom settings store
     doctor                 <- config errors loopback overview preflight settings store ways
-    backup                 <- durable errors store
+    audit                  <- errors store
+    backup                 <- audit durable errors store
     retention              <- durable errors overview settings store
     integrity              <- durable store
-    audit                  <- errors store
     audit_message          <- audit durable errors settings
     web                    <- errors settings
     monitoring             <- errors overview store web

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from xml.etree import ElementTree as ET
 
 from salsa_node import durable
-from salsa_node.audit import Entry, Trail
+from salsa_node.audit import SENT, Entry, Trail
 from salsa_node.errors import DeliveryError
 from salsa_node.settings import AuditSettings
 
@@ -104,18 +104,20 @@ class Collector:
 
     settings: AuditSettings
     data_dir: Path
-    seen_bytes: int = 0
+    read_bytes: int = 0
 
     def step(self, trail: Trail) -> int | None:
         """Send what is new; the number of the last line, None where there is nothing. Raises DeliveryError."""
-        size = trail.size_bytes
-        if not self.settings.syslog or size == self.seen_bytes:
+        if not self.settings.syslog or trail.size_bytes == self.read_bytes:
             return None
-        file = self.data_dir / "audit" / "sent"
+        if trail.size_bytes < self.read_bytes:  # it was cut: begin again
+            self.read_bytes = 0
+        file = self.data_dir / SENT
         sent = int(file.read_text()) if file.exists() else 0
-        new = tuple(trail.entries(after=sent))
+        lines, read_bytes = trail.read(self.read_bytes)
+        new = [entry for entry in lines if entry.number > sent]
         last = send(new, self.settings.syslog, self.settings.source) if new else 0
-        self.seen_bytes = size
+        self.read_bytes = read_bytes
         if not last:
             return None
         durable.write(file, [str(last).encode()])

@@ -1,4 +1,4 @@
-"""Backup: the record and the files it names, in one folder with a manifest of digests, and back from there.
+"""Backup: the record, the files it names and the audit trail, in one folder with a manifest of digests, and back.
 
 The record is copied by SQLite's online backup, beside a running node; then the files that the copy names.
 What a node purges or supersedes meanwhile is told, and is no fault.
@@ -13,8 +13,8 @@ import os
 import shutil
 import sqlite3
 import uuid
-from collections.abc import Callable, Mapping
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from salsa_node import __version__, durable, migrations
+from salsa_node import __version__, audit, durable, migrations
 from salsa_node.errors import ConfigError, StoreError
 from salsa_node.store import Store, StoreSettings, hold
 
@@ -30,6 +30,7 @@ MANIFEST = "manifest.json"
 RECORD = "record.sqlite"
 FILES = "files"
 FORM = 1  #: of the manifest
+_AUDIT = (audit.FILE.as_posix(), audit.SENT.as_posix())
 _CHUNK_BYTES = 1 << 20
 
 
@@ -60,7 +61,7 @@ def make(
     images: bool = True,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Backup:
-    """Save the record, the files that it names and the config to `folder`, which must not be there yet.
+    """Save the record, the files that it names, the audit trail and the config to `folder`, which must not be there.
 
     images: False leaves out the images that came; results and masks are always saved.
     Raises ConfigError where `folder` is there or cannot be written, StoreError where the record cannot be read.
@@ -71,11 +72,17 @@ def make(
     part = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}{durable.PART}")
     try:
         part.mkdir(parents=True, mode=0o700)
+        trail = {  # before the record, which then knows every event that the trail tells of
+            f"{FILES}/{path}": _copy(data_dir / path, part / FILES / path)
+            for path in _AUDIT
+            if (data_dir / path).exists()
+        }
         _copy_record(file_of(store_url), part / RECORD)
         with Store.open(StoreSettings(f"sqlite:///{part / RECORD}")) as copy:
             named = [file for file in copy.files() if images or file.kind in ("result", "masks")]
         _finish(part / RECORD)
-        digests, gone, size = {RECORD: _sha256(part / RECORD)}, [], (part / RECORD).stat().st_size
+        digests, gone = {RECORD: _sha256(part / RECORD), **trail}, []
+        size = sum((part / path).stat().st_size for path in digests)
         if config is not None:
             digests["config.toml"] = _copy(config, part / "config.toml")
         for number, file in enumerate(named):
@@ -132,9 +139,21 @@ def restore(folder: Path, store_url: str, data_dir: Path, now: datetime) -> tupl
     """
     made = check(folder)
     record = file_of(store_url)
-    _require_stopped(data_dir)
     aside = data_dir.with_name(f"{data_dir.name}.before-{now:%Y%m%dT%H%M%SZ}") if data_dir.exists() else None
     part = data_dir.with_name(f"{data_dir.name}.{uuid.uuid4().hex[:8]}{durable.PART}")
+    with ExitStack() as held:
+        held.enter_context(_stopped(data_dir))
+        if record.parent.is_dir():
+            held.enter_context(hold(StoreSettings(store_url)))
+        _put_back(made, record, data_dir, part, aside, now)
+    with hold(StoreSettings(store_url)), Store.open(StoreSettings(store_url), create=True) as store:
+        store.add_event("node", "record", "node.restored", f"from a backup of {made.made_at}", now)
+    return made, aside
+
+
+def _put_back(made: Backup, record: Path, data_dir: Path, part: Path, aside: Path | None, now: datetime) -> None:
+    """The files of a checked backup in their places, by way of `part`. Raises ConfigError where a disk refuses."""
+    folder = made.folder
     try:
         part.mkdir(parents=True, mode=0o700)
         for path in made.digests:
@@ -144,16 +163,14 @@ def restore(folder: Path, store_url: str, data_dir: Path, now: datetime) -> tupl
             _keep_models(data_dir, part)
             data_dir.rename(aside)
         durable.publish([(part, data_dir)])
-        if record.exists():  # it lies elsewhere than in data_dir
-            record.rename(record.with_name(f"{record.name}.before-{now:%Y%m%dT%H%M%SZ}"))
-        for beside in ("-wal", "-shm"):
-            record.with_name(record.name + beside).unlink(missing_ok=True)
+        kept = f"{record.name}.before-{now:%Y%m%dT%H%M%SZ}"
+        for beside in ("", "-wal", "-shm"):  # where it lies elsewhere; its log may hold what a crash left
+            file = record.with_name(record.name + beside)
+            if file.exists():
+                file.rename(record.with_name(kept + beside))
         _copy(folder / RECORD, record)
     except OSError as error:
         raise ConfigError(f"{data_dir} cannot be restored ({error.strerror}); what stood there is kept") from error
-    with hold(StoreSettings(store_url)), Store.open(StoreSettings(store_url), create=True) as store:
-        store.add_event("node", "record", "node.restored", f"from a backup of {made.made_at}", now)
-    return made, aside
 
 
 def upgrade(store_url: str, now: datetime) -> tuple[str, Path | None]:
@@ -191,15 +208,19 @@ def _keep_models(old: Path, new: Path) -> None:
         (old / "models").rename(new / "models")
 
 
-def _require_stopped(data_dir: Path) -> None:
+@contextmanager
+def _stopped(data_dir: Path) -> Iterator[None]:
+    """Keep a node from starting on that folder. Raises ConfigError where one runs."""
     lock = data_dir / "node.lock"
     if not lock.exists():
+        yield
         return
     with lock.open("rb") as held:
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise ConfigError(f"a node runs on {data_dir}; stop it first") from error
+        yield
 
 
 def _copy_record(source: Path, target: Path) -> None:

@@ -153,10 +153,13 @@ def db_upgrade(config_file: ConfigFile = None, as_json: AsJson = False) -> None:
 
 @audit_app.command("verify")
 def audit_verify(config_file: ConfigFile = None, as_json: AsJson = False) -> None:
-    """Say whether the audit trail is whole."""
+    """Say whether the audit trail is whole, and tells what the record tells."""
+    settings = config.load(config_file)
     from salsa_node import audit
+    from salsa_node.store import Store, StoreSettings
 
-    chain = audit.Trail(config.load(config_file).node.data_dir).verify()
+    with Store.open(StoreSettings(settings.store_url)) as record:
+        chain = audit.Trail(settings.node.data_dir).verify(record, datetime.now(UTC))
     if as_json:
         console.put_json({"lines": chain.lines, "last": chain.last, "broken": chain.broken})
     elif chain.broken:

@@ -178,7 +178,7 @@ class _Outbox:
     ) -> list[tuple[Delivery, Outgoing]]:
         """As many of them as may go this minute; the others wait for the next, which is no attempt."""
         now, minute = self._clock(), timedelta(minutes=1)
-        may_go = max(0, destination.per_minute - self._store.sent_since(files[0][0].destination, now - minute))
+        may_go = max(0, destination.per_minute - self._store.sent_between(files[0][0].destination, now - minute, now))
         why = f"{destination.name} gets {destination.per_minute} objects a minute"
         for delivery, _ in files[may_go:]:
             self._settle(delivery, lambda now, it=delivery: self._postponed(it, why, now + minute, now))  # type: ignore[misc]

@@ -61,7 +61,11 @@ POLICIES: Final[Mapping[Failure, Policy]] = {
     Failure.MEMORY: Policy(
         2, 2.0, f"give the node more memory, raise worker.memory_limit_gib, or analyse a thicker series; {_THEN}"
     ),
-    Failure.DISK: Policy(None, 4.0, f"make room on the disk of node.data_dir (salsa-node purge); {_THEN}"),
+    Failure.DISK: Policy(
+        None,
+        4.0,
+        f"a full disk wants room (salsa-node purge), a file that is gone is named by salsa-node verify; {_THEN}",
+    ),
     Failure.CRASHED: Policy(
         None, 1.0, f"look at the node's log and the GPU's driver; salsa-node models verify proves the weights; {_THEN}"
     ),

@@ -8,6 +8,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -103,8 +104,10 @@ def set_aside(data_dir: Path, faults: tuple[Fault, ...]) -> int:
 
 def step(store: Store, data_dir: Path, every: timedelta, now: datetime) -> Verdict | None:
     """Verify everything where that was not done for so long, with an event for each fault; None where it was."""
+    if not every:
+        return None
     last = store.find_events(name="node.verified", limit=1)
-    if not every or (last and now - last[0].at < every):
+    if last and timedelta() <= now - last[0].at < every:  # else the clock was set back
         return None
     verdict = verify(store, data_dir)
     for fault in verdict.faults:
@@ -158,5 +161,8 @@ def _unnamed(data_dir: Path, named: set[str]) -> Iterator[str]:
             for name in sorted(names):
                 file = Path(parent, name)
                 path = file.relative_to(data_dir).as_posix()
-                if path not in named and not name.endswith(durable.PART) and file.stat().st_mtime <= before:
-                    yield path
+                if path in named or name.endswith(durable.PART):
+                    continue
+                with suppress(FileNotFoundError):  # it went meanwhile
+                    if file.stat().st_mtime <= before:
+                        yield path

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import shutil
-import threading
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Protocol
 
 from salsa_node import __version__
 from salsa_node.errors import StoreError
@@ -16,6 +16,19 @@ from salsa_node.web import Health, Metric
 
 _GIB = 2**30
 _LATELY = timedelta(hours=24)
+
+
+class Watched(Protocol):
+    """A loop of the node.
+
+    failing: why its last step came to nothing; "" where it did not fail.
+    """
+
+    name: str
+    failing: str
+
+    def is_alive(self) -> bool:
+        """Whether it goes on."""
 
 
 def measure(store: Store, data_dir: Path, now: datetime) -> tuple[Metric, ...]:
@@ -57,14 +70,19 @@ def measure(store: Store, data_dir: Path, now: datetime) -> tuple[Metric, ...]:
     )
 
 
-def examine(store: Store, data_dir: Path, min_free_gib: float, loops: Sequence[threading.Thread]) -> Health:
+def examine(store: Store, data_dir: Path, min_free_gib: float, loops: Sequence[Watched]) -> Health:
     """What keeps the node from its work."""
     faults = [f"the loop {loop.name} has ended; restart the node" for loop in loops if not loop.is_alive()]
+    faults += [f"the loop {loop.name} fails: {loop.failing}; see salsa-node doctor" for loop in loops if loop.failing]
     try:
         store.studies(1)
     except StoreError as error:
         faults.append(f"the record cannot be read ({error}); see salsa-node doctor")
-    free = shutil.disk_usage(data_dir).free
+    try:
+        free = shutil.disk_usage(data_dir).free
+    except OSError as error:
+        faults.append(f"node.data_dir cannot be read ({error.strerror}); is its disk mounted?")
+        return Health(tuple(faults))
     if free < min_free_gib * _GIB:
         faults.append(f"{free / _GIB:.1f} GiB left: images are refused; salsa-node purge, or see [retention]")
     return Health(tuple(faults))

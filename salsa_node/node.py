@@ -154,8 +154,8 @@ def _loops(store: Store, config: Config, workers: Sequence[WorkerProcess]) -> tu
     collector = audit_message.Collector(config.audit, data_dir)
     notifier = notification.Notifier(config.notify, data_dir, socket.gethostname())
 
-    def write_down(now: datetime) -> object | None:  # noqa: ARG001 - the trail has the events' own times
-        return trail.take(store) or collector.step(trail)
+    def write_down(now: datetime) -> object | None:
+        return trail.take(store, now) or collector.step(trail)
 
     def tell(now: datetime) -> object | None:
         return notifier.step(store, now)
@@ -203,13 +203,17 @@ def only_node(data_dir: Path) -> Iterator[None]:
 
 
 class Loop(threading.Thread):
-    """Calls `step(now)` until stopped: at once again while it finds something to do, else after `poll_s`."""
+    """Calls `step(now)` until stopped: at once again while it finds something to do, else after `poll_s`.
+
+    failing: why the last step came to nothing; "" where it did not fail.
+    """
 
     def __init__(self, name: str, step: Callable[[datetime], object | None], poll_s: float) -> None:
         super().__init__(name=name, daemon=True)
         self._step = step
         self._poll_s = poll_s
         self._over = threading.Event()
+        self.failing = ""
 
     def run(self) -> None:
         """The loop."""
@@ -217,12 +221,17 @@ class Loop(threading.Thread):
         while not self._over.wait(wait_s):
             try:
                 wait_s = self._poll_s if self._step(_now()) is None else 0.0
+                self.failing = ""
             except SalsaNodeError as error:
-                log.error("step failed", extra={"event": "loop.failed", "loop": self.name, "error": str(error)})
-                wait_s = max(1.0, self._poll_s)
+                wait_s = self._failed(str(error))
             except Exception as error:  # noqa: BLE001 - a loop outlives what nobody foresaw
-                log.error("step failed", extra={"event": "loop.failed", "loop": self.name, "error": unforeseen(error)})
-                wait_s = max(1.0, self._poll_s)
+                wait_s = self._failed(unforeseen(error))
+
+    def _failed(self, why: str) -> float:
+        """Say so; how long to wait."""
+        self.failing = why
+        log.error("step failed", extra={"event": "loop.failed", "loop": self.name, "error": why})
+        return max(1.0, self._poll_s)
 
     def ask_to_stop(self) -> None:
         """End after the step under way."""

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from email.message import EmailMessage
+from http.client import HTTPException
 from pathlib import Path
 from urllib import request
 
@@ -39,6 +40,7 @@ class Notifier:
     name: str
     not_before: datetime | None = None
     wait: timedelta = _WAIT
+    posted: int = 0  # the number of the last event that the webhook took, where the e-mail may have failed
 
     def step(self, store: Store, now: datetime) -> int | None:
         """Tell of what happened since the last time; of how many events, None where there was nothing.
@@ -46,7 +48,9 @@ class Notifier:
         The first start tells nothing of the past. Raises DeliveryError where nobody could be told: the next step
         that is due tells of the same.
         """
-        if not (self.settings.webhook or self.settings.email_to) or (self.not_before and now < self.not_before):
+        if not (self.settings.webhook or self.settings.email_to):
+            return None
+        if self.not_before and now < self.not_before <= now + _MAX_WAIT:  # else the clock was set back
             return None
         told = self._told(store)
         new = store.events_after(told)
@@ -79,14 +83,21 @@ class Notifier:
             return last
 
     def _send(self, events: Sequence[Event]) -> None:
+        unposted = [event for event in events if event.id > self.posted]
+        if self.settings.webhook and unposted:
+            subject, body = self._words(unposted)
+            _post(self.settings, {"text": f"{subject}\n{body}"})
+            self.posted = unposted[-1].id
+        if self.settings.email_to:
+            _mail(self.settings, *self._words(events))
+
+    def _words(self, events: Sequence[Event]) -> tuple[str, str]:
+        """Subject and text."""
         subject = string.Template(self.settings.subject).substitute(self._values(events[0]))
         if len(events) > 1:
             subject += f" (and {len(events) - 1} more)"
         body = "\n".join(string.Template(self.settings.text).substitute(self._values(event)) for event in events)
-        if self.settings.webhook:
-            _post(self.settings, {"text": f"{subject}\n{body}"})
-        if self.settings.email_to:
-            _mail(self.settings, subject, body)
+        return subject, body
 
     def _values(self, event: Event) -> dict[str, str]:
         values = (event.at.isoformat(timespec="seconds"), event.name, event.study_uid or "", event.subject,
@@ -102,7 +113,7 @@ def _post(settings: NotifySettings, value: object) -> None:
     try:
         with request.urlopen(asked, timeout=settings.timeout_s):  # noqa: S310 - see above
             return
-    except OSError as error:
+    except (OSError, HTTPException) as error:
         raise DeliveryError(f"notify.webhook: nobody was told ({type(error).__name__}: {error})") from error
 
 

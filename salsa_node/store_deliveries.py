@@ -41,7 +41,10 @@ class Deliveries(Queries):
             t.withdraw_superseded(now)
             first = t.one(
                 Delivery,
-                sa.select(DELIVERIES).where(due).order_by(DELIVERIES.c.not_before, DELIVERIES.c.id).limit(1),
+                sa.select(DELIVERIES)
+                .where(due)
+                .order_by(DELIVERIES.c.not_before.nulls_first(), DELIVERIES.c.id)  # as SQLite does; PostgreSQL does not
+                .limit(1),
             )
             if first is None:
                 return ()
@@ -81,17 +84,24 @@ class Deliveries(Queries):
             return t.become_delivery(delivery, DeliveryState.PENDING, now, error, **changes)
 
     def postpone(self, delivery_id: int, owner: str, why: str, not_before: datetime, now: datetime) -> Delivery:
-        """It is not its time yet: PENDING until then, the attempt taken back. Raises LeaseLost."""
+        """It is not its time yet: PENDING until then, the attempt taken back. Raises LeaseLost.
+
+        An event says so once, however often it is put off for the same reason.
+        """
         with transaction(self._writer) as t:
             delivery = t.leased_delivery(delivery_id, owner)
             changes = {"attempt": delivery.attempt - 1, "last_error": why, "not_before": not_before}
-            return t.become_delivery(delivery, DeliveryState.PENDING, now, why, **changes)
+            if delivery.last_error != why:
+                return t.become_delivery(delivery, DeliveryState.PENDING, now, why, **changes)
+            free = {"lease_owner": None, "lease_until": None}
+            t.execute(sa.update(DELIVERIES).where(DELIVERIES.c.id == delivery_id).values(**changes, **free))
+            return t.delivery(delivery_id)
 
-    def sent_since(self, destination: str, since: datetime) -> int:
-        """How many objects a destination has taken after that time."""
+    def sent_between(self, destination: str, since: datetime, until: datetime) -> int:
+        """How many objects a destination has taken after the one time, and not after the other."""
         with transaction(self._engine) as t:
             sent = sa.select(sa.func.count()).where(
-                DELIVERIES.c.destination == destination, DELIVERIES.c.sent_at > since
+                DELIVERIES.c.destination == destination, DELIVERIES.c.sent_at > since, DELIVERIES.c.sent_at <= until
             )
             return int(t.connection.execute(sent).scalar_one())
 

@@ -100,10 +100,11 @@ class Interventions(Queries):
         remove: called once with the paths, relative to the data folder, before the rows go: whatever happens in
         between, purging again finishes it. Raises IllegalTransition, and changes nothing, where the study is
         still arriving, waits to be looked at, has a run under way, or a delivery of it has not reached its
-        destination. Raises UnknownStudy.
+        destination; with `results`, also where a destination is yet to be asked whether it holds what it took.
+        Raises UnknownStudy.
         """
         with transaction(self._writer) as t:
-            _require_idle(t, study_uid)
+            _require_idle(t, study_uid, results)
             instances = t.all(Instance, sa.select(INSTANCES).where(INSTANCES.c.study_uid == study_uid))
             ours = sa.select(OBJECTS).join(RUNS, RUNS.c.id == OBJECTS.c.run_id)
             kept = ours.where(RUNS.c.study_uid == study_uid, OBJECTS.c.path != "")
@@ -125,7 +126,7 @@ class Interventions(Queries):
             return len(paths), size
 
 
-def _require_idle(t: Transaction, study_uid: str) -> None:
+def _require_idle(t: Transaction, study_uid: str, results: bool) -> None:
     """Raises IllegalTransition that says what still needs the study's files, UnknownStudy."""
     study = t.study(study_uid)
     series = t.all(Series, sa.select(SERIES).where(SERIES.c.study_uid == study_uid))
@@ -135,13 +136,19 @@ def _require_idle(t: Transaction, study_uid: str) -> None:
     for run in runs:
         if run.state in _UNDER_WAY:
             raise IllegalTransition(f"run {run.id} of this study is {run.state.value}; wait for it, or cancel it")
-    needed = (
-        sa.select(DELIVERIES)
-        .join(RUNS, RUNS.c.id == DELIVERIES.c.run_id)
-        .where(RUNS.c.study_uid == study_uid, DELIVERIES.c.state.not_in(_OVER))
-        .where(sa.or_(RUNS.c.state == RunState.PRODUCED, DELIVERIES.c.state == DeliveryState.PENDING))
-        .limit(1)
+    of_study = (
+        sa.select(DELIVERIES).join(RUNS, RUNS.c.id == DELIVERIES.c.run_id).where(RUNS.c.study_uid == study_uid).limit(1)
     )
+    needed = of_study.where(DELIVERIES.c.state.not_in(_OVER)).where(
+        sa.or_(RUNS.c.state == RunState.PRODUCED, DELIVERIES.c.state == DeliveryState.PENDING)
+    )
+    unproven = of_study.where(DELIVERIES.c.state == DeliveryState.SENT, DELIVERIES.c.check_at.is_not(None))
+    delivery = t.one(Delivery, unproven) if results else None
+    if delivery is not None:
+        raise IllegalTransition(
+            f"delivery {delivery.id} to {delivery.destination} is not verified yet: what may have to be sent again is "
+            "kept; wait for it, or purge without the results"
+        )
     delivery = t.one(Delivery, needed)
     if delivery is not None:
         raise IllegalTransition(

@@ -69,7 +69,7 @@ class Proofs(Queries):
             told = []
             for delivery_id, uid in t.connection.execute(of_request).all():
                 delivery = t.delivery(delivery_id)
-                if uid in held:
+                if uid in held and uid not in failed:
                     told.append(_verified(t, delivery, "storage commitment", now))
                 elif uid in failed:
                     changes = {"transaction_uid": None, "check_at": now, "proof": "disowned"}

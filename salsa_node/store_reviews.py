@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from salsa_node.errors import UnknownStudy
 from salsa_node.store_connection import writer
 from salsa_node.store_queries import Queries
-from salsa_node.store_rows import DELIVERIES, METADATA, RUNS, Delivery, DeliveryState, Run, RunState
+from salsa_node.store_rows import DELIVERIES, EVENTS, METADATA, RUNS, Delivery, DeliveryState, Run, RunState
 from salsa_node.store_transaction import Transaction, transaction
 
 REVIEWS = sa.Table(
@@ -66,12 +66,9 @@ class Reviews(Queries):
             found = (
                 t.connection.execute(sa.select(REVIEWS).where(REVIEWS.c.study_uid == run.study_uid)).mappings().first()
             )
-            released = (
-                None if found is None else t.one(Run, sa.select(RUNS).where(RUNS.c.id == found["released_run_id"]))
-            )
-        if found is None:
-            return by_default
-        return bool(found["held"]) or (by_default and not _released_with(run, released))
+            if found is None:
+                return by_default
+            return bool(found["held"]) or (by_default and not _is_released(t, run))
 
     def hold_back(self, delivery_ids: Sequence[int], owner: str, now: datetime) -> tuple[Delivery, ...]:
         """Those are HELD until a person releases the study; no attempt is counted. Raises LeaseLost."""
@@ -84,11 +81,19 @@ class Reviews(Queries):
             )
 
 
-def _released_with(run: Run, last: Run | None) -> bool:
-    """Whether a result was there when `last`, the newest of several series' results by then, was released."""
-    if last is None or last.finished_at is None or run.finished_at is None or run.state is not RunState.PRODUCED:
+def _is_released(t: Transaction, run: Run) -> bool:
+    """Whether a result was there when a person released the study's, by the order of events: a clock may be set."""
+    if run.state is not RunState.PRODUCED:
         return False
-    return run.finished_at <= last.finished_at
+    made, released = (
+        t.connection.execute(
+            sa.select(sa.func.max(EVENTS.c.id)).where(
+                EVENTS.c.study_uid == run.study_uid, EVENTS.c.name == name, EVENTS.c.subject_id == subject_id
+            )
+        ).scalar()
+        for name, subject_id in (("run.produced", str(run.id)), ("study.released_result", run.study_uid))
+    )
+    return made is not None and released is not None and bool(made < released)
 
 
 def _of_current(study_uid: str, state: DeliveryState) -> sa.Select[*tuple[object, ...]]:

@@ -44,7 +44,7 @@ class Sought:
     """Which studies are asked for; what is left out holds for every study.
 
     since, until: when the last image came. dates: first and last Study Date (YYYYMMDD), both included.
-    sender, called: AE titles, the calling and ours. accession: a beginning of the accession number.
+    sender, called: AE titles, the calling and ours. accession: a beginning of the accession number, in capitals or not.
     order: a key of `ORDERS`. images, results: only studies of which such files are kept.
     """
 
@@ -229,7 +229,7 @@ def _conditions(sought: Sought) -> list[sa.ColumnElement[bool]]:
     if sought.called:
         found.append(STUDIES.c.called_ae == sought.called)
     if sought.accession:
-        found.append(STUDIES.c.accession_number.startswith(sought.accession, autoescape=True))
+        found.append(STUDIES.c.accession_number.istartswith(sought.accession, autoescape=True))
     if sought.images:
         found.append(STUDIES.c.instances > 0)
     if sought.results:

@@ -109,6 +109,7 @@ class WorkerProcess:
             log.warning("worker did not stop in time and is killed", extra={"event": "worker.killed"})
             self._kill()
             self._child.wait()
+        self._kill()  # whatever it had started
         self._let_go()
         for run in self._store.release_owner(self._owner, _now()):
             log.info("run returned", extra={"event": "run.returned", "run": run.id})

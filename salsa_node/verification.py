@@ -71,6 +71,8 @@ def step(
 def _look(store: Store, settings: DeliverySettings, destination: Destination, data_dir: Path, checks: _Checks) -> None:
     """Find out about everything that is open. Raises DeliveryError where there is no answer."""
     references = checks.references(store, data_dir)
+    if not references:
+        return
     mode, timeout_s = destination.verify, settings.timeout_s
     if mode == "off":
         checks.never("verify is off for this destination")

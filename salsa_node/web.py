@@ -102,7 +102,7 @@ def _answer(request: BaseHTTPRequestHandler, find: Callable[[], tuple[HTTPStatus
     else:
         try:
             status, kind, body = find()
-        except SalsaNodeError as error:
+        except (SalsaNodeError, OSError) as error:
             status, kind, body = HTTPStatus.SERVICE_UNAVAILABLE, "text/plain", f"{error}\n"
     content = body.encode()
     request.send_response(status)

@@ -7,15 +7,15 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 from test_retention import T0, arrive, finish
 
-from salsa_node import backup, integrity, migrations
+from salsa_node import audit, backup, integrity, migrations
 from salsa_node.errors import ConfigError, StoreError
-from salsa_node.store import Store, StoreSettings
+from salsa_node.store import Store, StoreSettings, hold
 from salsa_node.store_connection import connect, writer
 from salsa_node.store_transaction import transaction
 
@@ -61,6 +61,50 @@ def test_what_is_saved_comes_back(data, tmp_path):
         assert integrity.verify(store, data).faults == ()
         assert [study.study_uid for study in store.studies()] == ["1.2", "1.3"]
         assert [event.name for event in store.find_events(subject="node")] == ["node.restored"]
+
+
+def test_the_audit_trail_comes_back_and_goes_on(data, tmp_path):
+    with Store.open(StoreSettings(url_of(data))) as store:
+        audit.Trail(data).take(store, T0)
+        audit.Trail(data).accessed("show", "1.2", T0)
+        (data / audit.SENT).write_text("3")
+        lines = audit.Trail(data).entries()
+        saved(data, tmp_path / "saved")
+        store.add_event("node", "here", "node.started", "after the backup", T0)
+        audit.Trail(data).take(store, T0)
+    backup.restore(tmp_path / "saved", url_of(data), data, T0)
+    assert audit.Trail(data).entries() == lines
+    assert (data / audit.SENT).read_text() == "3"
+    with Store.open(StoreSettings(url_of(data))) as store:
+        assert audit.Trail(data).take(store, T0) == 1
+        assert audit.Trail(data).verify(store, T0 + timedelta(hours=1)).broken is None
+    assert [entry.action for entry in audit.Trail(data).entries()][len(lines) :] == ["node.restored"]
+
+
+def test_a_record_that_a_node_holds_by_another_folder_stays(data, tmp_path):
+    saved(data, tmp_path / "saved")
+    url = f"sqlite:///{tmp_path / 'elsewhere.sqlite'}"
+    with hold(StoreSettings(url)), Store.open(StoreSettings(url), create=True) as store:
+        store.add_event("node", "here", "node.started", "port 1", T0)
+        with pytest.raises(ConfigError, match="in use by another node"):
+            backup.restore(tmp_path / "saved", url, tmp_path / "new", T0)
+        assert [event.name for event in store.find_events()] == ["node.started"]
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_a_crash_left_in_the_log_of_a_record_kept_elsewhere_is_moved_with_it(data, tmp_path):
+    saved(data, tmp_path / "saved")
+    record = tmp_path / "elsewhere.sqlite"
+    with Store.open(StoreSettings(f"sqlite:///{record}"), create=True) as store:
+        store.add_event("node", "here", "node.tested", "only in the log", T0)
+        crashed = {path.name: path.read_bytes() for path in tmp_path.glob("elsewhere.sqlite*")}
+    for name, content in crashed.items():
+        (tmp_path / name).write_bytes(content)
+    assert (tmp_path / "elsewhere.sqlite-wal").stat().st_size > 0
+    backup.restore(tmp_path / "saved", f"sqlite:///{record}", tmp_path / "new", T0)
+    kept = record.with_name(f"{record.name}.before-{T0:%Y%m%dT%H%M%SZ}")
+    with Store.open(StoreSettings(f"sqlite:///{kept}")) as store:
+        assert [event.detail for event in store.find_events(name="node.tested")] == ["only in the log"]
 
 
 def test_a_record_kept_elsewhere_comes_back_to_its_place(data, tmp_path):

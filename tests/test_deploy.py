@@ -63,6 +63,11 @@ def test_the_unit_s_commands_exist():
             assert subprocess.run(command, capture_output=True, check=False).returncode == 0, words
 
 
+def test_a_worker_that_the_kernel_kills_does_not_take_the_node_with_it():
+    unit = (DEPLOY / "salsa-node.service").read_text()
+    assert "\nOOMPolicy=continue\n" in unit  # systemd's default stops the whole service (systemd.service(5))
+
+
 # ---- containers: no docker here, so as far as files go; then the same wiring with Debian's Orthanc ------
 
 

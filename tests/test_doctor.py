@@ -12,6 +12,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from postgres import a_database
 from pynetdicom import AE
 from test_retention import arrive, finish
 
@@ -91,6 +92,16 @@ def test_studies_that_wait_for_a_person(config, store, tmp_path):
     assert (check.warns, "salsa-node studies --state failed" in check.detail) == (True, True)
     check = found(config, "queue")
     assert "waits for 5 h: start the node" in check.detail
+
+
+def test_a_record_in_postgresql_is_looked_at_too(config, request, tmp_path):
+    url = a_database(request)
+    shared = replace(config, node=replace(config.node, store_url=url))
+    with Store.open(StoreSettings(url), create=True) as store:
+        arrive(store, tmp_path, "1.2")
+        finish(store, tmp_path, "1.2", "failed")
+    assert "the database answers" in found(shared, "record").detail
+    assert found(shared, "failed").warns
 
 
 def test_a_clock_that_went_back(config, store):

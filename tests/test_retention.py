@@ -16,6 +16,7 @@ import xxhash
 from pydicom.uid import ExplicitVRLittleEndian
 
 from salsa_node import integrity, retention
+from salsa_node.errors import IllegalTransition
 from salsa_node.instance_header import file_head
 from salsa_node.settings import RetentionSettings
 from salsa_node.store import NewInstance, NewObject, Store, StoreSettings
@@ -105,6 +106,19 @@ def test_images_go_after_the_days_of_their_standing_and_never_what_has_not_arriv
     assert retention.step(store, tmp_path, ALL, days(5)) is None
 
 
+def test_result_files_stay_until_their_destination_was_asked_for_them(store, tmp_path):
+    arrive(store, tmp_path, "1.2")
+    finish(store, tmp_path, "1.2", "sending")
+    (delivery,) = store.claim_deliveries("s", 60, T0)
+    store.delivered(delivery.id, "s", 0, None, T0, check_at=days(1))
+    with pytest.raises(IllegalTransition, match="is not verified yet"):
+        store.purge("1.2", "by hand", T0, lambda paths: None, results=True)
+    assert store.purge("1.2", "by hand", T0, lambda paths: None)[0] == 1, "images are not what goes out"
+    store.claim_checks("s", 60, days(1))
+    store.verified(delivery.id, "s", "C-FIND", days(1))
+    assert store.purge("1.2", "by hand", T0, lambda paths: None, results=True)[0] == 1
+
+
 def test_a_full_disk_takes_the_oldest_that_are_done_until_there_is_room(store, tmp_path):
     paths = {}
     for n, how in enumerate(("done", "failed", "done", "sending")):
@@ -191,6 +205,12 @@ def test_the_node_verifies_on_a_schedule_and_writes_down_what_it_finds(store, tm
     assert integrity.step(store, tmp_path, timedelta(hours=24), T0 + timedelta(hours=24)) is not None
     told = [event.detail for event in store.events_of("1.2") if event.name == "file.fault"]
     assert told == ["missing: studies/1.2/1.2.1/1.dcm; the image is not there"] * 2
+
+
+def test_a_clock_that_is_set_back_puts_off_no_verification(store, tmp_path):
+    assert integrity.step(store, tmp_path, timedelta(hours=1), T0) is not None
+    assert integrity.step(store, tmp_path, timedelta(hours=1), T0 + timedelta(minutes=59)) is None
+    assert integrity.step(store, tmp_path, timedelta(hours=1), T0 - timedelta(days=1)) is not None
 
 
 def test_verify_through_the_real_process(store, tmp_path):

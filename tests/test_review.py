@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,20 @@ def test_a_later_result_is_held_anew_and_the_held_one_is_withdrawn(store: Store,
         assert not store.is_held(store.run(2), True)
         assert store.is_held(store.run(1), True)
         assert pacs.taken == []
+
+
+def test_a_clock_that_is_set_back_releases_nothing(store: Store, tmp_path: Path) -> None:
+    produce(store, tmp_path, ["pacs"])
+    looked_at(store)
+    store.release_study(STUDY, T0)
+    assert not store.is_held(store.run(1), True)
+    earlier = T0 - timedelta(days=1)
+    run = store.queue_run(STUDY, "demo", "e", earlier, force=True)
+    store.claim_run("w", 60, earlier)
+    store.produce(run.id, "w", [], ["pacs"], "lesions", None, "y", earlier)
+    assert store.is_held(store.run(run.id), True), "nobody has seen it"
+    store.release_study(STUDY, earlier)
+    assert not store.is_held(store.run(run.id), True)
 
 
 def test_a_person_holds_one_study_before_its_result_is_there(store: Store, tmp_path: Path, step: Step) -> None:

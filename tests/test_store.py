@@ -23,6 +23,7 @@ from salsa_node.store import (
     Run,
     RunState,
     SeriesState,
+    Sought,
     Store,
     StoreSettings,
 )
@@ -583,6 +584,22 @@ def test_resend_sends_no_older_result_where_a_guard_keeps_the_latest(store: Stor
 
 
 # ---- asking -------------------------------------------------------------------------------------
+
+
+def test_an_accession_number_begins_alike_in_capitals_or_not(store: Store) -> None:
+    store.add_instance(an_instance(), T0)
+    assert [len(store.find_studies(Sought(accession=text))) for text in ("ACC", "acc7", "CC", "a_c")] == [1, 1, 0, 0]
+
+
+def test_what_was_never_tried_goes_before_what_failed(store: Store) -> None:
+    arrived(store)
+    queued(store)
+    run = produced(store)
+    for failed in store.claim_deliveries("s", 60, T0):
+        store.delivery_failed(failed.id, "s", None, "nobody listens", after(1), T0)
+    store.resend(run.study_uid, "other", T0)
+    claimed = store.claim_deliveries("s", 60, after(10))
+    assert [(item.destination, item.not_before) for item in claimed] == [("other", None)] * 2
 
 
 def test_a_study_is_found_by_uid_beginning_or_accession_number(store: Store) -> None:

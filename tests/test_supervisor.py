@@ -280,6 +280,27 @@ def test_waits_double_within_the_jitter_and_never_pass_an_hour_by_more():
     assert failures.wait_s(Failure.CRASHED, 3, 3, 10.0) is None
 
 
+def test_a_worker_that_stops_leaves_nothing_behind_that_it_had_started(store, config):
+    code = (
+        "import subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "open('PIDS', 'w').write(f'{child.pid}')\n"
+        "time.sleep(600)\n"
+    ).replace("PIDS", str(config.node.data_dir / "pids"))
+    worker = a_worker(store, config, code)
+    worker.step(T0)
+    deadline = time.monotonic() + 30
+    pids = config.node.data_dir / "pids"
+    while not pids.exists() or not pids.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    worker.stop()  # which ends the worker by SIGTERM at once, and nobody else
+    grandchild = Path(f"/proc/{pids.read_text()}")
+    while grandchild.exists() and "Z" not in (grandchild / "stat").read_text().split()[2]:
+        assert time.monotonic() < deadline, "it outlived its worker"
+        time.sleep(0.02)
+
+
 def test_a_worker_that_does_not_stop_is_killed_with_its_group(store, config):
     code = (
         "import signal, subprocess, sys, time\n"

@@ -225,6 +225,16 @@ def test_a_report_that_never_comes_is_replaced_by_a_query(store: Store, tmp_path
     assert len(pacs.asked) == 1
 
 
+def test_a_report_that_contradicts_itself_proves_nothing(store: Store, tmp_path: Path) -> None:
+    produce(store, tmp_path, ["pacs"])
+    for item in store.claim_deliveries("s", 60, T0):
+        store.delivered(item.id, "s", 0, None, T0, check_at=T0)
+    asked = [item.id for item in store.claim_checks("s", 60, T0)]
+    store.commitment_asked(asked, "s", "1.2.3.4")
+    store.commitment_answered("1.2.3.4", {SEG, SR}, {SEG}, T0)
+    assert standing(store) == [(SENT, "disowned"), (VERIFIED, "storage commitment")]
+
+
 def test_a_report_of_nobodys_request_is_refused(store: Store) -> None:
     report = Dataset()
     assert commitment.take_report(store, report, T0) == commitment.INVALID_ARGUMENT

@@ -365,6 +365,22 @@ def test_a_rate_spreads_a_result_over_minutes(store: Store, tmp_path: Path, node
     assert [row.state for row in rows] == [SENT, SENT]
 
 
+def test_what_waits_for_its_minute_is_told_once_and_a_clock_that_is_set_back_stops_nothing(
+    store: Store, tmp_path: Path, node: Turn
+) -> None:
+    produce(store, tmp_path, ["pacs"])
+    with an_archive() as pacs:
+        to = pacs.destination("off", per_minute=1)
+        node(T0, to)
+        for row in store.claim_deliveries("node", 60, after(60)):  # as a minute that another result has used up
+            store.postpone(row.id, "node", str(row.last_error), after(120), after(60))
+        assert [(row.attempt, row.lease_owner) for row in store.deliveries_of(1)] == [(1, None), (0, None)]
+        told = [event.detail for event in events(store) if event.name == "delivery.pending"]
+        assert told[-2:] == ["pacs", "pacs: pacs gets 1 objects a minute"]
+        assert store.sent_between("pacs", T0 - timedelta(days=1), T0) == 1
+        assert store.sent_between("pacs", T0 - timedelta(days=1), after(-1)) == 0, "it lies in the future"
+
+
 WEB = "[[destination]]\nname = 'w'\nurl = 'https://h/dicom-web'\n"
 DICOM = "[[destination]]\nname = 'd'\nae_title = 'D'\nhost = 'h'\nport = 104\n"
 

@@ -19,7 +19,8 @@ from test_retention import arrive, finish
 
 from salsa_node import monitoring
 from salsa_node.config import parse
-from salsa_node.errors import ConfigError, DeliveryError
+from salsa_node.errors import ConfigError, DeliveryError, StoreError
+from salsa_node.node import Loop
 from salsa_node.notification import FIELDS, Notifier
 from salsa_node.settings import NotifySettings, WebSettings
 from salsa_node.store import Store, StoreSettings
@@ -90,11 +91,48 @@ def test_the_server_answers_and_ends():
 
 
 def test_health_names_what_keeps_the_node_from_its_work(store, tmp_path):
-    ended = threading.Thread(name="delivery")
+    ended = Loop("delivery", lambda _: None, 1.0)
     assert monitoring.examine(store, tmp_path, 0.0, ()).faults == ()
     (loop, disk) = monitoring.examine(store, tmp_path, 1e9, (ended,)).faults
     assert "the loop delivery has ended" in loop
     assert "salsa-node purge" in disk
+
+
+def test_health_names_the_loop_that_fails_until_it_does_not_and_the_folder_that_is_gone(store, tmp_path):
+    came = threading.Semaphore(0)
+    faults: list[Exception] = [StoreError("the store answered OperationalError: readonly"), ZeroDivisionError()]
+
+    def step(now: datetime) -> None:
+        came.release()
+        if faults:
+            raise faults[0]
+
+    loop = Loop("assembly", step, 0.01)
+    loop.start()
+    try:
+        for told in ("the loop assembly fails: the store answered OperationalError: readonly", "ZeroDivisionError"):
+            for _ in range(2):
+                assert came.acquire(timeout=60)
+            assert told in " ".join(monitoring.examine(store, tmp_path, 0.0, [loop]).faults)
+            del faults[0]
+        for _ in range(2):
+            assert came.acquire(timeout=60)
+        assert monitoring.examine(store, tmp_path, 0.0, [loop]).faults == ()
+    finally:
+        loop.ask_to_stop()
+        loop.join(60)
+    (gone,) = monitoring.examine(store, tmp_path / "absent", 0.0, ()).faults
+    assert "node.data_dir cannot be read" in gone
+
+
+def test_figures_that_cannot_be_had_are_an_answer(tmp_path):
+    def measure() -> list[Metric]:
+        raise FileNotFoundError(2, "No such file or directory", str(tmp_path))
+
+    with Web(WebSettings(), measure, lambda: Health(())) as web:
+        status, body = get(web.port, "/metrics")
+    assert status == 503
+    assert "No such file" in body
 
 
 # ---- notifications ----------------------------------------------------------------------------------
@@ -166,6 +204,45 @@ def test_who_cannot_be_told_is_told_later_and_less_often(store, tmp_path, free_p
         notifier.settings = NotifySettings(webhook=url)
         assert notifier.step(store, NOW + timedelta(seconds=200)) == 1
     assert len(told) == 1
+
+
+def test_a_webhook_is_not_told_again_because_the_e_mail_fails(store, tmp_path, free_port):
+    with webhook() as (url, told):
+        settings = NotifySettings(webhook=url, email_to=("admin@hospital.example",), smtp_port=free_port)
+        notifier = Notifier(settings, tmp_path, "node1")
+        notifier.step(store, NOW)
+        for n in range(2):
+            store.add_event("run", str(n), "run.failed", f"reason {n}", NOW, "1.2")
+            with pytest.raises(DeliveryError, match=r"notify\.email_to"):
+                notifier.step(store, NOW + timedelta(hours=2 * n))
+    assert ["reason 0" in one["text"] for one in told] == [True, False]
+    assert ["reason 1" in one["text"] for one in told] == [False, True]
+
+
+def test_a_clock_that_is_set_back_does_not_silence_the_node(store, tmp_path, free_port):
+    notifier = Notifier(NotifySettings(webhook=f"http://127.0.0.1:{free_port}/"), tmp_path, "node1")
+    notifier.step(store, NOW)
+    store.add_event("run", "7", "run.failed", "no memory", NOW, "1.2")
+    for then in (NOW, NOW - timedelta(days=1)):
+        with pytest.raises(DeliveryError):
+            notifier.step(store, then)
+
+
+def test_what_is_no_http_is_a_failure(store, tmp_path):
+    class Babble(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            self.rfile.readline()
+            self.wfile.write(b"220 this is a mail server\r\n")
+
+    with socketserver.TCPServer(("127.0.0.1", 0), Babble) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        notifier = Notifier(NotifySettings(webhook=f"http://127.0.0.1:{server.server_address[1]}/"), tmp_path, "node1")
+        notifier.step(store, NOW)
+        store.add_event("run", "7", "run.failed", "no memory", NOW, "1.2")
+        with pytest.raises(DeliveryError, match="BadStatusLine"):
+            notifier.step(store, NOW)
+        thread.join()
 
 
 def test_a_webhook_that_refuses_is_a_failure(store, tmp_path):
