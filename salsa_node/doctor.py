@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import sqlalchemy as sa
 
@@ -41,6 +42,7 @@ def examine(config: Config, now: datetime) -> tuple[Check, ...]:
         _gpu(config.pipeline.device),
         *(_peer(destination, config.delivery.timeout_s) for destination in config.destination),
         *_archive(config),
+        *_told(config),
     )
 
 
@@ -57,12 +59,14 @@ def is_running(data_dir: Path) -> bool:
 
 
 def _door(config: Config) -> Iterator[Check]:
-    """Whether our own node answers, or its port is there for it."""
+    """Whether our own node answers, or its ports are there for it."""
     running = is_running(config.node.data_dir)
     listener = config.listener
     doors = [("listener.port", listener.host, listener.port)]
     if listener.tls.port:
         doors.append(("listener.tls.port", listener.tls.host, listener.tls.port))
+    if config.web.port:
+        doors.append(("web.port", config.web.host, config.web.port))
     for name, host, port in doors:
         where = "127.0.0.1" if host in ("0.0.0.0", "") else host  # noqa: S104 - compared, not bound
         with socket.socket() as sock:
@@ -184,8 +188,9 @@ def _peer(destination: Destination, timeout_s: float) -> Check:
     try:
         answer = ways.echo(destination, min(timeout_s, _ECHO_S))
     except SalsaNodeError as error:
-        then = "is it up, is the port open from here, does it know our AE title?"
-        return Check(name, ok=False, detail=f"{error}; {then}")
+        then = "; is it up, is the port open from here"
+        then += "?" if destination.url else ", does it know our AE title?"
+        return Check(name, ok=False, detail=f"{error}{'' if destination.folder else then}")
     return Check(name, ok=True, detail=f"{destination.where} answered {answer}")
 
 
@@ -196,3 +201,24 @@ def _archive(config: Config) -> Iterator[Check]:
     archive = Destination("[query]", query.ae_title, query.host, query.port, query.calling_ae_title)
     found = _peer(archive, query.timeout_s)
     yield Check("query", ok=found.ok, detail=found.detail, warns=found.warns)
+
+
+def _told(config: Config) -> Iterator[Check]:
+    """Whether somebody listens where notifications and the audit trail go; nothing is sent there. UDP has no answer."""
+    notify, syslog, webhook = config.notify, urlsplit(config.audit.syslog), urlsplit(config.notify.webhook)
+    places = []
+    if webhook.hostname:
+        places.append(("notify.webhook", webhook.hostname, webhook.port or (443 if webhook.scheme == "https" else 80)))
+    if notify.email_to:
+        places.append(("notify.smtp_host", notify.smtp_host, notify.smtp_port))
+    if syslog.scheme == "tcp" and syslog.hostname and syslog.port:
+        places.append(("audit.syslog", syslog.hostname, syslog.port))
+    for name, host, port in places:
+        try:
+            socket.create_connection((host, port), timeout=_ECHO_S).close()
+        except OSError as error:
+            why = error.strerror or type(error).__name__
+            detail = f"{host}:{port} does not answer ({why}); is it up, and the port open from here?"
+            yield Check(name, ok=False, detail=detail)
+        else:
+            yield Check(name, ok=True, detail=f"{host}:{port} answers")

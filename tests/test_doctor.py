@@ -20,7 +20,16 @@ from salsa_node import doctor
 from salsa_node.config import Config
 from salsa_node.node import only_node
 from salsa_node.preflight import Check
-from salsa_node.settings import Destination, ListenerSettings, NodeSettings, PipelineChoice, QuerySettings
+from salsa_node.settings import (
+    AuditSettings,
+    Destination,
+    ListenerSettings,
+    NodeSettings,
+    NotifySettings,
+    PipelineChoice,
+    QuerySettings,
+    WebSettings,
+)
 from salsa_node.store import Store, StoreSettings
 
 NOW = datetime.now(UTC)
@@ -134,6 +143,40 @@ def test_peers_that_answer_and_that_do_not(config, free_port):
         assert (check.ok, "is it up" in check.detail) == (False, True)
     finally:
         server.shutdown()
+
+
+def test_the_port_of_the_figures(config, free_port):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        check = found(replace(config, web=WebSettings(port=port)), "web.port")
+        assert (check.ok, "taken by another program" in check.detail) == (False, True)
+    assert found(replace(config, web=WebSettings(port=port)), "web.port").ok
+
+
+def test_who_is_told_of_faults_and_accesses(config, free_port):
+    def settings(port: int) -> Config:
+        notify = NotifySettings(webhook=f"http://127.0.0.1:{port}/x", email_to=("it@example.org",), smtp_port=port)
+        return replace(config, notify=notify, audit=AuditSettings(syslog=f"tcp://127.0.0.1:{port}"))
+
+    names = ("notify.webhook", "notify.smtp_host", "audit.syslog")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        up = settings(server.getsockname()[1])
+        assert [found(up, name).ok for name in names] == [True] * 3
+    for name in names:
+        check = found(up, name)
+        assert (check.ok, "does not answer" in check.detail) == (False, True)
+    assert not {check.name for check in doctor.examine(config, NOW)} & set(names), "none is configured"
+
+
+def test_a_record_of_several_machines_that_is_down(config, free_port):
+    url = f"postgresql://nobody@127.0.0.1:{free_port}/salsa"
+    check = found(replace(config, node=replace(config.node, store_url=url)), "record")
+    assert (check.ok, "is not there yet" in check.detail) == (False, False), check.detail
+
+
+def test_what_to_do_fits_the_kind_of_destination(config, tmp_path):
+    away = replace(config, destination=(Destination("share", folder=str(tmp_path / "absent")),))
+    assert "AE title" not in found(away, "destination share").detail
 
 
 def test_through_the_real_process(config, store, tmp_path):
