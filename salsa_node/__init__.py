@@ -70,7 +70,7 @@ room imports exactly what stands right of its arrow):
     store_rows             <- store_columns store_states
     store_prepared         <- errors
     store_connection       <- errors store_prepared
-    store_transaction      <- errors store_rows
+    store_transaction      <- errors store_prepared store_rows
     store_queries          <- errors store_rows store_transaction
     store_arrivals         <- errors store_connection store_prepared store_queries store_rows store_transaction
     store_commitments      <- errors store_columns store_connection store_queries store_transaction

@@ -25,6 +25,7 @@ from salsa_node.store import Sought, Store, StoreSettings
 _GIB = 2**30
 _CLOCK_SLACK = timedelta(minutes=2)
 _STUCK_AFTER = timedelta(hours=1)
+_LEAST_GIB = 0.05  # the record's own files grow by so much between two looks
 _ECHO_S = 5.0  # nobody waits longer for a doctor
 
 
@@ -92,6 +93,9 @@ def _disk(config: Config, free_bytes: Callable[[Path], int]) -> Check:
     there = next(folder for folder in (data_dir, *data_dir.parents) if folder.exists())
     free, least = free_bytes(there) / _GIB, config.listener.min_free_gib
     detail = f"{free:.1f} GiB left for {data_dir}"
+    if free < _LEAST_GIB:
+        then = "nothing can be kept, the record cannot be written: make room outside the data folder first"
+        return Check("disk", ok=False, detail=f"{detail}; {then}")
     if free < least:
         then = "salsa-node purge, [retention], or a larger disk"
         return Check("disk", ok=False, detail=f"{detail}; below {least:g} GiB images are refused: {then}")
@@ -130,8 +134,7 @@ def _record(config: Config, now: datetime) -> Iterator[Check]:
             "record", ok=False, detail=f"{file} cannot be read ({error}); stop the node, then salsa-node restore"
         )
     except SalsaNodeError as error:
-        then = "; stop the node, then salsa-node restore" if "malformed" in str(error) else ""
-        yield Check("record", ok=False, detail=f"{error}{then}")
+        yield Check("record", ok=False, detail=str(error))
 
 
 def _waiting(store: Store, running: bool, now: datetime) -> Iterator[Check]:

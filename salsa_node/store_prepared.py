@@ -17,6 +17,13 @@ from sqlalchemy.sql.compiler import SQLCompiler
 
 from salsa_node.errors import StoreError
 
+_REMEDIES = {  # words of SQLite: what a person does then
+    "disk I/O error": "is the disk full, or failing? salsa-node doctor says how much is left",
+    "database or disk is full": "make room on the disk",
+    "readonly database": "its file and its folder must be writable for this user",
+    "is malformed": "stop the node, then salsa-node restore",
+    "not a database": "stop the node, then salsa-node restore",
+}
 _AT_ONCE = (1, 8, 64)  # how many keys one question asks for
 
 Convert = Callable[[Any], Any] | None
@@ -117,5 +124,11 @@ def execute(connection: sa.Connection, text: str, values: Any = (), *, many: boo
         finally:
             cursor.close()
     except connection.dialect.loaded_dbapi.Error as error:
-        first = (str(error).splitlines() or [""])[0]
-        raise StoreError(f"the store answered {type(error).__name__}: {first}") from error
+        raise refusal(error) from error
+
+
+def refusal(error: BaseException) -> StoreError:
+    """What the database said, and what to do about it where that is known."""
+    first = (str(error).splitlines() or [""])[0]
+    then = next((f"; {remedy}" for words, remedy in _REMEDIES.items() if words in first), "")
+    return StoreError(f"the store answered {type(error).__name__}: {first}{then}")

@@ -14,6 +14,7 @@ import sqlalchemy as sa
 from sqlalchemy.exc import SQLAlchemyError
 
 from salsa_node.errors import IllegalTransition, LeaseLost, StoreError, UnknownStudy
+from salsa_node.store_prepared import refusal
 from salsa_node.store_rows import (
     DELIVERIES,
     EVENTS,
@@ -88,8 +89,7 @@ def _own_errors() -> Iterator[None]:
         yield
     except SQLAlchemyError as error:
         cause = getattr(error, "orig", None) or error
-        text = str(cause).splitlines()[0] if str(cause) else ""
-        raise StoreError(f"the store answered {type(cause).__name__}: {text}") from error
+        raise refusal(cause) from error
 
 
 def columns(row: DataclassInstance) -> dict[str, object]:

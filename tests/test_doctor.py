@@ -76,6 +76,8 @@ def test_a_disk_that_is_full_or_nearly_so(config):
     full = replace(config, listener=replace(config.listener, min_free_gib=1e8))
     check = found(full, "disk")
     assert (check.ok, "salsa-node purge" in check.detail) == (False, True)
+    none = doctor._disk(config, lambda _: 2**20)
+    assert (none.ok, "make room outside" in none.detail) == (False, True), "though no least is asked for"
     near = doctor._disk(replace(config, listener=replace(config.listener, min_free_gib=1.0)), lambda _: 2 * 2**30)
     assert (near.ok, near.warns) == (True, True)
 

@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 from postgres import a_database
 from test_store import T0, an_instance, arrived, looked_at
 
+from salsa_node import store_prepared
 from salsa_node.errors import ConfigError, StoreError
 from salsa_node.store import RunState, SeriesState, Store, StoreSettings, hold
 from salsa_node.store_connection import writer
@@ -53,6 +55,22 @@ def test_an_absent_store_is_not_made_by_asking(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="there is no store at"):
         Store.open(StoreSettings(url_of(tmp_path)))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("way", ["wrapped", "prepared"])
+def test_a_full_disk_is_told_with_what_to_do(store: Store, way: str) -> None:
+    numbers = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT 5000)"
+    text = f"CREATE TABLE more AS {numbers} SELECT * FROM n"
+
+    def fill(connection: sa.Connection) -> None:
+        connection.exec_driver_sql("PRAGMA max_page_count = 1")  # no page more than there are
+        if way == "prepared":
+            store_prepared.execute(connection, text)
+        else:
+            connection.exec_driver_sql(text)
+
+    with pytest.raises(StoreError, match="disk is full; make room"), transaction(store._writer) as t:
+        fill(t.connection)
 
 
 def test_a_broken_database_is_a_store_error_without_values(store: Store, tmp_path: Path) -> None:
