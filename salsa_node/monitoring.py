@@ -18,6 +18,15 @@ _GIB = 2**30
 _LATELY = timedelta(hours=24)
 
 
+class Worker(Protocol):
+    """What carries runs.
+
+    failing: how its last process ended, where that was soon after its start; "" where it did not.
+    """
+
+    failing: str
+
+
 class Watched(Protocol):
     """A loop of the node.
 
@@ -70,10 +79,13 @@ def measure(store: Store, data_dir: Path, now: datetime) -> tuple[Metric, ...]:
     )
 
 
-def examine(store: Store, data_dir: Path, min_free_gib: float, loops: Sequence[Watched]) -> Health:
+def examine(
+    store: Store, data_dir: Path, min_free_gib: float, loops: Sequence[Watched], workers: Sequence[Worker] = ()
+) -> Health:
     """What keeps the node from its work."""
     faults = [f"the loop {loop.name} has ended; restart the node" for loop in loops if not loop.is_alive()]
     faults += [f"the loop {loop.name} fails: {loop.failing}; see salsa-node doctor" for loop in loops if loop.failing]
+    faults += [f"no run is carried: {one.failing}; see the node's log" for one in workers if one.failing]
     try:
         store.studies(1)
     except StoreError as error:

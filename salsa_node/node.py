@@ -77,7 +77,7 @@ def serve(config: Config, config_path: Path | None) -> None:
             for loop in loops:
                 loop.start()
             if config.web.port:
-                stack.enter_context(_web(store, config, loops))
+                stack.enter_context(_web(store, config, loops, workers))
             store.add_event("node", host, "node.started", f"port {listener.port}", _now())
             log.info("ready", extra={"event": "node.ready", "port": listener.port, "pid": os.getpid()})
             stop.wait()
@@ -173,12 +173,12 @@ def _loops(store: Store, config: Config, workers: Sequence[WorkerProcess]) -> tu
     )
 
 
-def _web(store: Store, config: Config, loops: Sequence[Loop]) -> Web:
+def _web(store: Store, config: Config, loops: Sequence[Loop], workers: Sequence[WorkerProcess]) -> Web:
     data_dir = config.node.data_dir
     return Web(
         config.web,
         lambda: monitoring.measure(store, data_dir, _now()),
-        lambda: monitoring.examine(store, data_dir, config.listener.min_free_gib, loops),
+        lambda: monitoring.examine(store, data_dir, config.listener.min_free_gib, loops, workers),
     )
 
 

@@ -52,6 +52,7 @@ class WorkerProcess:
 
     config_path: the settings that the child reads; None for the defaults. device: "" for pipeline.device.
     elapsed_s: a clock that only goes forward.
+    failing: how the last child ended, where that was soon after its start; "" since one has lived longer.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class WorkerProcess:
         self._watched: _Watched | None = None
         self._killed: tuple[Failure, str] | None = None
         self._kernel_kills = 0
+        self.failing = ""
 
     def step(self, now: datetime) -> str | None:
         """Start the child when there is none, end one that must not go on, settle what a dead one carried."""
@@ -90,6 +92,8 @@ class WorkerProcess:
         if code is not None:
             self._ended(code, now)
             return "ended"
+        if self._is_steady:
+            self.failing = ""
         if self._killed is None:
             self._killed = self._verdict()
             if self._killed is not None:
@@ -113,6 +117,10 @@ class WorkerProcess:
         self._let_go()
         for run in self._store.release_owner(self._owner, _now()):
             log.info("run returned", extra={"event": "run.returned", "run": run.id})
+
+    @property
+    def _is_steady(self) -> bool:
+        return self._elapsed_s() - self._started_s > STEADY_S
 
     def _start(self) -> None:
         self._owner = f"{socket.gethostname()}:{uuid.uuid4().hex[:12]}"
@@ -163,7 +171,8 @@ class WorkerProcess:
         failure, told = self._killed or self._told_by(code)
         log.error("worker ended", extra={"event": "worker.ended", "code": told, "again_in_s": self._wait_s})
         self._store.add_event("node", self._owner, "worker.ended", told, now)
-        if self._elapsed_s() - self._started_s > STEADY_S:
+        self.failing = "" if self._is_steady else told
+        if self._is_steady:
             self._wait_s = RESTART_S
         self._not_before = now + timedelta(seconds=self._wait_s)
         self._wait_s = min(2 * self._wait_s, RESTART_MAX_S)

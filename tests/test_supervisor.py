@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from test_store import an_instance
 
-from salsa_node import failures, process_memory, supervisor
+from salsa_node import failures, monitoring, process_memory, supervisor
 from salsa_node.config import Config
 from salsa_node.errors import ConfigError, DeviceExhausted, LeaseLost, OrganNotFound, WeightsMissing
 from salsa_node.failures import POLICIES, Failure
@@ -84,6 +84,25 @@ def test_a_dead_worker_frees_its_lease_and_is_started_again_later_and_later(stor
     assert [record.code for record in caplog.records if record.message == "worker ended"] == [
         "the worker ended with exit code 3"
     ] * 3
+
+
+def test_a_worker_that_ends_at_its_start_is_told_until_one_lives(store, config):
+    clock = Clock()
+    worker = a_worker(store, config, "raise SystemExit(7)", clock)
+    worker.step(T0)
+    until_ended(worker, T0)
+    assert worker.failing == "the worker ended with exit code 7"
+    (fault,) = monitoring.examine(store, config.node.data_dir, 0.0, (), [worker]).faults
+    assert fault.startswith("no run is carried: the worker ended with exit code 7")
+    worker._command = [sys.executable, "-c", "import time; time.sleep(600)"]
+    later = T0 + timedelta(minutes=5)
+    assert worker.step(later) == "started"
+    worker.step(later)
+    assert worker.failing, "it may end again"
+    clock.now_s += supervisor.STEADY_S + 1
+    worker.step(later)
+    assert worker.failing == ""
+    worker.stop()
 
 
 def test_a_crash_costs_one_attempt_waits_longer_each_time_and_is_given_up_in_the_end(store, config):
@@ -280,21 +299,38 @@ def test_waits_double_within_the_jitter_and_never_pass_an_hour_by_more():
     assert failures.wait_s(Failure.CRASHED, 3, 3, 10.0) is None
 
 
-def test_a_worker_that_stops_leaves_nothing_behind_that_it_had_started(store, config):
-    code = (
-        "import subprocess, sys, time\n"
-        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
-        "open('PIDS', 'w').write(f'{child.pid}')\n"
-        "time.sleep(600)\n"
-    ).replace("PIDS", str(config.node.data_dir / "pids"))
-    worker = a_worker(store, config, code)
+def test_what_a_worker_carried_that_was_stopped_waits_again_at_once(store, config):
+    run = a_run(store)
+    worker = a_worker(store, config)
     worker.step(T0)
-    deadline = time.monotonic() + 30
+    assert store.claim_run(worker._owner, 3600, T0) is not None
+    worker.stop()  # which it does not hear in time to give its run back
+    assert store.run(run.id).state is RunState.QUEUED
+    assert store.claim_run("the next", 60, T0) is not None
+
+
+PARENT = (
+    "import os, signal, subprocess, sys, time\n"
+    "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+    "open('PIDS', 'w').write(f'{child.pid}')\n"
+    "WHAT_THEN\n"
+)
+
+
+@pytest.mark.parametrize("then", ["time.sleep(600)", "os.kill(os.getpid(), signal.SIGSEGV)"])
+def test_a_worker_leaves_nothing_behind_that_it_had_started(store, config, then):
+    """Stopped, it ends by SIGTERM at once and nobody else of its group does; so where it crashes."""
     pids = config.node.data_dir / "pids"
+    worker = a_worker(store, config, PARENT.replace("PIDS", str(pids)).replace("WHAT_THEN", then))
+    worker.step(T0)
+    deadline = time.monotonic() + 60
     while not pids.exists() or not pids.read_text():
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    worker.stop()  # which ends the worker by SIGTERM at once, and nobody else
+    if "SIGSEGV" in then:
+        until_ended(worker, T0)
+    else:
+        worker.stop()
     grandchild = Path(f"/proc/{pids.read_text()}")
     while grandchild.exists() and "Z" not in (grandchild / "stat").read_text().split()[2]:
         assert time.monotonic() < deadline, "it outlived its worker"
