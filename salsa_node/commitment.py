@@ -129,7 +129,7 @@ def step(
     try:
         _on_new_association(store, settings, destination, data_dir, commitment, now)
     except DeliveryError as error:
-        wait_s = min(settings.first_retry_s * 2 ** min(commitment.attempt, 60), settings.max_retry_s)
+        wait_s = settings.wait_s(commitment.attempt + 1)
         is_last = commitment.attempt + 1 >= settings.max_attempts
         due = None if is_last else now + timedelta(seconds=wait_s)
         store.commitment_failed(commitment.id, str(error), due, now)

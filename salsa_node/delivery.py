@@ -216,7 +216,7 @@ class _Outbox:
         final = not error.retryable or delivery.attempt >= settings.max_attempts
         level = logging.ERROR if final else logging.WARNING
         log.log(level, text, extra={"event": "delivery.failed", "delivery": delivery.id, "final": final})
-        wait = timedelta(seconds=_wait_s(settings, delivery.attempt))
+        wait = timedelta(seconds=settings.wait_s(delivery.attempt))
 
         def write(now: datetime) -> Delivery:
             if final:
@@ -244,9 +244,3 @@ def _in_words(what: str) -> Iterator[None]:
         raise
     except Exception as error:  # one delivery that fails oddly must not hold up any other
         raise DeliveryError(f"{what}: {unforeseen(error)}") from error
-
-
-def _wait_s(settings: DeliverySettings, attempt: int) -> float:
-    """How long after the attempt of that number (1, 2, ...) the next one follows."""
-    doublings = min(attempt - 1, 60)
-    return float(min(settings.first_retry_s * 2**doublings, settings.max_retry_s))

@@ -188,6 +188,11 @@ class DeliverySettings:
     shadow: bool = False
     research: tuple[str, ...] = ()
 
+    def wait_s(self, attempt: int, first_s: float | None = None) -> float:
+        """How long after the attempt of that number (1, 2, ...) the next one follows; first_s: not `first_retry_s`."""
+        first = self.first_retry_s if first_s is None else first_s
+        return float(min(first * 2 ** min(attempt - 1, 60), self.max_retry_s))
+
 
 @dataclass(frozen=True, slots=True)
 class PipelineChoice:

@@ -181,8 +181,8 @@ class _Checks:
         if delivery.checks + 1 >= settings.max_checks:
             self._never(delivery, f"{why}; asked {settings.max_checks} times")
             return
-        doubled = min(settings.verify_after_s * 2 ** min(delivery.checks + 1, 60), settings.max_retry_s)
-        wait = timedelta(seconds=doubled if wait_s is None else wait_s)
+        doubled_s = settings.wait_s(delivery.checks + 2, settings.verify_after_s)
+        wait = timedelta(seconds=doubled_s if wait_s is None else wait_s)
         self._settle(delivery, lambda now: self._store.check_later(delivery.id, self._owner, why, now + wait, now))
 
     def _never(self, delivery: Delivery, why: str) -> None:
@@ -192,8 +192,7 @@ class _Checks:
     def _lost(self, delivery: Delivery, destination: Destination) -> None:
         why = f"{destination.name}: took it and does not hold it; it is sent again"
         log.error(why, extra={"event": "delivery.lost", "delivery": delivery.id})
-        settings = self._settings
-        wait = timedelta(seconds=min(settings.first_retry_s * 2 ** min(delivery.attempt, 60), settings.max_retry_s))
+        wait = timedelta(seconds=self._settings.wait_s(delivery.attempt + 1))
         self._settle(delivery, lambda now: self._store.lost(delivery.id, self._owner, why, now + wait, now))
 
     def _settle(self, delivery: Delivery, write: Callable[[datetime], Delivery]) -> None:

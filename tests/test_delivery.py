@@ -240,7 +240,7 @@ def test_the_wait_doubles_up_to_its_limit_and_ends_after_the_last_attempt(
 
 
 def test_a_wait_never_overflows() -> None:
-    assert delivery._wait_s(replace(SETTINGS, max_retry_s=3600), 10_000) == 3600
+    assert replace(SETTINGS, max_retry_s=3600).wait_s(10_000) == 3600
 
 
 def test_a_refused_context_gives_up_in_words_and_sends_the_rest(step: Step, produced: Produced, store: Store) -> None:
