@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -32,11 +33,16 @@ def store(tmp_path: Path) -> Iterator[Store]:
         yield opened
 
 
-def arrive(store: Store, data_dir: Path, uid: str, then: datetime = T0) -> Path:
-    new = NewInstance(
+def an_image(uid: str) -> NewInstance:
+    """The first of that study."""
+    return NewInstance(
         f"{uid}.1.1", f"{uid}.1", uid, CT, ExplicitVRLittleEndian, f"studies/{uid}/{uid}.1/1.dcm",
         xxhash.xxh3_128(PIXELS).hexdigest(), 400, "CT1", "CT", 1,
     )  # fmt: skip
+
+
+def arrive(store: Store, data_dir: Path, uid: str, then: datetime = T0) -> Path:
+    new = an_image(uid)
     path = data_dir / new.path
     path.parent.mkdir(parents=True)
     path.write_bytes(file_head(CT, new.sop_instance_uid, ExplicitVRLittleEndian) + PIXELS)
@@ -104,6 +110,51 @@ def test_images_go_after_the_days_of_their_standing_and_never_what_has_not_arriv
     assert retention.step(store, tmp_path, ALL, days(4)) == ("1.2" if how == "done" else None)
     assert result.exists() == (how in ("blocked", "not_delivered", "sending", "held"))
     assert retention.step(store, tmp_path, ALL, days(5)) is None
+
+
+def late(store: Store, data_dir: Path) -> None:
+    store.add_instance(replace(an_image("1.2"), sop_instance_uid="1.2.1.2", path="studies/late.dcm"), T0)
+
+
+def looked_for(store: Store, data_dir: Path) -> None:
+    late(store, data_dir)
+    store.complete_series(T0, T0)
+
+
+def running(store: Store, data_dir: Path) -> None:
+    store.queue_run("1.2", "demo", "d", T0)
+    assert store.claim_run("w", 60, T0) is not None
+
+
+def on_its_way(store: Store, data_dir: Path) -> None:
+    """Of a result that was superseded while it was being sent."""
+    finish(store, data_dir, "1.2", "sending")
+    store.claim_deliveries("s", 60, T0)
+    run = store.queue_run("1.2", "demo", "e", T0, force=True)
+    store.claim_run("w", 60, T0)
+    store.produce(run.id, "w", [], [], "lesions", {}, "e", T0)
+
+
+@pytest.mark.parametrize(
+    ("state", "told"),
+    [
+        (late, "is still arriving"),
+        (looked_for, "is still arriving"),
+        (lambda store, _: store.queue_run("1.2", "demo", "d", T0), "is QUEUED"),
+        (running, "is RUNNING"),
+        (lambda store, data_dir: finish(store, data_dir, "1.2", "sending"), "is PENDING"),
+        (lambda store, data_dir: finish(store, data_dir, "1.2", "held"), "is HELD"),
+        (lambda store, data_dir: finish(store, data_dir, "1.2", "not_delivered"), "is GAVE_UP"),
+        (on_its_way, "is PENDING"),
+    ],
+)
+def test_nobody_purges_what_is_still_needed(store, tmp_path, state, told):
+    arrive(store, tmp_path, "1.2")
+    state(store, tmp_path)
+    removed = []
+    with pytest.raises(IllegalTransition, match=told):
+        store.purge("1.2", "by hand", T0, removed.extend)
+    assert removed == []
 
 
 def test_result_files_stay_until_their_destination_was_asked_for_them(store, tmp_path):
