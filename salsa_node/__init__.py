@@ -35,7 +35,7 @@ room imports exactly what stands right of its arrow):
     task_identity          <-
     models                 <- errors task_identity
     pipelines.options      <- errors
-    pipelines              <- errors pipelines.options uids volume
+    pipelines              <- contrast_phase errors pipelines.options uids volume
     pipelines.plans        <- errors
     pipelines.device       <- errors
     pipelines.sliding_window <- errors pipelines.device
@@ -44,7 +44,7 @@ room imports exactly what stands right of its arrow):
     pipelines.salsa_steps  <- errors volume
     pipelines.salsa_upstream <- volume
     pipelines.totalseg     <- errors models pipelines pipelines.device pipelines.nnunet volume
-    pipelines.phase        <- errors
+    pipelines.phase        <- contrast_phase errors
     pipelines.totalsegmentator <- errors models pipelines pipelines.device pipelines.phase pipelines.totalseg volume
     pipelines.salsa        <- errors models pipelines pipelines.device pipelines.nnunet pipelines.salsa_steps pipelines.salsa_upstream pipelines.totalseg regrid volume
   pipelines.given_masks  <- errors nifti pipelines regrid volume
@@ -81,18 +81,20 @@ room imports exactly what stands right of its arrow):
     store_search           <- store_queries store_rows store_transaction
     store_switches         <- store_columns store_connection store_queries store_transaction
     store_reviews          <- errors store_connection store_queries store_rows store_transaction
+    store_phases           <- store_connection store_queries store_rows store_transaction
     store_proofs           <- errors store_connection store_queries store_rows store_transaction
-  store                  <- store_arrivals store_commitments store_connection store_deliveries store_interventions store_looks store_proofs store_quarantine store_queries store_reviews store_rows store_search store_switches store_transaction
+  store                  <- store_arrivals store_commitments store_connection store_deliveries store_interventions store_looks store_phases store_proofs store_quarantine store_queries store_reviews store_rows store_search store_switches store_transaction
     association            <-
     notes                  <- errors store
     instance_header        <- damage
     transcoding            <- damage
     intake                 <- durable errors instance_header log notes store transcoding
+    storage_classes        <- instance_header
     fast_receive           <- association instance_header intake
     pacs_count             <- association settings
     commitment             <- errors requestor settings store
     tls                    <- errors settings
-    listener               <- association commitment errors fast_receive instance_header intake notes settings store tls
+    listener               <- association commitment errors fast_receive instance_header intake notes settings storage_classes store tls
     requestor              <- association errors settings tls
     destinations           <- errors settings store
     outgoing               <- durable errors store uids
@@ -106,9 +108,9 @@ room imports exactly what stands right of its arrow):
 
   where they meet
     evidence               <- candidate pacs_count store
-    assembly               <- candidate errors evidence log pacs_count selection selection_rules series series_rules settings stacks store uids
+    assembly               <- candidate contrast_phase errors evidence log pacs_count selection selection_rules series series_rules settings stacks store uids
     failures               <- errors
-  worker                 <- analysis config dicom_result durable errors failures log pipelines store
+  worker                 <- analysis assembly config dicom_result durable errors failures log pipelines store
   process_memory         <-
   supervisor             <- config errors failures process_memory store
 

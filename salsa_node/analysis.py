@@ -31,6 +31,7 @@ from salsa_node import (
     placement,
     upright,
 )
+from salsa_node.contrast_phase import PixelPhase
 from salsa_node.criteria import Criteria
 from salsa_node.dicom_result import Identity, Kind, Made, caveat
 from salsa_node.errors import GuardFailed, OrganNotFound, SeriesRejected
@@ -103,6 +104,7 @@ class Analysis:
     findings, ct: None where no analysis was possible; then `reason` says why, otherwise it is "".
     run_digest: what every UID of the results derives from.
     blocked: why the result must not leave; "" where it may.
+    pixel_phase: the contrast phase that the pipeline saw, where it was asked to look.
     """
 
     outcome: Outcome
@@ -112,6 +114,7 @@ class Analysis:
     reason: str
     run_digest: str
     blocked: str = ""
+    pixel_phase: PixelPhase | None = None
 
     def of(self, kind: Kind) -> tuple[pydicom.Dataset, ...]:
         """The objects of that kind."""
@@ -172,7 +175,7 @@ def analyse(
     objects = _objects(ct, findings, source, terms, lineage(signed))
     outcome = Outcome.LESIONS if findings.lesions else Outcome.NO_CANDIDATE
     blocked = " ".join(flag.text for flag in findings.flags if flag.blocks)
-    return Analysis(outcome, objects, findings, ct, "", signed, blocked)
+    return Analysis(outcome, objects, findings, ct, "", signed, blocked, masks.pixel_phase)
 
 
 def _one_stack(which: str, images: int) -> Flag:
@@ -330,6 +333,8 @@ def summary(result: Analysis) -> dict[str, object]:
         return numbers | {"reason": result.reason}
     findings = result.findings
     provenance = findings.provenance
+    if result.pixel_phase is not None:
+        numbers["contrast_phase_in_pixels"] = result.pixel_phase.phase.value
     organ_ml = None if findings.organ_volume_mm3 is None else round(findings.organ_volume_mm3 / 1000, 3)
     return numbers | {
         "lesions": table(findings),

@@ -5,6 +5,10 @@ arriving is looked at once: the series that `selection` ranks first and that `se
 goes to the pipeline, or the best few, each for a result of its own. Where there is none, a run with a
 refusal is queued, so that the reader hears why. A late instance opens all this again, and the new run
 supersedes the old result; only masks that a person gave stay in force until a person asks again.
+
+What the pixels of an analysed series say of its contrast phase is kept with it and scored in place of its headers.
+Where another series is then the best, that one goes next: `step` queues it, every series once at most, and what proves
+to be worse than the series with the result in force yields to it (`outranked`).
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from functools import partial
+from math import inf
 from pathlib import Path
 from types import MappingProxyType
 from typing import TypeVar
@@ -22,6 +27,7 @@ from pydicom.uid import CTImageStorage, EnhancedCTImageStorage, LegacyConvertedE
 
 from salsa_node import evidence, pacs_count, series, stacks, store
 from salsa_node.candidate import Candidate, read_candidate
+from salsa_node.contrast_phase import Phase, PixelPhase
 from salsa_node.errors import SeriesRejected
 from salsa_node.log import unforeseen
 from salsa_node.pacs_count import Answer, Archive
@@ -29,7 +35,7 @@ from salsa_node.selection import Verdict, Volume, choose_volume
 from salsa_node.selection_rules import SelectionRules
 from salsa_node.series_rules import SeriesRules
 from salsa_node.settings import AssemblySettings, PipelineChoice, QuerySettings
-from salsa_node.store import Run, SeriesState, Store, Study
+from salsa_node.store import Run, SeenPhase, SeriesState, Store, Study
 from salsa_node.uids import digest
 
 log = logging.getLogger(__name__)
@@ -88,6 +94,7 @@ class Input:
     accepted: series UID -> how it ranked, of those that can.
     scores: a line for each CT series, the best first, as `selection.Verdict.as_json` has it.
     candidates: Series Instance UID -> what its headers say, of those that could be read.
+    ranks: `store.Run.place` -> 1 for the best, of those that can be analysed.
     """
 
     subjects: tuple[Subject, ...]
@@ -96,6 +103,7 @@ class Input:
     accepted: Mapping[str, str]
     scores: Sequence[Mapping[str, object]]
     candidates: Mapping[str, Candidate]
+    ranks: Mapping[str, int] = field(default_factory=dict)
 
 
 def step(
@@ -123,14 +131,13 @@ def step(
             return done
         whole = record.study_to_assemble()
         if whole is None:
-            return None
+            return _reconsider(record, data_dir, pipeline, now, rules, profiles, archive)
         study = whole
     found = examine(record, data_dir, study, rules)
     if found is None:
         return record.study_assembled(study, "no CT image in this study; nothing to analyse", now)
     pipeline = profiles.get(study.called_ae, pipeline)
-    pacs = archive.latest(study.study_uid) if archive else pacs_count.ask(rules.query, study.study_uid)
-    runs = _queue(record, study, found, pipeline, now, rules, pacs)
+    runs = _queue(record, study, found, pipeline, now, rules, _counts(study, rules, archive))
     told = []
     for run in runs:
         if overdue is not None:
@@ -139,6 +146,56 @@ def step(
         told.append(f"run {run.id}: {of_series if run.masks_path is None else store.KEPT}")
         log.info("study assembled", extra={"event": "study.assembled", "study_uid": study.study_uid, "run": run.id})
     return record.study_assembled(study, "; ".join(told), now)
+
+
+def _counts(study: Study, rules: Rules, archive: Archive | None) -> Answer:
+    return archive.latest(study.study_uid) if archive else pacs_count.ask(rules.query, study.study_uid)
+
+
+def _reconsider(
+    record: Store,
+    data_dir: Path,
+    pipeline: PipelineChoice,
+    now: datetime,
+    rules: Rules,
+    profiles: Mapping[str, PipelineChoice],
+    archive: Archive | None,
+) -> Study | None:
+    """One study whose pixels said something new of a phase: what is best now goes next, unless it was analysed."""
+    study = record.study_to_reconsider()
+    if study is None:
+        return None
+    found = examine(record, data_dir, study, rules)
+    seen = {(one.place, one.source_digest) for one in record.phases_of(study.study_uid)}
+    current = {run.place for run in record.current_runs(study.study_uid)}
+    subjects = found.subjects if found and found.refusal is None else ()
+    new = [subject for subject in subjects if (subject.place, subject.source_digest) not in seen]
+    told = "what is analysed stays"
+    if found and new:
+        chosen = replace(found, subjects=tuple(one for one in subjects if one in new or one.place in current))
+        choice = profiles.get(study.called_ae, pipeline)
+        runs = _queue(record, study, chosen, choice, now, rules, _counts(study, rules, archive))
+        told = "; ".join(f"run {run.id}: series {run.series_uid} is better now" for run in runs)
+        log.info("study reconsidered", extra={"event": "study.reconsidered", "study_uid": study.study_uid})
+    record.study_reconsidered(study.study_uid, f"the pixels said which phase it is; {told}", now)
+    return study
+
+
+def outranked(record: Store, data_dir: Path, run: Run, rules: Rules) -> str:
+    """Why the result of a run must not take the place of one in force, which is of a better series; "" where it may.
+
+    Asked once the pixels of its series have said which phase it is. A person's run is never outranked.
+    """
+    displaced = [past for past in record.current_runs(run.study_uid) if run.displaces(past) and past.place != run.place]
+    if run.forced or not displaced:
+        return ""
+    found = examine(record, data_dir, record.study(run.study_uid), rules)
+    ranks = found.ranks if found else {}
+    better = [past for past in displaced if ranks.get(past.place, inf) < ranks.get(run.place, inf)]
+    if not better:
+        return ""
+    stays = ", ".join(f"run {past.id} (series {past.series_uid})" for past in better)
+    return f"series {run.series_uid} scores less, now that its pixels said which phase it is: {stays} stays"
 
 
 def _complete(record: Store, now: datetime, rules: Rules, archive: Archive | None) -> store.Series | None:
@@ -277,32 +334,42 @@ def examine(record: Store, data_dir: Path, study: Study, rules: Rules = DEFAULT_
     paths: dict[str, list[Path]] = {}
     for image in images:
         paths.setdefault(image.series_uid, []).append(data_dir / image.path)
+    seen = {one.place: _pixel_phase(one) for one in record.phases_of(study.study_uid)}
     refused: dict[str, str] = {}
     candidates: list[Candidate] = []
     for uid, files in paths.items():
         try:
-            candidates.append(replace(_verdict(partial(read_candidate, files)), series_uid=uid))
+            candidate = replace(_verdict(partial(read_candidate, files)), series_uid=uid)
+            candidates.append(replace(candidate, pixel_phase=seen.get(uid)))
         except SeriesRejected as verdict:
             refused[uid] = verdict.reason
     choice = choose_volume(
         candidates,
         lambda files: _verdict(partial(series.inspect, files, rules.series)),
         rules.selection,
-        partial(stacks.apart, rules=rules.series),
+        lambda one: [
+            replace(part, pixel_phase=seen.get(store.place(one.series_uid, part.part)))
+            for part in stacks.apart(one, rules.series)
+        ],
     )
     ranked = sorted(choice.verdicts, key=lambda verdict: (verdict.rank is None, verdict.rank or 0))
     scores = tuple(verdict.as_json() for verdict in ranked)
     told = {candidate.series_uid: candidate for candidate in candidates}
+    ranks = {store.place(one.series_uid, one.candidate.part): one.rank for one in ranked if one.rank is not None}
     accepted = _reasons(verdict for verdict in choice.verdicts if verdict.accepted)
     refused |= _reasons(verdict for verdict in choice.verdicts if verdict.series_uid not in accepted)
     if choice.volumes:
         subjects = tuple(map(Subject.of, choice.volumes))
-        return Input(subjects, None, refused, accepted, scores, told)
+        return Input(subjects, None, refused, accepted, scores, told, ranks)
     best = choice.best_refused.series_uid if choice.best_refused else None
     refusal = refused[best] if best else _all_reasons(record, study, refused)
     everything = sorted(image.sop_instance_uid for image in images)
     about = Subject(best, digest("refused", refusal, *everything))
     return Input((about,), refusal, refused, {}, scores, told)
+
+
+def _pixel_phase(seen: SeenPhase) -> PixelPhase:
+    return PixelPhase(Phase(seen.phase), seen.certainty, seen.after_injection_s)
 
 
 def _reasons(verdicts: Iterable[Verdict]) -> dict[str, str]:

@@ -22,7 +22,7 @@ from pydicom.multival import MultiValue
 from pydicom.uid import CTImageStorage, MediaStorageDirectoryStorage
 
 from salsa_node import native_image
-from salsa_node.contrast_phase import UNKNOWN_PHASE, ContrastPhase
+from salsa_node.contrast_phase import UNKNOWN_PHASE, ContrastPhase, PixelPhase
 from salsa_node.contrast_phase import read as read_phase
 from salsa_node.series import UNREADABLE, convert
 from salsa_node.slice_geometry import MIN_SLICES, SAME_POSITION_MM
@@ -59,6 +59,7 @@ class Candidate:
     faults: header facts that rule the series out, in words.
     part: which stack it is of a series that holds several, as "1 of 2"; "" for a whole series.
     mixed: the images looked at lie in several directions, or are of several kinds.
+    pixel_phase: what its pixels said when it was analysed; None where they have not been asked.
     """
 
     study_uid: str
@@ -80,6 +81,7 @@ class Candidate:
     image_numbers: tuple[int, ...] = ()
     part: str = ""
     mixed: bool = False
+    pixel_phase: PixelPhase | None = None
 
     @property
     def name(self) -> str:

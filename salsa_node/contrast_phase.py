@@ -1,6 +1,7 @@
 """In which contrast phase a series was taken, as far as its headers say so clearly.
 
-Nothing here looks at voxels, and nothing here is trusted: what people and scanners write is read in the English,
+Nothing here looks at voxels: a pipeline may, and says a `PixelPhase`.
+And nothing here is trusted: what people and scanners write is read in the English,
 German, French, Spanish, Dutch and Turkish of their protocols, and where it names two phases, or two attributes
 disagree, the phase is unknown. Only our own words for phases and attributes come out, never the text that was read.
 """
@@ -67,6 +68,20 @@ class ContrastPhase:
 
 
 UNKNOWN_PHASE: Final = ContrastPhase()
+
+
+@dataclass(frozen=True, slots=True)
+class PixelPhase:
+    """The contrast phase as the attenuation of organs shows it, whatever the headers say.
+
+    phase: UNKNOWN where the pixels do not tell which. certainty: 0 to 1, as whoever estimated it states it.
+    after_injection_s: None where only the phase was estimated.
+    """
+
+    phase: Phase
+    certainty: float
+    after_injection_s: float | None = None
+
 
 _TEXTS: Final = {"SeriesDescription": "Series Description", "ProtocolName": "Protocol Name"}
 _SEVERAL: Final = "several"

@@ -12,7 +12,8 @@ class SelectionRules:
     """What a series is worth; the one with the most points is analysed, or so many.
 
     best: how many series of a study are analysed, each with a result of its own; of one acquisition never two.
-    portal_venous ... native: points for the contrast phase that the headers name.
+    portal_venous ... native: points for the contrast phase that the headers name, or the pixels showed.
+    pixel_certainty: as certain a pipeline must be that saw another phase; what it saw then counts, not the headers.
     original, derived: for an image as the scanner reconstructed it; for one derived from such; none for a secondary
         one, as a reformat or a copy is.
     soft_kernel, unknown_kernel: for the reconstruction kernel; none for a sharp one.
@@ -31,6 +32,7 @@ class SelectionRules:
     delayed: float = field(default=15.0, metadata=_SIGNED)
     arterial: float = field(default=10.0, metadata=_SIGNED)
     native: float = field(default=0.0, metadata=_SIGNED)
+    pixel_certainty: float = field(default=0.7, metadata={"min": 0, "max": 1})
     original: float = field(default=20.0, metadata=_SIGNED)
     derived: float = field(default=15.0, metadata=_SIGNED)
     soft_kernel: float = field(default=15.0, metadata=_SIGNED)

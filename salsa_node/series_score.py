@@ -91,8 +91,14 @@ def _phase(candidate: Candidate, rules: SelectionRules) -> Reason:
         Phase.NATIVE: rules.native,
         Phase.UNKNOWN: rules.unknown_phase,
     }
-    phase = candidate.phase.phase
-    return Reason("phase", "phase unknown" if phase is Phase.UNKNOWN else phase.value, points[phase])
+    tags, pixels = candidate.phase.phase, candidate.pixel_phase
+    named = "phase unknown" if tags is Phase.UNKNOWN else tags.value
+    if pixels is None:
+        return Reason("phase", named, points[tags])
+    told = f"pixels: {pixels.phase.value}, tags: {tags.value}"
+    if pixels.phase is Phase.UNKNOWN or pixels.certainty < rules.pixel_certainty:
+        return Reason("phase", f"{told}, which count: the pixels are not certain", points[tags])
+    return Reason("phase", told, points[pixels.phase])
 
 
 def _kind(candidate: Candidate, rules: SelectionRules) -> Reason:

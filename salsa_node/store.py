@@ -23,10 +23,11 @@ States (a test holds this drawing against `store_rows.TRANSITIONS`)::
 A study has one current result, or one for each of the series that were chosen together (`Run.beside`).
 Queueing a newer run cancels the runs that it displaces and that wait or run; their worker hears LeaseLost
 at the next heartbeat. The older result stays current until the newer one is PRODUCED; then it is
-SUPERSEDED and what had not yet gone out of it is WITHDRAWN. What a destination
-does not want, as it is configured when its turn comes, is LEFT_OUT, until a resend asks again. What it took
-is SENT, and VERIFIED once it says that it holds it; what it took and lost is PENDING again. What FAILED or was given up
-waits for a person, who may have it tried again.
+SUPERSEDED and what had not yet gone out of it is WITHDRAWN. A run whose pixels show that its series is
+worse than the one with the current result yields: it is CANCELLED with its digest, and that result stays.
+What a destination does not want, as it is configured when its turn comes, is LEFT_OUT, until a resend asks
+again. What it took is SENT, and VERIFIED once it says that it holds it; what it took and lost is PENDING
+again. What FAILED or was given up waits for a person, who may have it tried again.
 
 Times are aware UTC datetimes and come in as `now`. Every method raises StoreError where the
 database cannot be read or written.
@@ -47,6 +48,7 @@ from salsa_node.store_connection import StoreSettings, connect, hold, writer
 from salsa_node.store_deliveries import Deliveries
 from salsa_node.store_interventions import Interventions
 from salsa_node.store_looks import Looks
+from salsa_node.store_phases import Phases
 from salsa_node.store_proofs import Proofs
 from salsa_node.store_quarantine import Quarantine
 from salsa_node.store_queries import standing
@@ -69,6 +71,7 @@ from salsa_node.store_rows import (
     ResultObject,
     Run,
     RunState,
+    SeenPhase,
     Series,
     SeriesState,
     Study,
@@ -96,6 +99,7 @@ __all__ = [
     "Rows",
     "Run",
     "RunState",
+    "SeenPhase",
     "Series",
     "SeriesState",
     "Sought",
@@ -113,7 +117,9 @@ KEPT = "images came after the person's masks; the masks stay, salsa-node rerun a
 _UNDER_WAY = (RunState.QUEUED, RunState.RUNNING)
 
 
-class Store(Arrivals, Commitments, Deliveries, Interventions, Looks, Proofs, Quarantine, Reviews, Search, Switches):
+class Store(
+    Arrivals, Commitments, Deliveries, Interventions, Looks, Phases, Proofs, Quarantine, Reviews, Search, Switches
+):
     """An open store; made by `Store.open`. Threads may share it, processes open their own."""
 
     @classmethod
@@ -189,9 +195,9 @@ class Store(Arrivals, Commitments, Deliveries, Interventions, Looks, Proofs, Qua
         """A QUEUED run, which cancels the runs of that study that are under way and that it displaces.
 
         part, images, beside: as in `Run`; without them it is about a whole series and its result stands alone.
-        force: a person asks; always a new run. Otherwise, where the last unforced run that it would displace
-        has the same source digest, pipeline, options and masks digest, that one is returned in
-        whatever state it is; and a run with a person's masks that waits, runs or is current is
+        force: a person asks; always a new run. Otherwise, where the last unforced run that it would displace,
+        and that has not yielded, has the same source digest, pipeline, options and masks digest, that one is
+        returned in whatever state it is; and a run with a person's masks that waits, runs or is current is
         returned and stays (an event says so). Raises UnknownStudy.
         """
         here = place(series_uid, part)
@@ -201,7 +207,7 @@ class Store(Arrivals, Commitments, Deliveries, Interventions, Looks, Proofs, Qua
             runs = [run for run in every if run.place == here or run.place not in beside]
             asked = (source_digest, pipeline, dict(options or {}), masks_sha256)
             if not force:
-                last = next((run for run in runs if not run.forced), None)
+                last = next((run for run in runs if not (run.forced or run.has_yielded)), None)
                 if last and asked == (last.source_digest, last.pipeline, dict(last.options), last.masks_sha256):
                     t.execute(sa.update(RUNS).where(RUNS.c.id == last.id).values(beside=list(beside)))
                     return t.run(last.id)

@@ -31,7 +31,8 @@ from salsa_node.store_transaction import transaction
 
 
 def standing(runs: Sequence[Run]) -> tuple[Run, ...]:
-    """Of the runs of one study, oldest first, those that no newer one displaces."""
+    """Of the runs of one study, oldest first, those that no newer one displaces; none that has yielded."""
+    runs = [run for run in runs if not run.has_yielded]
     newest_first: list[Run] = []
     for n, run in reversed(list(enumerate(runs))):
         if not any(newer.displaces(run) for newer in runs[n + 1 :]):

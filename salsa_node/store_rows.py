@@ -145,7 +145,7 @@ class Run:
     failure: the class of its last failure, as `failures.Failure` names it; None where it came to a result.
     outcome: "lesions", "no_candidate" or "not_analysed" once PRODUCED or BLOCKED.
     findings: the numbers that `show` prints.
-    digest: the findings' run digest, from which the UIDs of the objects derive.
+    digest: the findings' run digest, from which the UIDs of the objects derive; CANCELLED with one, it has yielded.
     overdue: its study was waited for long enough, so it does not wait for images that still come.
     part, images: which stack of a series that holds several ("1 of 2"), and its SOP Instance UIDs; "" and None else.
     beside: the `place` of each other result of the study that this one leaves in force.
@@ -179,6 +179,11 @@ class Run:
     part: str = ""
     images: Sequence[str] | None = None
     beside: Sequence[str] = ()
+
+    @property
+    def has_yielded(self) -> bool:
+        """Whether it came to a result that was let go, because the one in force is of a better series."""
+        return self.state is RunState.CANCELLED and self.digest is not None
 
     @property
     def place(self) -> str:
@@ -280,6 +285,37 @@ class Look:
     at: datetime
     scores: Sequence[Mapping[str, object]]
     evidence: Sequence[Mapping[str, object]]
+
+
+@dataclass(frozen=True, slots=True)
+class SeenPhase:
+    """What the pixels of a series, or of one stack of it, said of its contrast phase when they were analysed last.
+
+    part, source_digest: as in `Run`, of the run that saw it.
+    phase: in the words of `contrast_phase.Phase`; certainty: 0 to 1.
+    considered: the study has been looked at again with this in mind.
+    """
+
+    series_uid: str
+    part: str
+    study_uid: str
+    run_id: int
+    source_digest: str
+    phase: str
+    certainty: float
+    after_injection_s: float | None
+    at: datetime
+    considered: bool
+
+    @property
+    def place(self) -> str:
+        """As `Run.place`."""
+        return place(self.series_uid, self.part)
+
+    def says_the_same(self, other: SeenPhase) -> bool:
+        """Whether both name one phase of the same images, as certainly."""
+        mine = (self.source_digest, self.phase, self.certainty)
+        return mine == (other.source_digest, other.phase, other.certainty)
 
 
 STUDIES = sa.Table(
@@ -431,4 +467,19 @@ LOOKS = sa.Table(
     sa.Column("at", UtcDateTime, nullable=False),
     sa.Column("scores", sa.JSON, nullable=False),
     sa.Column("evidence", sa.JSON, nullable=False),
+)
+
+PIXEL_PHASES = sa.Table(
+    "pixel_phases",
+    METADATA,
+    sa.Column("series_uid", sa.ForeignKey("series.series_uid"), primary_key=True),
+    sa.Column("part", sa.String(64), primary_key=True),
+    sa.Column("study_uid", sa.ForeignKey("studies.study_uid"), nullable=False, index=True),
+    sa.Column("run_id", sa.ForeignKey("runs.id"), nullable=False),
+    sa.Column("source_digest", sa.String(64), nullable=False),
+    sa.Column("phase", sa.String(32), nullable=False),
+    sa.Column("certainty", sa.Float, nullable=False),
+    sa.Column("after_injection_s", sa.Float),
+    sa.Column("at", UtcDateTime, nullable=False),
+    sa.Column("considered", sa.Boolean, nullable=False),
 )

@@ -25,7 +25,7 @@ from zoneinfo import ZoneInfo
 
 import pydicom
 
-from salsa_node import durable, failures, pipelines
+from salsa_node import assembly, durable, failures, pipelines
 from salsa_node.analysis import Analysis, Lineage, Terms, analyse, check, refuse, summary
 from salsa_node.config import Config
 from salsa_node.dicom_result import Kind
@@ -126,6 +126,12 @@ class Worker:
         paths = self._paths(run)  # once: what comes in while this is carried is another run's
         result = self._analysis(run, paths)
         self._still_ours(run)
+        better = self._better(run, result)
+        if better:
+            log.info("run yields", extra={"event": "run.yielded", "run": run.id, "reason": better})
+            return self._store.yield_run(
+                run.id, self._owner, result.outcome.value, result.run_digest, better, self._clock()
+            )
         objects = self._earlier(run, result) or self._write(run, result)
         findings = summary(result)
         blocked = result.blocked or self._guard(run, paths, result, objects)
@@ -167,6 +173,15 @@ class Worker:
             lambda digest: self._lineage(run, digest),
             progress=lambda stage: self._begin(run, stage),
         )
+
+    def _better(self, run: Run, result: Analysis) -> str:
+        """What its pixels said of the phase is kept; why a result in force is better then, "" where none is."""
+        seen, config = result.pixel_phase, self._config
+        if seen is None:
+            return ""
+        self._store.note_phase(run, seen.phase.value, seen.certainty, seen.after_injection_s, self._clock())
+        rules = assembly.Rules(config.selection, config.series, config.assembly, config.query)
+        return assembly.outranked(self._store, config.node.data_dir, run, rules)
 
     def _begin(self, run: Run, stage: str) -> None:
         self._tell(run, stage)

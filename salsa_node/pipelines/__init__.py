@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from salsa_node.contrast_phase import PixelPhase
 from salsa_node.errors import ConfigError
 from salsa_node.pipelines import options
 from salsa_node.uids import digest
@@ -87,6 +88,7 @@ class Masks:
         them); False: each 26-connected part is a lesion.
     segments: 1 to 8 = the Couinaud segments of the liver, 0 = none; None where nobody looked.
     flags: what the pipeline found odd, or did otherwise than asked.
+    pixel_phase: the contrast phase that it saw; None where nobody looked, or it cannot be told.
     """
 
     organ: LabelVolume | None
@@ -95,6 +97,7 @@ class Masks:
     lesion_per_value: bool = False
     segments: LabelVolume | None = None
     flags: tuple[Flag, ...] = ()
+    pixel_phase: PixelPhase | None = None
 
     def __post_init__(self) -> None:
         if any(

@@ -19,6 +19,8 @@ from typing import Any, Final, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from salsa_node import contrast_phase
+from salsa_node.contrast_phase import PixelPhase
 from salsa_node.errors import PipelineError
 
 #: what the regressors read, in their order; the vessels of the neck come after them
@@ -38,6 +40,14 @@ _PHASES: Final = (
     (100.0, "portal venous", 0.7), (float("inf"), "portal venous or later", 0.3),
 )  # fmt: skip
 
+_IN_OUR_WORDS: Final = {
+    "native": contrast_phase.Phase.NATIVE,
+    "early arterial": contrast_phase.Phase.ARTERIAL,
+    "late arterial": contrast_phase.Phase.ARTERIAL,
+    "portal venous": contrast_phase.Phase.PORTAL_VENOUS,
+    "portal venous or later": contrast_phase.Phase.UNKNOWN,
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Phase:
@@ -51,6 +61,11 @@ class Phase:
     after_injection_s: float
     spread_s: float
     certainty: float
+
+    @property
+    def seen(self) -> PixelPhase:
+        """In the words of liver imaging; "portal venous or later" is none of them."""
+        return PixelPhase(_IN_OUR_WORDS[self.name], self.certainty, self.after_injection_s)
 
 
 class _Regressor(Protocol):

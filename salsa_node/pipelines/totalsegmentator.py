@@ -20,7 +20,7 @@ from salsa_node.errors import ConfigError, OrganNotFound
 from salsa_node.models import task_model
 from salsa_node.pipelines import Flag, Masks, Observer, PipelineSettings, Provenance, once, unobserved
 from salsa_node.pipelines.device import all_places, choose_device, libraries
-from salsa_node.pipelines.phase import PhaseEstimator
+from salsa_node.pipelines.phase import Phase, PhaseEstimator
 from salsa_node.pipelines.totalseg import (
     CROP_MARGIN_MM,
     Seen,
@@ -93,13 +93,15 @@ class LiverLesionsPipeline:
         observer("liver", organ)
         found = lesions.look(image, liver).labels == lesions.task.label_of("liver_lesions")
         parts = [labels_of(network.look(image, liver).labels, ct.grid) for network in segments]
+        phase = self._seen(body, total.task.classes)
         odd = [flag for network in self._networks for flag in network.flags]
         return Masks(
             organ,
             labels_of(found.astype(np.uint8), ct.grid),
             replace(self._provenance, device=all_places(*(network.ran_on for network in self._networks))),
             segments=parts[0] if parts else None,
-            flags=once(*self._told(body, organ, total.task.classes), *odd),
+            flags=once(*self._told(organ, phase), *odd),
+            pixel_phase=None if phase is None else phase.seen,
         )
 
     def unload(self) -> None:
@@ -107,14 +109,19 @@ class LiverLesionsPipeline:
         for network in self._networks:
             network.unload()
 
-    def _told(self, body: Seen, liver: LabelVolume, classes: Mapping[int, str]) -> list[Flag]:
+    def _seen(self, body: Seen, classes: Mapping[int, str]) -> Phase | None:
+        """The contrast phase, where that was asked for and can be told."""
+        if self._phase is None:
+            return None
+        voxel_mm3 = float(np.prod(body.coarse_spacing_mm))
+        return self._phase.estimate(body.coarse_hu, body.coarse_labels, classes, voxel_mm3)
+
+    def _told(self, liver: LabelVolume, phase: Phase | None) -> list[Flag]:
         """A line for each check that was asked for."""
         told = []
         if self._checks_region:
             told.append(Flag("body_region", field_of_view(liver)))
         if self._phase is not None:
-            voxel_mm3 = float(np.prod(body.coarse_spacing_mm))
-            phase = self._phase.estimate(body.coarse_hu, body.coarse_labels, classes, voxel_mm3)
             text = "Contrast phase not estimated: the head is in the scan, and its vessels are not looked at."
             if phase is not None:
                 text = (
