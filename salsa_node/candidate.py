@@ -24,7 +24,7 @@ from pydicom.uid import CTImageStorage, MediaStorageDirectoryStorage
 from salsa_node import native_image
 from salsa_node.contrast_phase import UNKNOWN_PHASE, ContrastPhase, PixelPhase
 from salsa_node.contrast_phase import read as read_phase
-from salsa_node.series import UNREADABLE, convert
+from salsa_node.series import UNREADABLE, convert, multi_frame, named
 from salsa_node.slice_geometry import MIN_SLICES, SAME_POSITION_MM
 
 
@@ -175,7 +175,7 @@ def read_candidate(paths: Sequence[Path]) -> Candidate:
         try:
             images.append(_header(paths[n], _TAGS))
         except UNREADABLE:
-            faults.append(f"file {n + 1} of {len(paths)} cannot be read as DICOM")
+            faults.append(f"{named(paths[n], n + 1, len(paths))} cannot be read as DICOM")
     faults += [fault for ds in images if (fault := _fault(ds))]
     if not faults and len(paths) < MIN_SLICES:
         faults.append(f"{len(paths)} image(s); a volume needs at least {MIN_SLICES}")
@@ -261,8 +261,8 @@ def _fault(ds: pydicom.Dataset) -> str | None:
         return f"modality {str(ds.get('Modality') or 'unknown')[:16]}, expected CT"
     if "LOCALIZER" in _words(ds, "ImageType"):
         return "Image Type LOCALIZER: no slices of a volume"
-    if (frames := _number(ds.get("NumberOfFrames")) or 1) > 1:
-        return f"images of {frames:g} frames (multi-frame), which are not supported: send it as single-frame images"
+    if several := multi_frame(ds):
+        return f"images {several}"
     if ds.get("SOPClassUID") != CTImageStorage:
         return f"SOP class {ds.get('SOPClassUID') or 'unknown'}, expected CT Image Storage"
     if _normal(ds) is None:

@@ -34,6 +34,7 @@ from salsa_node.instance_header import SUCCESS
 from salsa_node.intake import INCOMING, Bound, Intake, Request
 from salsa_node.notes import Notes
 from salsa_node.settings import ListenerSettings, Peer, invalid_peer
+from salsa_node.storage_classes import UNLISTED
 from salsa_node.store import Commitment, Store
 
 __all__ = ["INCOMING", "Listener"]
@@ -44,6 +45,7 @@ REQUEST_S = 5.0  # how long a connection may stay without asking for an associat
 _RETIRED = (*range(52, 57), *range(58, 67))  # JPEG processes (PS3.6 annex A)
 #: Encodings of images that pynetdicom does not know: taken and kept, though few can read them.
 _RARE_SYNTAXES = ("1.2.840.10008.1.2.1.98", *(f"1.2.840.10008.1.2.4.{number}" for number in _RETIRED))
+_SYNTAXES = [*ALL_TRANSFER_SYNTAXES, *_RARE_SYNTAXES]
 _CALLING_NOT_RECOGNISED = (0x01, 0x01, 0x03)  # rejected permanent, service user, PS3.8 table 9-21
 _CALLED_NOT_RECOGNISED = (0x01, 0x01, 0x07)
 _CONGESTED = (0x02, 0x03, 0x01)  # rejected transient, temporary congestion
@@ -106,7 +108,7 @@ class Listener:
         # Either role: an archive that reports to us on an association of its own is the SCP there (PS3.4 J.3.3).
         ae.add_supported_context(commitment.SOP_CLASS, scu_role=True, scp_role=True)
         for context in AllStoragePresentationContexts:
-            ae.add_supported_context(str(context.abstract_syntax), [*ALL_TRANSFER_SYNTAXES, *_RARE_SYNTAXES])
+            ae.add_supported_context(str(context.abstract_syntax), _SYNTAXES)
         handlers: list[evt.EventHandlerType] = [
             (evt.EVT_CONN_OPEN, without_delay),
             (evt.EVT_CONN_OPEN, self._on_opened),
@@ -211,7 +213,10 @@ class Listener:
             self._connections.discard(connection)
 
     def _on_requested(self, event: evt.Event) -> None:
-        """Reject an association that the settings do not allow (pynetdicom lets EVT_REQUESTED do so)."""
+        """Reject an association that the settings do not allow, or add what its peer alone proposes.
+
+        pynetdicom lets EVT_REQUESTED do both.
+        """
         request, address = event.assoc.requestor.primitive, event.assoc.requestor.address
         assert isinstance(request, A_ASSOCIATE), "pynetdicom triggers EVT_REQUESTED with the request at hand"
         calling, called = request.calling_ae_title.strip(), request.called_ae_title.strip()
@@ -224,6 +229,10 @@ class Listener:
         elif (free := shutil.disk_usage(self._data_dir).free) < self._settings.min_free_gib * _GIB:
             answer, why = _CONGESTED, f"{free / _GIB:.1f} GiB are free, listener.min_free_gib is not"
         else:
+            more = UNLISTED.contexts(request.presentation_context_definition_list, _SYNTAXES)
+            if more:
+                acceptor = event.assoc.acceptor
+                acceptor.supported_contexts = [*acceptor.supported_contexts, *more]
             return
         event.assoc.acse.send_reject(*answer)
         event.assoc.kill()

@@ -23,9 +23,11 @@ from pydicom.multival import MultiValue
 from pydicom.uid import (
     CTImageStorage,
     DeflatedExplicitVRLittleEndian,
+    EnhancedCTImageStorage,
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
+    LegacyConvertedEnhancedCTImageStorage,
 )
 
 from salsa_node import native_image, slice_geometry
@@ -57,6 +59,7 @@ _TAGS = [
     "SeriesInstanceUID",
     "FrameOfReferenceUID",
     "InstanceNumber",
+    "AcquisitionNumber",
     "Modality",
     "ImageType",
     "ImagePositionPatient",
@@ -76,6 +79,11 @@ _TAGS = [
 _ONE_SERIES = {**WHOSE, "SeriesInstanceUID": "series"}
 _ONE_VOLUME = {"FrameOfReferenceUID": "frames of reference", "Rows": "row counts", "Columns": "column counts"}
 _NATIVE = (ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian)
+_UID = re.compile(r"[0-9]+(\.[0-9]+)+")
+_MULTI_FRAME: Mapping[str, str] = {
+    EnhancedCTImageStorage: "Enhanced CT, multi-frame",
+    LegacyConvertedEnhancedCTImageStorage: "Legacy Converted Enhanced CT, multi-frame",
+}
 _UPPER_HALF = 0.1  # of the pixels: metal fills less, air in two's complement more
 _READERS = 2  # threads; copying from the page cache keeps two busy, and hardly more
 _PADDING = {"PixelPaddingValue": "Pixel Padding Value", "PixelPaddingRangeLimit": "Pixel Padding Range Limit"}
@@ -132,7 +140,7 @@ def read_volume(series: Series) -> CtVolume:
     whole = np.empty(series.grid.shape, dtype=np.int16)
     voxels: npt.NDArray[np.int16] | npt.NDArray[np.float32] = whole
     for n in _left_by_native(series, whole):
-        hu = _read_slice(series.instances[n], f"image {n + 1} of {len(series.instances)}", series.grid.shape[1:])
+        hu = _read_slice(series.instances[n], f"slice {n + 1} of {len(series.instances)}", series.grid.shape[1:])
         if hu.dtype == np.float32 and voxels is whole:
             voxels = whole.astype(np.float32)
         voxels[n] = hu
@@ -191,7 +199,7 @@ def _native_series(files: Sequence[Path], rules: SeriesRules) -> Series | None:
 
 
 def _series(files: Sequence[Path], rules: SeriesRules) -> Series:
-    images = [_read_header(path, f"file {n} of {len(files)}") for n, path in enumerate(files, start=1)]
+    images = [_read_header(path, named(path, n, len(files))) for n, path in enumerate(files, start=1)]
     _check_one_series(images)
     _check_kind(images)
     slice_geometry.check_count(len(images))
@@ -200,8 +208,38 @@ def _series(files: Sequence[Path], rules: SeriesRules) -> Series:
     positions, cosines, spacings = (
         _numbers(images, k) for k in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")
     )
-    stack = slice_geometry.stack(positions, cosines, spacings, image_numbers(images), rules)
+    acquired = tuple(_whole_number(ds, "AcquisitionNumber") for ds in images)
+    stack = slice_geometry.stack(positions, cosines, spacings, image_numbers(images), rules, acquired)
     return _made(images[0], [Instance(str(images[n].SOPInstanceUID), files[n]) for n in stack.order], stack)
+
+
+def named(path: Path, n: int, of: int) -> str:
+    """How a verdict calls a file that cannot be read: as this node names it, else by its place among those given."""
+    uid = path.stem if _UID.fullmatch(path.stem) else ""
+    return f"the file of SOP Instance UID {uid} (one of {of})" if uid else f"file {n} of {of}"
+
+
+def _numbered(ds: pydicom.Dataset) -> str:
+    number = _whole_number(ds, "InstanceNumber")
+    return f"the image with Instance Number {number}" if number else ""
+
+
+def _whole_number(ds: pydicom.Dataset, keyword: str) -> str:
+    """As it is written; "" where it is no number that a verdict may repeat."""
+    text = str(ds.get(keyword) or "").strip()
+    return text if re.fullmatch(r"[0-9]{1,12}", text) else ""
+
+
+def multi_frame(ds: pydicom.Dataset) -> str:
+    """What is wrong with an image of several frames, or of a class for such, and what to do; "" for any other."""
+    frames = int(ds.get("NumberOfFrames") or 1)
+    kind = _MULTI_FRAME.get(str(ds.get("SOPClassUID") or ""), "")
+    if frames <= 1 and not kind:
+        return ""
+    return (
+        f"of {frames} frame(s) ({kind or 'multi-frame'}), which are not analysed; expected one image a slice, of "
+        "CT Image Storage: have the scanner or the PACS send the series as single-frame CT"
+    )
 
 
 def _made(first: pydicom.Dataset, instances: Sequence[Instance], stack: Stack) -> Series:
@@ -237,6 +275,7 @@ def _read_header(path: Path, which: str) -> pydicom.Dataset:
         raise SeriesRejected(
             f"{which} cannot be read as DICOM ({type(exc).__name__}): it is truncated or damaged"
         ) from exc
+    which = _numbered(ds) or which
     for keyword, name in (("SOPInstanceUID", "SOP"), ("SeriesInstanceUID", "Series"), ("StudyInstanceUID", "Study")):
         if not ds.get(keyword):
             raise SeriesRejected(f"{which} has no {name} Instance UID")
@@ -284,11 +323,8 @@ def _check_kind(images: Sequence[pydicom.Dataset]) -> None:
 def _not_a_ct_slice(ds: pydicom.Dataset) -> str | None:
     if ds.get("Modality") != "CT":
         return f"of modality {ds.get('Modality') or 'unknown'!s:.16}; expected CT"
-    if (frames := int(ds.get("NumberOfFrames") or 1)) > 1:
-        return (
-            f"of {frames} frames (multi-frame), which are not supported; "
-            "expected one image a slice: send it as single-frame images"
-        )
+    if several := multi_frame(ds):
+        return several
     if ds.get("SOPClassUID") != CTImageStorage:
         return f"of SOP class {ds.get('SOPClassUID') or 'unknown'}, such as a screenshot; expected CT Image Storage"
     if "LOCALIZER" in (ds.get("ImageType") or ()):
@@ -339,11 +375,13 @@ def _numbers(images: Sequence[pydicom.Dataset], keyword: str) -> npt.NDArray[np.
 
 
 def _read_slice(
-    instance: Instance, which: str, shape: tuple[int, ...]
+    instance: Instance, place: str, shape: tuple[int, ...]
 ) -> npt.NDArray[np.int16] | npt.NDArray[np.float32]:
-    """(rows, columns) in Hounsfield units."""
+    """(rows, columns) in Hounsfield units; place: which slice it is."""
+    which = f"the image of SOP Instance UID {instance.sop_instance_uid} ({place})"
     try:
         ds = pydicom.dcmread(instance.path)
+        which = f"{_numbered(ds)} ({place})" if _numbered(ds) else which
         if "PixelData" not in ds:
             raise SeriesRejected(f"{which} has no pixel data")
         stored = ds.pixel_array

@@ -27,6 +27,7 @@ SPACING_TOLERANCE_MM = 0.1  #: positions written with one decimal are off by 0.0
 SPACING_TOLERANCE = 0.02  #: or this share of the spacing; no volume changes by more
 TILT_TOLERANCE_PIXELS = 0.1  #: sideways drift of any slice; a tenth of a pixel changes no voxel's place
 DIRECTION_TOLERANCE = 1e-3  #: cosines written with four decimals
+_MOST_NAMED = 3  # acquisitions on either side of a gap; scanners that count every slice up have no ranges
 PIXEL_SPACING_TOLERANCE_MM = 1e-4  #: 0.05 mm over 512 pixels
 
 
@@ -57,10 +58,12 @@ def stack(
     spacings_mm: Numbers,
     image_numbers: tuple[int, ...] = (),
     rules: SeriesRules = STRICT,
+    acquisitions: tuple[str, ...] = (),
 ) -> Stack:
     """The grid that slices make; the first three arguments as (images, values) of the attributes of those names.
 
     image_numbers: by which a reader finds these images; a verdict names them where there are any.
+    acquisitions: the Acquisition Number of each image, "" where it has none; a verdict names those beside a gap.
     Raises SeriesRejected with what was found and expected.
     """
     check_count(len(positions_lps_mm))
@@ -71,6 +74,8 @@ def stack(
     positions = positions_lps_mm[order]
     along_mm = (positions - positions[0]) @ normal
     regular, uneven = _check_regular(along_mm, [image_numbers[n] for n in order] if image_numbers else [], rules)
+    if uneven and acquisitions:
+        uneven += _ranges(np.diff(along_mm), [acquisitions[n] for n in order])
     sheared, tilted = _check_straight(positions, along_mm, normal, min(spacing_mm), rules)
     if tilted or uneven:
         raise SeriesRejected("; ".join(filter(None, (tilted, uneven, _what_to_do(tilted, uneven, along_mm, rules)))))
@@ -168,6 +173,19 @@ def _what_to_do(tilted: str, uneven: str, along_mm: Numbers, rules: SeriesRules)
     )
     settings = [setting for setting, refuses in refusing if refuses]
     return f'to have it resampled set {" and ".join(settings)} = "resample"' if settings else ""
+
+
+def _ranges(steps: Numbers, acquisitions: Sequence[str]) -> str:
+    """Which acquisitions lie on either side of the widest step, where it parts them; else ""."""
+    widest = int(np.argmax(steps))
+    sides = [set(acquisitions[: widest + 1]), set(acquisitions[widest + 1 :])]
+    if sides[0] & sides[1] or "" in sides[0] | sides[1] or max(map(len, sides)) > _MOST_NAMED:
+        return ""
+    names = [f"Acquisition Number {' and '.join(sorted(side, key=int))}" for side in sides]
+    return (
+        f"; before the widest step ({steps[widest]:.1f} mm) lie images of {names[0]}, behind it of {names[1]}: "
+        "send each range as a series of its own"
+    )
 
 
 def _describe_steps(steps: Numbers, image_numbers: Sequence[int]) -> str:

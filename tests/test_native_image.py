@@ -169,7 +169,7 @@ def test_a_value_beyond_16_bits_is_a_verdict_from_both(tmp_path):
     _, paths = made(tmp_path)
     wrong = stored(lambda v: np.where(v < 0, v, v + 30000).astype(np.int16), PixelRepresentation=0)
     edit(paths[4], wrong)  # negative values, declared unsigned
-    words = r"^image 5 of 6 holds \d+ pixels beyond 16 bits, from 30\d+ to 65\d+ HU, which is no CT; .* unsigned"
+    words = r"\(slice 5 of 6\) holds \d+ pixels beyond 16 bits, from 30\d+ to 65\d+ HU, which is no CT; .* unsigned"
     for read in (lambda: read_volume(inspect(paths)), lambda: by_pydicom(paths)):
         with pytest.raises(SeriesRejected, match=words):
             read()
@@ -203,9 +203,9 @@ def test_signed_pixels_declared_unsigned_are_a_verdict_from_both(bits, tmp_path)
             ),
         )
     words = (
-        r"^image 1 of 6 has 3\d% of its pixels in the upper half of 12 bits and can have none below 0 HU: .* unsigned"
+        r"\(slice 1 of 6\) has 3\d% of its pixels in the upper half of 12 bits and can have none below 0 HU: .* unsigned"
         if bits == 12
-        else r"^image 1 of 6 holds \d+ pixels beyond 16 bits, from \d+ to 65\d+ HU"
+        else r"^the image with Instance Number 1 \(slice 1 of 6\) holds \d+ pixels beyond 16 bits, from \d+ to 65\d+ HU"
     )
     for read in (lambda: read_volume(inspect(paths)), lambda: by_pydicom(paths)):
         with pytest.raises(SeriesRejected, match=words):
@@ -229,7 +229,7 @@ def test_a_file_cut_after_inspection_is_a_verdict(tmp_path):
     series = inspect(paths)
     assert series.instances[3].native
     paths[3].write_bytes(paths[3].read_bytes()[:-20])
-    with pytest.raises(SeriesRejected, match="image 4 of 6 cannot be decoded"):
+    with pytest.raises(SeriesRejected, match=r"Instance Number 4 \(slice 4 of 6\) cannot be decoded"):
         read_volume(series)
 
 

@@ -128,11 +128,11 @@ ONE_BAD_IMAGE = {
     "another series": (put("SeriesInstanceUID", "2.25.9"), "images of 2 series"),
     "another frame of reference": (put("FrameOfReferenceUID", "2.25.9"), "images of 2 frames of reference"),
     "the same instance twice": (put("SOPInstanceUID", "the first"), "6 files carry 5 SOP Instance UIDs"),
-    "no instance UID": (drop("SOPInstanceUID"), "file 4 of 6 has no SOP Instance UID"),
+    "no instance UID": (drop("SOPInstanceUID"), "the image with Instance Number 4 has no SOP Instance UID"),
     "another modality": (put("Modality", "PT"), "1 of 6 image(s) of modality PT; expected CT"),
     "a screenshot": (put("SOPClassUID", "1.2.840.10008.5.1.4.1.1.7"), "1 of 6 image(s) of SOP class"),
     "a localizer": (put("ImageType", ["ORIGINAL", "PRIMARY", "LOCALIZER"]), "1 of 6 image(s) of Image Type LOCALIZER"),
-    "many frames": (put("NumberOfFrames", 2), "1 of 6 image(s) of 2 frames (multi-frame)"),
+    "many frames": (put("NumberOfFrames", 2), "1 of 6 image(s) of 2 frame(s) (multi-frame)"),
     "colour": (put("SamplesPerPixel", 3), "1 of 6 image(s) in colour"),
     "electron density": (put("RescaleType", "ED"), "Rescale Type is not HU"),
     "no position": (drop("ImagePositionPatient"), "1 of 6 images have no Image Position (Patient)"),
@@ -140,7 +140,7 @@ ONE_BAD_IMAGE = {
     "no orientation": (drop("ImageOrientationPatient"), "1 of 6 images have no Image Orientation (Patient)"),
     "no pixel spacing": (drop("PixelSpacing"), "1 of 6 images have no Pixel Spacing"),
     "no slope": (drop("RescaleSlope"), "1 of 6 images have no Rescale Slope"),
-    "slope zero": (put("RescaleSlope", 0), "image 4 of 6 has a Rescale Slope of 0"),
+    "slope zero": (put("RescaleSlope", 0), "the image with Instance Number 4 (slice 4 of 6) has a Rescale Slope of 0"),
     "another orientation": (put("ImageOrientationPatient", [1, 0, 0, 0, 0.8, 0.6]), "different orientations"),
     "turned by 2 degrees": (
         put("ImageOrientationPatient", [0.99939, 0.0349, 0, -0.0349, 0.99939, 0]),
@@ -151,7 +151,7 @@ ONE_BAD_IMAGE = {
         "different pixel spacings in one series (they differ by 0.1",
     ),
     "another size": (put("Rows", 11), "images of 2 row counts"),
-    "no pixel data": (drop("PixelData"), "file 4 of 6 has no pixel data"),
+    "no pixel data": (drop("PixelData"), "the image with Instance Number 4 has no pixel data"),
     "padding in pieces": (lambda ds: ds.add_new("PixelPaddingValue", "SS", [1, 2]), "malformed Pixel Padding Value"),
     "a padding range in pieces": (
         lambda ds: ds.add_new("PixelPaddingRangeLimit", "SS", [1, 2]),
@@ -159,7 +159,7 @@ ONE_BAD_IMAGE = {
     ),
     "padding in words": (
         lambda ds: ds.add_new("PixelPaddingValue", "LO", "none"),
-        "image 4 of 6 has a malformed Pixel Padding Value; expected one number",
+        "(slice 4 of 6) has a malformed Pixel Padding Value; expected one number",
     ),
 }
 
@@ -274,7 +274,8 @@ def test_uneven_steps_are_rejected(tmp_path):
 def test_a_truncated_file_is_rejected(keep, tmp_path):
     _, paths = made(tmp_path)
     paths[1].write_bytes(paths[1].read_bytes()[:keep])
-    assert reason(paths).startswith("file 2 of 6 ")
+    named = "the image with Instance Number 2 is truncated: " if keep in (-7, -150) else "file 2 of 6 "
+    assert reason(paths).startswith(named)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:pydicom")  # its remarks on the damage
@@ -311,7 +312,10 @@ def test_a_transfer_syntax_nobody_knows_is_named(tmp_path):
     uid = b"1.2.840.10008.1.2.1\0"
     assert data.count(uid) == 1
     paths[5].write_bytes(data.replace(uid, b"1.2.826.0.1.9999.9.9"))
-    assert "image 6 of 6 cannot be decoded (transfer syntax 1.2.826.0.1.9999.9.9" in reason(paths)
+    assert (
+        "the image with Instance Number 6 (slice 6 of 6) cannot be decoded (transfer syntax 1.2.826.0.1.9999.9.9"
+        in reason(paths)
+    )
 
 
 # The public sets -----------------------------------------------------------------------------------------------------
@@ -331,9 +335,11 @@ GOOD = {
     ),
 }
 BAD = {
-    "01_abdomen_ct_siemens_j2k/example_ct_dicom": "file 1 of 20 has no SOP Instance UID",
-    "02_liver_ct_seg_dcmqi/segmentations/23x38x3/multiframe": "1 of 1 image(s) of 3 frames (multi-frame), "
-    "which are not supported; expected one image a slice: send it as single-frame images",
+    "01_abdomen_ct_siemens_j2k/example_ct_dicom": "the image with Instance Number 267 has no SOP Instance UID",
+    "02_liver_ct_seg_dcmqi/segmentations/23x38x3/multiframe": "1 of 1 image(s) of 3 frame(s) "
+    "(Legacy Converted Enhanced CT, multi-frame), "
+    "which are not analysed; expected one image a slice, of "
+    "CT Image Storage: have the scanner or the PACS send the series as single-frame CT",
     "03_tid1500_liver_sr/rsna2018_dataset1": "1 of 1 image(s) of modality SR; expected CT",
     "04_ge_tilt_variable_spacing": "slices are sheared by 18.5 degrees (gantry tilt), so that they lie up to 48.2 mm "
     "beside their stack; expected no shear; "
@@ -357,20 +363,22 @@ BAD = {
     "06_ct_bad_geometry/notavolume/001": "all 4 slices lie at one position; expected one slice at each position",
     "07_ct_one_image_all_syntaxes/no-pixel-data.dcm": "1 of 1 image(s) of modality SR; expected CT",
     "07_ct_one_image_all_syntaxes/no-pixel-spacing.dcm": "1 of 1 image(s) of modality US; expected CT",
-    "07_ct_one_image_all_syntaxes/CT0012.fragmented_no_bot_jpeg_baseline.51.dcm": "1 of 1 image(s) of 2 frames "
-    "(multi-frame), which are not supported; expected one image a slice: send it as single-frame images",
+    "07_ct_one_image_all_syntaxes/CT0012.fragmented_no_bot_jpeg_baseline.51.dcm": "1 of 1 image(s) of 2 frame(s) "
+    "(Enhanced CT, multi-frame), which are not analysed; expected one image a slice, of "
+    "CT Image Storage: have the scanner or the PACS send the series as single-frame CT",
     "07_ct_one_image_all_syntaxes/CT1_J2KR": "1 slice(s); a volume needs at least 3",
-    "08_odd_ct_and_seg_encodings/eCT_Supplemental.dcm": "1 of 1 image(s) of 2 frames (multi-frame), "
-    "which are not supported; expected one image a slice: send it as single-frame images",
+    "08_odd_ct_and_seg_encodings/eCT_Supplemental.dcm": "1 of 1 image(s) of 2 frame(s) (Enhanced CT, multi-frame), "
+    "which are not analysed; expected one image a slice, of "
+    "CT Image Storage: have the scanner or the PACS send the series as single-frame CT",
     "08_odd_ct_and_seg_encodings/explicit_VR-UN.dcm": "1 slice(s); a volume needs at least 3",
     "08_odd_ct_and_seg_encodings/HTJ2K_08_RGB.dcm": "file 1 of 1 has no Series Instance UID",
     "08_odd_ct_and_seg_encodings/liver_expb.dcm": "1 of 1 image(s) of modality SEG; expected CT",
     "09_charsets_and_odd_ct/D_CLUNIE_CT1_RLE_FRAGS.dcm": "1 slice(s); a volume needs at least 3",
     "09_charsets_and_odd_ct/GH177_D_CLUNIE_CT1_IVRLE_BigEndian_undefined_length.dcm": "file 1 of 1 cannot be read as "
     "DICOM (OSError): it is truncated or damaged",
-    "09_charsets_and_odd_ct/FreezePattern.dcm": "file 1 of 1 has no SOP Instance UID",
-    "09_charsets_and_odd_ct/GH178.dcm": "file 1 of 1 has no pixel data",
-    "09_charsets_and_odd_ct/GH179A.dcm": "file 1 of 1 has no pixel data",
+    "09_charsets_and_odd_ct/FreezePattern.dcm": "the image with Instance Number 1 has no SOP Instance UID",
+    "09_charsets_and_odd_ct/GH178.dcm": "the image with Instance Number 1 has no pixel data",
+    "09_charsets_and_odd_ct/GH179A.dcm": "the image with Instance Number 1 has no pixel data",
     "09_charsets_and_odd_ct/GH342.dcm": "1 of 1 image(s) of Image Type LOCALIZER; expected slices of a volume",
     "09_charsets_and_odd_ct/charset/chrGreek.dcm": "1 of 1 image(s) of modality OT; expected CT",
     "10_highdicom_seg_sr/ct_image.dcm": "1 slice(s); a volume needs at least 3",
@@ -454,3 +462,48 @@ def test_deflated_images_that_are_cut_off_or_damaged_are_a_verdict_not_a_crash(t
     whole = paths[2].read_bytes()
     paths[2].write_bytes(whole[: len(whole) * 3 // 4])
     assert reason(paths) == "file 3 of 6 cannot be read as DICOM (error): it is truncated or damaged"
+
+
+def test_two_ranges_in_one_series_are_told_apart_by_their_acquisitions(tmp_path):
+    """Chest, then pelvis with a gap between: each is a volume, the two together are none."""
+    _, paths = made(tmp_path, slices=10)
+    for n, path in enumerate(paths):
+        edit(path, put("AcquisitionNumber", 3 if n < 6 else 4))
+        if n >= 6:
+            move(path, 0, 0, 101.3)
+    assert "gap of 103.8 mm between images 6 and 7" in reason(paths)
+    assert (
+        "; before the widest step (103.8 mm) lie images of Acquisition Number 3, behind it of Acquisition Number 4: "
+        "send each range as a series of its own"
+    ) in reason(paths)
+    edit(paths[8], put("AcquisitionNumber", 3))
+    assert "Acquisition" not in reason(paths), "the gap parts no acquisitions"
+    for n, path in enumerate(paths):
+        edit(path, put("AcquisitionNumber", n + 1))
+    assert "Acquisition" not in reason(paths), "a scanner that counts every slice up"
+
+
+def test_a_file_of_the_node_is_called_by_its_instance_and_not_by_its_place_in_our_order(tmp_path):
+    _, paths = made(tmp_path)
+    held = [path.rename(path.with_name(f"{pydicom.dcmread(path).SOPInstanceUID}.dcm")) for path in paths]
+    uid = held[3].stem
+    whole = held[3].read_bytes()
+    held[3].write_bytes(b"no DICOM")
+    assert reason(held) == f"the file of SOP Instance UID {uid} (one of 6) is not a DICOM file"
+    assert (
+        read_candidate([held[3]]).faults[0] == f"the file of SOP Instance UID {uid} (one of 1) cannot be read as DICOM"
+    )
+    held[3].write_bytes(whole[:-60])
+    assert reason(held).startswith("the image with Instance Number 4 is truncated: ")
+
+
+def test_an_enhanced_ct_of_one_frame_is_told_from_a_screenshot(tmp_path):
+    _, paths = made(tmp_path)
+    for path in paths:
+        edit(path, put("SOPClassUID", "1.2.840.10008.5.1.4.1.1.2.1"))
+    assert reason(paths) == (
+        "6 of 6 image(s) of 1 frame(s) (Enhanced CT, multi-frame), which are not analysed; expected one image a slice, "
+        "of CT Image Storage: have the scanner or the PACS send the series as single-frame CT"
+    )
+    [fault] = read_candidate(paths).faults
+    assert fault.startswith("images of 1 frame(s) (Enhanced CT, multi-frame), which are not analysed")
