@@ -186,7 +186,7 @@ class WorkerProcess:
     def _told_by(self, code: int) -> tuple[Failure, str]:
         if code >= 0:
             return Failure.ENDED, f"the worker ended with exit code {code}"
-        name = signal.Signals(-code).name
+        name = next((known.name for known in signal.Signals if known == -code), f"signal {-code}")  # or a real-time one
         if -code == signal.SIGKILL and killed_for_memory() > self._kernel_kills:
             return Failure.MEMORY, "the kernel killed the worker: the machine, or this service's share of it, is full"
         return Failure.CRASHED, f"the worker was ended by {name}"

@@ -246,6 +246,16 @@ def test_what_a_worker_prints_is_nothing_to_the_node(store, config, capfd):
     assert (store.run(run.id).state, store.run(run.id).failure) == (RunState.QUEUED, None)
 
 
+def test_a_worker_that_ends_by_a_signal_without_a_name_is_told_and_started_again(store, config):
+    number = signal.SIGRTMIN + 3
+    worker = a_worker(store, config, f"import os; os.kill(os.getpid(), {number})")
+    worker.step(T0)
+    until_ended(worker, T0)
+    assert worker.failing == f"the worker was ended by signal {number}"
+    assert worker.step(T0 + timedelta(minutes=2)) == "started"
+    worker.stop()
+
+
 def test_a_run_that_was_cancelled_stays_so_when_its_worker_dies(store, config):
     run = a_run(store)
     worker = a_worker(store, config)

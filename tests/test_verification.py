@@ -16,6 +16,7 @@ from pynetdicom import evt
 from told import events
 
 from salsa_node import commitment, delivery, loopback, verification
+from salsa_node.errors import LeaseLost
 from salsa_node.listener import Listener
 from salsa_node.settings import DeliverySettings, Destination, ListenerSettings
 from salsa_node.store import DeliveryState, Store, StoreSettings
@@ -223,6 +224,25 @@ def test_a_report_that_never_comes_is_replaced_by_a_query(store: Store, tmp_path
         node(after(70), pacs.destination())
     assert standing(store) == [(VERIFIED, "C-FIND")] * 2
     assert len(pacs.asked) == 1
+
+
+def test_a_check_that_somebody_else_has_by_now_is_theirs(store: Store, tmp_path: Path) -> None:
+    produce(store, tmp_path, ["pacs"])
+    for item in store.claim_deliveries("s", 60, T0):
+        store.delivered(item.id, "s", 0, None, T0, check_at=T0)
+    first, _ = store.claim_checks("slow", 60, T0)
+    assert store.claim_checks("other", 60, after(59)) == ()
+    assert len(store.claim_checks("other", 60, after(61))) == 2
+    for late in (
+        lambda: store.verified(first.id, "slow", "C-FIND", after(62)),
+        lambda: store.check_later(first.id, "slow", "no answer", after(99), after(62)),
+        lambda: store.lost(first.id, "slow", "it is gone", after(99), after(62)),
+        lambda: store.commitment_asked([first.id], "slow", "1.2.3"),
+    ):
+        with pytest.raises(LeaseLost):
+            late()
+    assert standing(store) == [(SENT, "")] * 2
+    assert store.verified(first.id, "other", "C-FIND", after(62)).state is VERIFIED
 
 
 def test_a_report_that_contradicts_itself_proves_nothing(store: Store, tmp_path: Path) -> None:
