@@ -76,6 +76,7 @@ class Archive:
 
     loses: SOP Instance UIDs that it takes and does not keep; it forgets each once, and keeps it when it comes again.
     statuses: SOP Instance UID -> status of its C-STORE. find_status: the last status of every C-FIND.
+    careless: a C-FIND finds all that it holds, whatever was asked for.
     """
 
     port: int = 0
@@ -83,6 +84,7 @@ class Archive:
     loses: set[str] = field(default_factory=set)
     statuses: dict[str, int] = field(default_factory=dict)
     find_status: int = 0
+    careless: bool = False
     taken: list[Dataset] = field(default_factory=list)
     asked: list[Dataset] = field(default_factory=list)
     found: int = 0
@@ -113,8 +115,8 @@ class Archive:
         if self.find_status:
             yield self.find_status, None
             return
-        uid = str(event.identifier.SOPInstanceUID)
-        if uid in self.held:
+        wanted = {str(event.identifier.SOPInstanceUID)}
+        for uid in sorted(self.held if self.careless else self.held & wanted):
             match = Dataset()
             match.QueryRetrieveLevel, match.SOPInstanceUID = "IMAGE", uid
             yield 0xFF00, match

@@ -76,6 +76,15 @@ def test_what_a_query_finds_is_verified(store: Store, tmp_path: Path, node: Turn
     assert told(store, "delivery.verified") == ["pacs: it is there: C-FIND"] * 2
 
 
+def test_another_object_than_the_one_asked_for_proves_nothing(store: Store, tmp_path: Path, node: Turn) -> None:
+    produce(store, tmp_path, ["pacs"])
+    with an_archive() as pacs:
+        pacs.loses, pacs.careless = {SEG}, True
+        node(T0, pacs.destination())
+        node(after(10), pacs.destination())
+    assert standing(store) == [(SENT, ""), (VERIFIED, "C-FIND")]
+
+
 def test_what_was_taken_and_lost_is_found_out_and_sent_again(store: Store, tmp_path: Path, node: Turn) -> None:
     produce(store, tmp_path, ["pacs"])
     with an_archive() as pacs:
@@ -243,6 +252,18 @@ def test_a_check_that_somebody_else_has_by_now_is_theirs(store: Store, tmp_path:
             late()
     assert standing(store) == [(SENT, "")] * 2
     assert store.verified(first.id, "other", "C-FIND", after(62)).state is VERIFIED
+
+
+def test_a_report_about_an_earlier_sending_proves_nothing_of_the_later_one(store: Store, tmp_path: Path) -> None:
+    produce(store, tmp_path, ["pacs"])
+    for uid in ("1.2.3.4", ""):
+        for item in store.claim_deliveries("s", 60, T0):
+            store.delivered(item.id, "s", 0, None, T0, check_at=T0)
+        if uid:
+            store.commitment_asked([item.id for item in store.claim_checks("s", 60, T0)], "s", uid)
+            store.resend(STUDY, None, T0)
+    assert store.commitment_answered("1.2.3.4", {SEG, SR}, set(), T0) == ()
+    assert standing(store) == [(SENT, "")] * 2
 
 
 def test_a_report_that_contradicts_itself_proves_nothing(store: Store, tmp_path: Path) -> None:
