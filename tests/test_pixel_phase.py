@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
+import pydicom
 import pytest
 from test_worker import arrive
 from told import events
@@ -21,7 +22,7 @@ from salsa_node.contrast_phase import Phase, PixelPhase
 from salsa_node.pipelines import Masks, Observer, PipelineSettings, Provenance, options, unobserved
 from salsa_node.selection_rules import SelectionRules
 from salsa_node.settings import AssemblySettings, NodeSettings, PipelineChoice
-from salsa_node.store import Run, RunState, Store, StoreSettings
+from salsa_node.store import DeliveryState, Run, RunState, Store, StoreSettings
 from salsa_node.volume import CtVolume, Grid, LabelVolume
 from salsa_node.worker import Worker
 
@@ -145,6 +146,17 @@ def test_where_the_pixels_contradict_the_tags_the_series_that_is_best_then_goes_
     runs = settle()
     assert told(runs) == [("2", RunState.SUPERSEDED), ("3", RunState.PRODUCED)]
     assert runs[1].supersedes_id == runs[0].id
+    assert {item.state for item in store.deliveries_of(runs[0].id)} == {DeliveryState.WITHDRAWN}
+    assert {item.state for item in store.deliveries_of(runs[1].id)} == {DeliveryState.PENDING}
+    first, second = (
+        next(
+            pydicom.dcmread(config.node.data_dir / item.path) for item in store.objects_of(run.id) if item.kind == "SR"
+        )
+        for run in runs
+    )
+    [before] = second.PredecessorDocumentsSequence
+    [of_series] = before.ReferencedSeriesSequence
+    assert of_series.ReferencedSOPSequence[0].ReferencedSOPInstanceUID == first.SOPInstanceUID
     assert [run.findings["contrast_phase_in_pixels"] for run in runs] == ["non-contrast", "portal venous"]
     scores = store.looks_of(STUDY)[-1].scores
     assert [(line["series_number"], line["chosen"]) for line in scores] == [(3, True), (2, False)]

@@ -18,6 +18,7 @@ from made_totalseg import make_weights
 
 from salsa_node import models, pipelines, preflight
 from salsa_node.config import Config, NodeSettings
+from salsa_node.contrast_phase import Phase
 from salsa_node.criteria import Criteria
 from salsa_node.errors import ConfigError, OrganNotFound, PipelineError, SeriesRejected, WeightsMissing
 from salsa_node.findings import measure
@@ -168,10 +169,14 @@ def test_every_extra_is_off_until_it_is_asked_for_and_then_a_line_of_the_finding
     assert [lesion.segments for lesion in plain.lesions] == [()]
 
     asked = LiverLesionsPipeline(PipelineSettings("cpu", models_dir, options=ALL_ON))
-    findings = measure(ct, asked.segment(ct), Criteria())
+    masks = asked.segment(ct)
+    assert masks.pixel_phase is not None
+    assert masks.pixel_phase.phase is Phase.ARTERIAL
+    findings = measure(ct, masks, Criteria())
     told = {flag.name: flag.text for flag in findings.flags}
     assert told["body_region"] == "Body region: the liver lies wholly in the field of view."
-    assert "s after injection" in told["contrast_phase"]
+    seconds = masks.pixel_phase.after_injection_s
+    assert f"arterial, {seconds:.0f} s after injection" in told["contrast_phase"]
     assert told["contrast_phase"].endswith("Expected is portal venous: lesions may be missed, and attenuation differs.")
     assert [lesion.segments for lesion in findings.lesions] == [(7,)]
     assert asked.provenance.parameters["couinaud"] is True
@@ -236,6 +241,9 @@ def test_every_time_after_injection_has_the_phase_that_totalsegmentator_gives_it
         assert ours.certainty == certainty
         words = {"arterial_early": "early arterial", "arterial_late": "late arterial", "portal_venous": "portal venous"}
         assert ours.name.startswith(words.get(name, name))
+        liver_words = {"native": Phase.NATIVE, "arterial_early": Phase.ARTERIAL, "arterial_late": Phase.ARTERIAL}
+        expected = liver_words.get(name, Phase.PORTAL_VENOUS if seconds < 100 else Phase.UNKNOWN)
+        assert (ours.seen.phase, ours.seen.certainty) == (expected, certainty)
 
 
 def test_no_phase_is_told_where_the_head_is_in_the_scan() -> None:
