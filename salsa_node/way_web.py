@@ -103,6 +103,11 @@ class WebWay:
                 f"{where}: HTTP {answer.status_code}, it does not let us in; correct user and secret",
                 answer.status_code,
             )
+        if answer.status_code == requests.codes.not_found and method == "POST":
+            raise DeliveryError(
+                f"{where}: HTTP 404 to POST, as where its service is about to start; if it stays so correct its url",
+                404,
+            )
         if answer.status_code in _NOT_THIS_WAY:
             raise DestinationRefused(f"{where}: HTTP {answer.status_code} to {method}; correct its url")
         if not (answer.ok or answer.status_code == requests.codes.conflict):

@@ -204,7 +204,12 @@ def test_stow_that_does_not_know_the_class_gets_another_form(store: Store, tmp_p
 
 @pytest.mark.parametrize(
     ("code", "state", "words"),
-    [(503, PENDING, "HTTP 503"), (401, PENDING, "correct user and secret"), (404, GAVE_UP, "correct its url")],
+    [
+        (503, PENDING, "HTTP 503"),
+        (401, PENDING, "correct user and secret"),
+        (404, PENDING, "about to start"),
+        (415, GAVE_UP, "correct its url"),
+    ],
 )
 def test_what_http_says_is_told_with_what_to_do(
     store: Store, tmp_path: Path, node: Turn, code: int, state: DeliveryState, words: str
