@@ -146,7 +146,7 @@ room imports exactly what stands right of its arrow):
     cli_review             <- audit config console options store
     cli_queue              <- audit config console options store
     cli_series             <- assembly audit candidate config console errors nifti options preflight series series_rules stacks store upright
-    cli_upkeep             <- audit backup config console doctor integrity options preflight selftest store
+    cli_upkeep             <- audit backup config console doctor errors integrity options preflight selftest store
     cli_studies            <- audit config console durable options overview store
     cli_quarantine         <- config console options overview store
     cli_models             <- config console errors model_cards model_fetch model_import model_manifest models options

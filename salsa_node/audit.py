@@ -66,11 +66,13 @@ class Chain:
     """What came of reading the whole trail.
 
     broken: what is wrong with the first line that is wrong; None where none is. last: the digest of the last line.
+    untold: how many events of the record should stand behind it, and do not: lines were cut off, or no node has run.
     """
 
     lines: int
     last: str
     broken: str | None
+    untold: int = 0
 
 
 class Trail:
@@ -171,10 +173,7 @@ class Trail:
                 return Chain(count, before, f"a line is missing or was put in before line {number}")
             before, count, last_event = entry.sha256, number, max(last_event, entry.event or 0)
         untold = _untold(store, last_event, now) if store is not None and now is not None else 0
-        if untold:
-            return Chain(count, before, f"{untold} events of the record are missing at its end: lines were cut off, or "
-                         "the node has not run since; its next start writes them down")  # fmt: skip
-        return Chain(count, before, None)
+        return Chain(count, before, None, untold)
 
     @contextmanager
     def _writing(self) -> Iterator[int]:

@@ -9,7 +9,7 @@ from typing import Annotated, Final
 
 import typer
 
-from salsa_node import config, console
+from salsa_node import config, console, errors
 from salsa_node.options import EXIT_NO, AsJson, ConfigFile, Yes, ask
 
 audit_app = typer.Typer(help="The audit trail.", no_args_is_help=True)
@@ -156,17 +156,28 @@ def audit_verify(config_file: ConfigFile = None, as_json: AsJson = False) -> Non
     """Say whether the audit trail is whole, and tells what the record tells."""
     settings = config.load(config_file)
     from salsa_node import audit
+    from salsa_node import doctor as surroundings
     from salsa_node.store import Store, StoreSettings
 
-    with Store.open(StoreSettings(settings.store_url)) as record:
-        chain = audit.Trail(settings.node.data_dir).verify(record, datetime.now(UTC))
+    trail = audit.Trail(settings.node.data_dir)
+    try:
+        with Store.open(StoreSettings(settings.store_url)) as record:
+            chain = trail.verify(record, datetime.now(UTC))
+    except errors.StoreError as error:
+        console.note(f"the record cannot be asked what the trail should tell: {error}")
+        chain = trail.verify()
     if as_json:
-        console.put_json({"lines": chain.lines, "last": chain.last, "broken": chain.broken})
+        console.put_json({"lines": chain.lines, "last": chain.last, "broken": chain.broken, "untold": chain.untold})
     elif chain.broken:
         console.put(f"broken after {chain.lines} lines: {chain.broken}")
     else:
         console.put(f"{chain.lines} lines hang together; the last has digest {chain.last}")
-    if chain.broken:
+    if chain.untold and not as_json:
+        console.put(
+            f"{chain.untold} events of the record are missing at its end: lines were cut off, or the node has not run "
+            "since, whose start writes them down"
+        )
+    if chain.broken or (chain.untold and surroundings.is_running(settings.node.data_dir)):
         raise SystemExit(EXIT_NO)
 
 

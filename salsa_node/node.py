@@ -89,6 +89,10 @@ def serve(config: Config, config_path: Path | None) -> None:
         for loop in loops:
             loop.join(config.worker.stop_grace_s)  # a silent peer may hold a delivery longer; its lease runs out
         store.add_event("node", host, "node.stopped", "", _now())
+        try:
+            audit.Trail(config.node.data_dir).take(store, _now())
+        except ConfigError as error:  # the next start does it
+            log.error("audit trail not complete", extra={"event": "audit.failed", "error": str(error)})
         log.info("stopped", extra={"event": "node.stopped"})
 
 
