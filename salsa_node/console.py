@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Protocol
 
 from rich import box
@@ -191,7 +193,25 @@ def put_detail(study: Mapping[str, object]) -> None:
             _rows(study["quarantine"]),
             "Quarantine: images that contradict what is stored; a person must say which is right",
         )
-    put_table({"at": "at", "name": "event", "detail": "detail"}, _rows(study["events"]), "Time line")
+    put_table({"at": "at", "name": "event", "detail": "detail"}, _time_line(_rows(study["events"])), "Time line")
+
+
+def _time_line(events: Sequence[Mapping[str, object]]) -> list[dict[str, object]]:
+    """The events, but of objects that went the same way one after the other a single line, with how many went."""
+    lines: list[dict[str, object]] = []
+    for (name, is_of_one_object), several in groupby(events, key=lambda event: (event["name"], _is_of_object(event))):
+        if not is_of_one_object:
+            lines += [dict(event) for event in several]
+            continue
+        alike = list(several)
+        counts = Counter(str(event["detail"]) for event in alike)
+        detail = "; ".join(f"{text} ({count} objects)" if count > 1 else text for text, count in counts.items())
+        lines.append({"at": alike[0]["at"], "name": name, "detail": detail})
+    return lines
+
+
+def _is_of_object(event: Mapping[str, object]) -> bool:
+    return event["subject"] == "delivery" or event["name"] == "instance.own_result"
 
 
 def put_quarantine(rows: Sequence[Mapping[str, object]], title: str = "") -> None:

@@ -166,7 +166,8 @@ class _Outbox:
             return self._store.delivered(delivery.id, self._owner, status, note, now, check_at)
 
         if self._settle(delivery, write):
-            log.info("object delivered", extra={"event": "delivery.sent", "delivery": delivery.id, "status": status})
+            told = {"delivery": delivery.id, "destination": delivery.destination, "status": status}
+            log.info("object delivered", extra={"event": "delivery.sent", **told})
 
     def hold_back(self, deliveries: Sequence[Delivery]) -> None:
         """They wait for a person."""

@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -44,6 +45,8 @@ from salsa_node.supervisor import WorkerProcess
 from salsa_node.web import Web
 
 log = logging.getLogger(__name__)
+
+_SAY_AGAIN_S = 60.0
 
 SHARED_SWEEP_S = 86400.0  # another machine may be writing what is younger
 
@@ -209,7 +212,7 @@ def only_node(data_dir: Path) -> Iterator[None]:
 class Loop(threading.Thread):
     """Calls `step(now)` until stopped: at once again while it finds something to do, else after `poll_s`.
 
-    failing: why the last step came to nothing; "" where it did not fail.
+    failing: why the last step came to nothing; "" where it did not fail. The log hears the same reason once a minute.
     """
 
     def __init__(self, name: str, step: Callable[[datetime], object | None], poll_s: float) -> None:
@@ -218,6 +221,7 @@ class Loop(threading.Thread):
         self._poll_s = poll_s
         self._over = threading.Event()
         self.failing = ""
+        self._said_at = 0.0  # of time.monotonic()
 
     def run(self) -> None:
         """The loop."""
@@ -233,8 +237,10 @@ class Loop(threading.Thread):
 
     def _failed(self, why: str) -> float:
         """Say so; how long to wait."""
+        if why != self.failing or time.monotonic() - self._said_at >= _SAY_AGAIN_S:
+            self._said_at = time.monotonic()
+            log.error("step failed", extra={"event": "loop.failed", "loop": self.name, "error": why})
         self.failing = why
-        log.error("step failed", extra={"event": "loop.failed", "loop": self.name, "error": why})
         return max(1.0, self._poll_s)
 
     def ask_to_stop(self) -> None:

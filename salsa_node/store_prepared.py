@@ -21,6 +21,7 @@ _REMEDIES = {  # words of SQLite: what a person does then
     "disk I/O error": "is the disk full, or failing? salsa-node doctor says how much is left",
     "database or disk is full": "make room on the disk",
     "readonly database": "its file and its folder must be writable for this user",
+    "unable to open database": "its file must be readable and its folder writable for this user",
     "is malformed": "stop the node, then salsa-node restore",
     "not a database": "stop the node, then salsa-node restore",
 }

@@ -292,3 +292,22 @@ def test_the_shell_completes_commands(command):
     code = "import sys; sys.argv = ['salsa-node']; from salsa_node.cli import main; main()"
     told = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert told.stdout.split() == ["studies"]
+
+
+def test_the_time_line_tells_objects_that_went_together_in_one_line(store, cli):
+    now = datetime.now(UTC)
+    for n in range(3):
+        for name in ("pacs", "web"):
+            store.add_event("delivery", str(n), "delivery.pending", name, now, QUEUED)
+    for n in range(3):
+        store.add_event("delivery", str(n), "delivery.sent", "pacs", now, QUEUED)
+    store.add_event("delivery", "9", "delivery.sent", "web", now, QUEUED)
+    store.add_event("study", QUEUED, "study.held", "", now, QUEUED)
+    store.add_event("study", QUEUED, "study.held", "", now, QUEUED)
+    shown = cli("show", QUEUED).stdout.split("Time line")[1]
+    assert shown.count("delivery.pending") == shown.count("delivery.sent") == 1
+    assert "pacs (3 objects); web (3 objects)" in shown
+    assert "pacs (3 objects); web " in shown.split("delivery.sent")[1]
+    assert shown.count("study.held") == 2
+    events = json.loads(cli("show", QUEUED, "--json").stdout)["events"]
+    assert [event["name"] for event in events].count("delivery.pending") == 6

@@ -69,6 +69,17 @@ def test_a_loop_goes_on_after_what_nobody_foresaw_and_ends_when_asked():
     assert not loop.is_alive()
 
 
+def test_a_loop_that_fails_again_and_again_does_not_fill_the_log(caplog, monkeypatch):
+    loop = node.Loop("test", lambda now: None, 0.01)
+    for why in ("malformed", "malformed", "locked", "locked", "malformed"):
+        loop._failed(why)
+        assert loop.failing == why
+    assert [record.error for record in caplog.records] == ["malformed", "locked", "malformed"]
+    monkeypatch.setattr(node, "_SAY_AGAIN_S", 0.0)
+    loop._failed("malformed")
+    assert len(caplog.records) == 4, "said again after a while"
+
+
 def test_the_worker_reads_the_config_as_it_was_at_the_start(config, tmp_path):
     path = tmp_path / "site.toml"
     path.write_text("[assembly]\nquiet_s = 5\n")
