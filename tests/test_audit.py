@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from xml.etree import ElementTree as ET
@@ -19,7 +20,7 @@ import pytest
 from test_retention import arrive, finish
 
 from salsa_node import audit_message
-from salsa_node.audit import AUDITED, FILE, NOBODY_BEFORE, Chain, Entry, Trail
+from salsa_node.audit import AUDITED, FILE, NOBODY_BEFORE, Chain, Entry, Trail, _digest
 from salsa_node.errors import ConfigError, DeliveryError
 from salsa_node.node import only_node
 from salsa_node.settings import AuditSettings
@@ -76,9 +77,16 @@ def changed(line: str) -> str:
     return line.replace("1.2", "1.3", 1)
 
 
+def forged(line: str) -> str:
+    """Changed by who knows how a line's own digest is made."""
+    entry = Entry(**json.loads(changed(line)))
+    return json.dumps(asdict(entry) | {"sha256": _digest(entry)})
+
+
 @pytest.mark.parametrize(
     ("spoil", "told", "good"),
     [
+        (lambda lines: [*lines[:2], forged(lines[2]), *lines[3:]], "before line 4", 3),
         (lambda lines: [*lines[:2], changed(lines[2]), *lines[3:]], "line 3 has been changed", 2),
         (lambda lines: [*lines[:2], *lines[3:]], "before line 3", 2),
         (lambda lines: [*lines[:3], lines[2], *lines[3:]], "before line 4", 3),

@@ -72,11 +72,13 @@ class Web:
     """A DICOMweb service that answers as told.
 
     code: of every answer where it is no 200; reasons: SOP Instance UID -> failure reason; warnings: the same.
+    careless: QIDO-RS finds all that it holds, whatever was asked for.
     """
 
     port: int = 0
     scheme: str = "http"
     code: int = 200
+    careless: bool = False
     wants: str = ""
     reasons: dict[str, int] = field(default_factory=dict)
     warnings: dict[str, int] = field(default_factory=dict)
@@ -138,7 +140,8 @@ def a_web(context: object = None) -> Iterator[Web]:
         def do_GET(self) -> None:
             if not self.refused():
                 wanted = parse_qs(urlsplit(self.path).query).get("SOPInstanceUID", [""])[0]
-                self.answer(200, [{"00080018": {"vr": "UI", "Value": [wanted]}}] if wanted in web.held else [])
+                uids = sorted(web.held) if web.careless else [wanted] if wanted in web.held else []
+                self.answer(200, [{"00080018": {"vr": "UI", "Value": [uid]}} for uid in uids])
 
         def log_message(self, *_: object) -> None:
             pass
@@ -177,6 +180,16 @@ def test_stow_sends_the_very_bytes_and_qido_verifies(store: Store, tmp_path: Pat
         f"GET /dicom-web/studies/{STUDY}/series/{STUDY}.{SEG}/instances?SOPInstanceUID={SEG}",
         f"GET /dicom-web/studies/{STUDY}/series/{STUDY}.{SR}/instances?SOPInstanceUID={SR}",
     ]
+
+
+def test_another_object_than_the_one_asked_for_proves_nothing(store: Store, tmp_path: Path, node: Turn) -> None:
+    produce(store, tmp_path, ["pacs"])
+    with a_web() as web:
+        node(T0, web.destination)
+        del web.held[SEG]
+        web.careless = True
+        rows = node(after(10), web.destination)
+    assert [(row.state, row.proof) for row in rows] == [(SENT, ""), (VERIFIED, "QIDO-RS")]
 
 
 def test_stow_has_a_status_for_each_object(store: Store, tmp_path: Path, node: Turn) -> None:
