@@ -15,7 +15,9 @@ import select
 import subprocess
 import sys
 import threading
+import weakref
 import zlib
+from collections.abc import Callable
 from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
@@ -79,6 +81,7 @@ class Comparison:
     def __init__(self) -> None:
         self._turn = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
+        self._finalizer: Callable[[], object] | None = None
 
     def is_same(self, one: Path, other: Path) -> bool:
         """As the function of that name; False too where its process dies of the files, or takes too long."""
@@ -96,7 +99,10 @@ class Comparison:
 
     def _asked(self, one: Path, other: Path) -> bool | None:
         """The answer of the process, which is started where there is none; None where it gives none, and is ended."""
-        process = self._process = self._process or _started()
+        process = self._process
+        if process is None:
+            process = self._process = _started()
+            self._finalizer = weakref.finalize(self, _ended, process)  # where nobody closes it
         answer = b""
         with suppress(OSError):
             assert process.stdin is not None, "it was asked for"
@@ -111,11 +117,9 @@ class Comparison:
         return answer == b"true\n"
 
     def _end(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            with suppress(OSError):  # what was written to it and not read
-                self._process.communicate()
-            self._process = None
+        if self._finalizer is not None:
+            self._finalizer()
+        self._process = self._finalizer = None
 
 
 def is_same(one: Path, other: Path) -> bool:
@@ -237,6 +241,12 @@ def _started() -> subprocess.Popen[bytes]:
         stderr=subprocess.DEVNULL,
         env=os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
     )
+
+
+def _ended(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    with suppress(OSError):  # what was written to it and not read
+        process.communicate()
 
 
 def _answer() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import pytest
-from pydicom.uid import ComprehensiveSRStorage
+from pydicom.uid import ComprehensiveSRStorage, EnhancedCTImageStorage
 from told import events
 
 from salsa_node import assembly, dicom_ct, phantom, series
@@ -356,3 +356,22 @@ def test_neither_reasons_nor_events_nor_logs_hold_patient_identity(
     assert only_run(store).refusal
     for secret in (NAME, PATIENT_ID, "SOMEBODY-ELSE", "Roe^Richard"):
         assert secret not in said
+
+
+def test_a_study_of_multi_frame_ct_alone_says_what_it_is_and_what_to_do(
+    store: Store, ct: Files, receive: Receive, settle: Settle
+) -> None:
+    files = ct()
+    for file in files:
+        ds = pydicom.dcmread(file)
+        ds.SOPClassUID, ds.NumberOfFrames = EnhancedCTImageStorage, 60
+        ds.save_as(file)
+    receive(files)
+    settle()
+    words = (
+        "images of 60 frame(s) (Enhanced CT, multi-frame), which are not analysed; expected one image a slice, of "
+        "CT Image Storage: have the scanner or the PACS send the series as single-frame CT"
+    )
+    assert only_run(store).refusal == f"no series of this study can be analysed; series 2: {words}"
+    [row] = store.series_of(STUDY)
+    assert (row.state, row.reason) == (SeriesState.REJECTED, words)
