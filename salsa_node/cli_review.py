@@ -35,12 +35,15 @@ def release(study: StudyName, config_file: ConfigFile = None, as_json: AsJson = 
     with store.Store.open(store.StoreSettings(settings.store_url)) as record:
         wanted = record.study(study).study_uid
         Trail(settings.node.data_dir).ordered("release", [wanted], datetime.now(UTC))
+        was_held = record.is_held_by_a_person(wanted)
         due = record.release_study(wanted, datetime.now(UTC))
     if as_json:
         console.put_json({"study_uid": wanted, "released": [item.id for item in due]})
     elif due:
         console.put(f"{len(due)} deliveries are due; a running node sends them")
+    elif was_held:
+        console.put("it is held no longer; nothing of it waited")
     else:
         console.put("nothing of it was held; what is sent of its current result from now on leaves")
-    if not due:
+    if not (due or was_held):
         raise SystemExit(EXIT_NO)

@@ -46,19 +46,26 @@ class Reviews(Queries):
     def release_study(self, study_uid: str, now: datetime) -> tuple[Delivery, ...]:
         """The current results of the study may leave, and what is HELD of them is due; a later result is held anew.
 
-        Raises UnknownStudy where the study has no result.
+        What `hold_study` said of results to come holds no longer. Raises UnknownStudy where the study has no result
+        and nobody held it.
         """
         with transaction(self._writer) as t:
             t.study(study_uid)
             current = sa.select(RUNS).where(RUNS.c.study_uid == study_uid, RUNS.c.state == RunState.PRODUCED)
             run = t.one(Run, current.order_by(RUNS.c.finished_at.desc(), RUNS.c.id.desc()))
-            if run is None:
+            if run is None and not _is_held_by_a_person(t, study_uid):
                 raise UnknownStudy("this study has no result that could be released; wait for its run")
-            _write(t, study_uid, held=False, released_run_id=run.id)
-            t.event(now, study_uid, "study", study_uid, "study.released_result", f"run {run.id}")
+            _write(t, study_uid, held=False, released_run_id=run.id if run else None)
+            told = f"run {run.id}" if run else "no result yet"
+            t.event(now, study_uid, "study", study_uid, "study.released_result", told)
             held = t.all(Delivery, _of_current(study_uid, DeliveryState.HELD))
             again = {"attempt": 0, "not_before": None, "last_error": None}
             return tuple(t.become_delivery(one, DeliveryState.PENDING, now, "released", **again) for one in held)
+
+    def is_held_by_a_person(self, study_uid: str) -> bool:
+        """Whether somebody held the study, and nobody has released it since."""
+        with transaction(self._engine) as t:
+            return _is_held_by_a_person(t, study_uid)
 
     def is_held(self, run: Run, by_default: bool) -> bool:
         """Whether a result waits for a person; by_default: what holds where no person said anything."""
@@ -79,6 +86,10 @@ class Reviews(Queries):
                 t.become_delivery(one, DeliveryState.HELD, now, why, attempt=one.attempt - 1, last_error=why)
                 for one in leased
             )
+
+
+def _is_held_by_a_person(t: Transaction, study_uid: str) -> bool:
+    return bool(t.connection.execute(sa.select(REVIEWS.c.held).where(REVIEWS.c.study_uid == study_uid)).scalar())
 
 
 def _is_released(t: Transaction, run: Run) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from made_delivery import SEG, SR, STUDY, T0, an_archive, produce
+from test_store import an_instance
 from told import events
 
 from salsa_node import config, delivery, overview
@@ -119,6 +120,20 @@ def test_nothing_can_be_released_before_there_is_a_result(store: Store, tmp_path
         store.hold_study("1.9.9", T0)
 
 
+def test_a_hold_before_there_is_a_result_can_be_taken_back(store: Store) -> None:
+    store.add_instance(an_instance(), T0)
+    store.complete_series(T0, T0)
+    store.study_assembled(store.study("1.2.3"), "looked at", T0)
+    run = store.queue_run("1.2.3", "demo", "d", T0)
+    with pytest.raises(UnknownStudy, match="no result that could be released"):
+        store.release_study("1.2.3", T0)
+    assert store.hold_study("1.2.3", T0) == ()
+    assert store.is_held(run, False)
+    assert store.release_study("1.2.3", T0) == ()
+    assert not store.is_held(run, False)
+    assert store.is_held(run, True), "a result that nobody has seen"
+
+
 def test_in_the_shadow_only_research_gets_results(store: Store, tmp_path: Path, step: Step) -> None:
     produce(store, tmp_path, ["pacs", "lab"])
     shadow = replace(SETTINGS, shadow=True, research=("lab",))
@@ -146,7 +161,9 @@ def test_in_the_shadow_research_gets_what_goes_elsewhere_by_light() -> None:
 def test_hold_and_release_on_the_command_line(store: Store, tmp_path: Path, step: Step) -> None:
     produce(store, tmp_path, ["pacs"])
     looked_at(store)
-    (tmp_path / "node.toml").write_text(f'[node]\nstore_url = "sqlite:///{tmp_path / "record.sqlite"}"\n')
+    (tmp_path / "node.toml").write_text(
+        f'[node]\ndata_dir = "{tmp_path}"\nstore_url = "sqlite:///{tmp_path / "record.sqlite"}"\n'
+    )
 
     def cli(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "salsa_node", *arguments, "--config", str(tmp_path / "node.toml")]
@@ -160,6 +177,13 @@ def test_hold_and_release_on_the_command_line(store: Store, tmp_path: Path, step
     released = cli("release", STUDY)
     assert (released.returncode, released.stdout) == (0, "2 deliveries are due; a running node sends them\n")
     assert cli("release", STUDY).returncode == 1
+    assert cli("hold", STUDY).returncode == 0
+    lifted = cli("release", STUDY)
+    assert (lifted.returncode, "2 deliveries are due" in lifted.stdout) == (0, True)
     assert cli("release", "1.9.9").returncode == 4
     with an_archive() as pacs:
         assert step(SETTINGS, pacs.destination()) == [DeliveryState.SENT] * 2
+    assert cli("release", STUDY).returncode == 1, "nothing was held"
+    assert cli("hold", STUDY).returncode == 0
+    lifted = cli("release", STUDY)
+    assert (lifted.returncode, lifted.stdout) == (0, "it is held no longer; nothing of it waited\n")
