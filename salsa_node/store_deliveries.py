@@ -37,15 +37,13 @@ class Deliveries(Queries):
             sa.or_(DELIVERIES.c.not_before.is_(None), DELIVERIES.c.not_before <= now),
             sa.or_(DELIVERIES.c.lease_until.is_(None), DELIVERIES.c.lease_until <= now),
         )
+        order = DELIVERIES.c.not_before.nulls_first(), DELIVERIES.c.id  # as SQLite does; PostgreSQL does not
+        oldest = sa.select(DELIVERIES).where(due).order_by(*order).limit(1)
         with transaction(self._writer) as t:
-            t.withdraw_superseded(now)
-            first = t.one(
-                Delivery,
-                sa.select(DELIVERIES)
-                .where(due)
-                .order_by(DELIVERIES.c.not_before.nulls_first(), DELIVERIES.c.id)  # as SQLite does; PostgreSQL does not
-                .limit(1),
-            )
+            first = t.one(Delivery, oldest)
+            while first is not None and (run := t.run(first.run_id)).state is RunState.SUPERSEDED:
+                t.withdraw_superseded(run.study_uid, now)  # a dead node was sending it when its place was taken
+                first = t.one(Delivery, oldest)
             if first is None:
                 return ()
             together = sa.and_(due, DELIVERIES.c.run_id == first.run_id, DELIVERIES.c.destination == first.destination)

@@ -332,6 +332,8 @@ STUDIES = sa.Table(
     sa.Column("assembled_instances", sa.Integer, nullable=False),
     sa.Column("called_ae", sa.String(16), nullable=False, server_default=""),
 )
+_NEW = STUDIES.c.instances > STUDIES.c.assembled_instances
+sa.Index("ix_studies_work", STUDIES.c.last_at, STUDIES.c.study_uid, sqlite_where=_NEW, postgresql_where=_NEW)
 
 SERIES = sa.Table(
     "series",
@@ -340,11 +342,12 @@ SERIES = sa.Table(
     sa.Column("study_uid", sa.ForeignKey("studies.study_uid"), nullable=False, index=True),
     sa.Column("modality", sa.String(16), nullable=False),
     sa.Column("series_number", sa.Integer),
-    sa.Column("state", state(SeriesState), nullable=False, index=True),
+    sa.Column("state", state(SeriesState), nullable=False),
     sa.Column("reason", sa.Text, nullable=False),
     sa.Column("instances", sa.Integer, nullable=False),
     sa.Column("duplicates", sa.Integer, nullable=False),
     sa.Column("last_instance_at", UtcDateTime, nullable=False),
+    sa.Index("ix_series_work", "state", "last_instance_at", "series_uid"),
 )
 
 INSTANCES = sa.Table(
@@ -392,7 +395,7 @@ RUNS = sa.Table(
     sa.Column("refusal", sa.Text),
     sa.Column("source_digest", sa.String(64), nullable=False),
     sa.Column("forced", sa.Boolean, nullable=False),
-    sa.Column("state", state(RunState), nullable=False, index=True),
+    sa.Column("state", state(RunState), nullable=False),
     sa.Column("attempt", sa.Integer, nullable=False),
     sa.Column("lease_owner", sa.String(128)),
     sa.Column("lease_until", UtcDateTime),
@@ -410,6 +413,7 @@ RUNS = sa.Table(
     sa.Column("part", sa.String(64), nullable=False, server_default=""),
     sa.Column("images", sa.JSON(none_as_null=True)),
     sa.Column("beside", sa.JSON, nullable=False, server_default="[]"),
+    sa.Index("ix_runs_work", "state", "queued_at", "id"),
 )
 
 OBJECTS = sa.Table(
@@ -431,7 +435,7 @@ DELIVERIES = sa.Table(
     sa.Column("object_id", sa.ForeignKey("objects.id"), nullable=False),
     sa.Column("run_id", sa.ForeignKey("runs.id"), nullable=False, index=True),
     sa.Column("destination", sa.String(64), nullable=False),
-    sa.Column("state", state(DeliveryState), nullable=False, index=True),
+    sa.Column("state", state(DeliveryState), nullable=False),
     sa.Column("attempt", sa.Integer, nullable=False),
     sa.Column("not_before", UtcDateTime),
     sa.Column("last_status", sa.Integer),
@@ -439,11 +443,14 @@ DELIVERIES = sa.Table(
     sa.Column("sent_at", UtcDateTime),
     sa.Column("lease_owner", sa.String(128)),
     sa.Column("lease_until", UtcDateTime),
-    sa.Column("check_at", UtcDateTime, index=True),
+    sa.Column("check_at", UtcDateTime),
     sa.Column("checks", sa.Integer, nullable=False, server_default="0"),
     sa.Column("proof", sa.String(32), nullable=False, server_default=""),
     sa.Column("transaction_uid", sa.String(64), index=True),
     sa.UniqueConstraint("object_id", "destination"),
+    sa.Index("ix_deliveries_work", "state", "not_before", "id"),
+    sa.Index("ix_deliveries_checks", "state", "check_at", "id"),
+    sa.Index("ix_deliveries_sent", "destination", "sent_at"),
 )
 
 EVENTS = sa.Table(

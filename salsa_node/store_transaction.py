@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 _Row = TypeVar("_Row")
+_DISPLACED = "a newer result took its place"
 
 
 @contextmanager
@@ -201,15 +202,21 @@ class Transaction:
     def become_delivery(
         self, delivery: Delivery, state: DeliveryState, now: datetime, detail: str, **changes: object
     ) -> Delivery:
-        """Change the state, with an event; the lease ends. Raises IllegalTransition."""
+        """Change the state, with an event; the lease ends. Raises IllegalTransition.
+
+        What would wait, of a result whose place a newer one took meanwhile, is WITHDRAWN.
+        """
         self._allowed(f"delivery {delivery.id}", delivery.state, state)
         free = {"lease_owner": None, "lease_until": None}
         where = DELIVERIES.c.id == delivery.id
         self.execute(sa.update(DELIVERIES).where(where).values(state=state, **free, **changes))
-        study_uid = self.run(delivery.run_id).study_uid
+        run = self.run(delivery.run_id)
         detail = f"{delivery.destination}: {detail}" if detail else delivery.destination
-        self.event(now, study_uid, "delivery", delivery.id, f"delivery.{state.value.lower()}", detail)
-        return self.delivery(delivery.id)
+        self.event(now, run.study_uid, "delivery", delivery.id, f"delivery.{state.value.lower()}", detail)
+        changed = self.delivery(delivery.id)
+        if run.state is RunState.SUPERSEDED and state in (DeliveryState.PENDING, DeliveryState.HELD):
+            return self.become_delivery(changed, DeliveryState.WITHDRAWN, now, _DISPLACED)
+        return changed
 
     def new_deliveries(self, run: Run, object_id: int, destinations: Sequence[str], now: datetime) -> None:
         """One PENDING delivery of that object to each destination."""
@@ -224,20 +231,21 @@ class Transaction:
             )
             self.event(now, run.study_uid, "delivery", number, "delivery.pending", destination)
 
-    def withdraw_superseded(self, now: datetime) -> None:
-        """What of a superseded result has not gone out, and is not going out right now, is WITHDRAWN."""
+    def withdraw_superseded(self, study_uid: str, now: datetime) -> None:
+        """What of the study's superseded results has not gone out, and is not going out right now, is WITHDRAWN."""
         idle = sa.or_(DELIVERIES.c.lease_until.is_(None), DELIVERIES.c.lease_until <= now)
         stale = (
             sa.select(DELIVERIES)
             .join(RUNS, RUNS.c.id == DELIVERIES.c.run_id)
             .where(
                 DELIVERIES.c.state.in_([DeliveryState.PENDING, DeliveryState.HELD]),
+                RUNS.c.study_uid == study_uid,
                 RUNS.c.state == RunState.SUPERSEDED,
                 idle,
             )
         )
         for delivery in self.all(Delivery, stale):
-            self.become_delivery(delivery, DeliveryState.WITHDRAWN, now, "a newer result took its place")
+            self.become_delivery(delivery, DeliveryState.WITHDRAWN, now, _DISPLACED)
 
     @staticmethod
     def _known(kind: str, name: str | int, found: _Row | None) -> _Row:
