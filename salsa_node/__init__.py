@@ -73,6 +73,7 @@ room imports exactly what stands right of its arrow):
     store_transaction      <- errors store_prepared store_rows
     store_queries          <- errors store_rows store_transaction
     store_arrivals         <- errors store_connection store_prepared store_queries store_rows store_transaction
+    store_clock            <- store_connection store_queries store_rows store_transaction
     store_commitments      <- errors store_columns store_connection store_queries store_transaction
     store_deliveries       <- errors store_connection store_queries store_rows store_transaction
     store_interventions    <- errors store_connection store_queries store_rows store_transaction
@@ -83,7 +84,7 @@ room imports exactly what stands right of its arrow):
     store_reviews          <- errors store_connection store_queries store_rows store_transaction
     store_phases           <- store_connection store_queries store_rows store_transaction
     store_proofs           <- errors store_connection store_queries store_rows store_transaction
-  store                  <- store_arrivals store_commitments store_connection store_deliveries store_interventions store_looks store_phases store_proofs store_quarantine store_queries store_reviews store_rows store_search store_switches store_transaction
+  store                  <- store_arrivals store_clock store_commitments store_connection store_deliveries store_interventions store_looks store_phases store_proofs store_quarantine store_queries store_reviews store_rows store_search store_switches store_transaction
     association            <-
     notes                  <- errors store
     instance_header        <- damage
@@ -127,7 +128,7 @@ room imports exactly what stands right of its arrow):
     web                    <- errors settings
     monitoring             <- errors overview store web
     notification           <- durable errors settings store
-    node                   <- assembly audit audit_message commitment config delivery durable errors integrity listener log monitoring notification pacs_count preflight retention store supervisor verification web
+    node                   <- assembly audit audit_message commitment config delivery durable errors failures integrity listener log monitoring notification pacs_count preflight retention store supervisor verification web
     console                <-
     dicom_ct               <- errors uids volume
     offline                <- analysis candidate config criteria dicom_ct dicom_result errors findings log nifti picture pipelines selection series stacks uids upright volume
@@ -147,7 +148,7 @@ room imports exactly what stands right of its arrow):
     cli_queue              <- audit config console options store
     cli_series             <- assembly audit candidate config console errors nifti options preflight series series_rules stacks store upright
     cli_upkeep             <- audit backup config console doctor errors integrity options preflight selftest store
-    cli_studies            <- audit config console durable options overview store
+    cli_studies            <- audit config console durable errors options overview store
     cli_quarantine         <- config console options overview store
     cli_models             <- config console errors model_cards model_fetch model_import model_manifest models options
     cases                  <- candidate errors nifti selection selection_rules series series_rules stacks volume

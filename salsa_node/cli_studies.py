@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from salsa_node import config, console, durable
+from salsa_node.errors import ConfigError
 from salsa_node.options import EXIT_NO, AsJson, ConfigFile, Since, StudyName, Until, Yes, ask, moment
 
 if TYPE_CHECKING:  # the record's rooms take longer to import than most commands to answer
@@ -79,11 +80,14 @@ def show(study: StudyName, config_file: ConfigFile = None, as_json: AsJson = Fal
 
     with _store(config_file) as record:
         page = overview.detail(record, overview.glance(record, record.study(study)))
-    _trail(config_file).accessed("show", str(page["study_uid"]), datetime.now(UTC))
     if as_json:
         console.put_json(page)
     else:
         console.put_detail(page)
+    try:
+        _trail(config_file).accessed("show", str(page["study_uid"]), datetime.now(UTC))
+    except ConfigError as error:  # a full disk must not blind who comes to see why
+        console.note(f"this look is not in the audit trail: {error}")
 
 
 def cancel(study: StudyName, config_file: ConfigFile = None, as_json: AsJson = False, yes: Yes = False) -> None:

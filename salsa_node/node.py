@@ -28,6 +28,7 @@ from salsa_node import (
     commitment,
     delivery,
     durable,
+    failures,
     integrity,
     monitoring,
     notification,
@@ -47,7 +48,7 @@ from salsa_node.web import Web
 log = logging.getLogger(__name__)
 
 _SAY_AGAIN_S = 60.0
-
+CLOCK_S = 30.0  # how often it is looked whether the clock was set back
 SHARED_SWEEP_S = 86400.0  # another machine may be writing what is younger
 
 
@@ -164,6 +165,12 @@ def _loops(store: Store, config: Config, workers: Sequence[WorkerProcess]) -> tu
     def write_down(now: datetime) -> object | None:
         return trail.take(store, now) or collector.step(trail)
 
+    def look_at_the_clock(now: datetime) -> object | None:
+        told = store.catch_up(_longest_wait_s(config), now)
+        if told:
+            log.warning(told, extra={"event": "node.clock"})
+        return told
+
     def tell(now: datetime) -> object | None:
         return notifier.step(store, now)
 
@@ -177,7 +184,15 @@ def _loops(store: Store, config: Config, workers: Sequence[WorkerProcess]) -> tu
         Loop("integrity", compare, config.retention.poll_s),
         Loop("audit", write_down, config.audit.poll_s),
         Loop("notification", tell, config.notify.poll_s),
+        Loop("clock", look_at_the_clock, CLOCK_S),
     )
+
+
+def _longest_wait_s(config: Config) -> float:
+    """Twice the longest that anything in the record is ever put off or leased for."""
+    waits = config.delivery.first_retry_s, config.delivery.max_retry_s, config.delivery.verify_after_s
+    leases = config.delivery.commitment_s, config.delivery.lease_s
+    return 2 * max(*waits, *leases, failures.MAX_WAIT_S * (1 + failures.JITTER))
 
 
 def _web(store: Store, config: Config, loops: Sequence[Loop], workers: Sequence[WorkerProcess]) -> Web:

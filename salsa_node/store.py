@@ -43,6 +43,7 @@ import sqlalchemy as sa
 
 from salsa_node import migrations
 from salsa_node.store_arrivals import Arrivals, Verdict
+from salsa_node.store_clock import Clock
 from salsa_node.store_commitments import Commitment, Commitments
 from salsa_node.store_connection import StoreSettings, connect, hold, writer
 from salsa_node.store_deliveries import Deliveries
@@ -118,7 +119,7 @@ _UNDER_WAY = (RunState.QUEUED, RunState.RUNNING)
 
 
 class Store(
-    Arrivals, Commitments, Deliveries, Interventions, Looks, Phases, Proofs, Quarantine, Reviews, Search, Switches
+    Arrivals, Clock, Commitments, Deliveries, Interventions, Looks, Phases, Proofs, Quarantine, Reviews, Search, Switches
 ):
     """An open store; made by `Store.open`. Threads may share it, processes open their own."""
 
@@ -260,10 +261,8 @@ class Store(
         stat_ae_titles: runs of studies that one of these sent go before all others.
         later_ae_titles: runs of studies that one of these sent wait, except those that a person asked for.
         """
-        due = sa.or_(
-            sa.and_(RUNS.c.state == RunState.QUEUED, sa.or_(RUNS.c.not_before.is_(None), RUNS.c.not_before <= now)),
-            sa.and_(RUNS.c.state == RunState.RUNNING, RUNS.c.lease_until <= now),
-        )
+        waits = sa.and_(RUNS.c.state == RunState.QUEUED, sa.or_(RUNS.c.not_before.is_(None), RUNS.c.not_before <= now))
+        left = sa.and_(RUNS.c.state == RunState.RUNNING, RUNS.c.lease_until <= now)
         receiving = sa.exists().where(SERIES.c.study_uid == RUNS.c.study_uid, SERIES.c.state == SeriesState.RECEIVING)
         not_looked_at = sa.exists().where(
             STUDIES.c.study_uid == RUNS.c.study_uid,
@@ -272,13 +271,19 @@ class Store(
         )
         stat = sa.exists().where(STUDIES.c.study_uid == RUNS.c.study_uid, STUDIES.c.calling_ae.in_(stat_ae_titles))
         later = sa.exists().where(STUDIES.c.study_uid == RUNS.c.study_uid, STUDIES.c.calling_ae.in_(later_ae_titles))
-        order = (sa.case((stat, 0), else_=1), RUNS.c.queued_at, RUNS.c.id)
         is_whole = sa.or_(RUNS.c.overdue, sa.and_(~receiving, ~not_looked_at))
-        wanted = (due, is_whole, sa.or_(~later, RUNS.c.forced))
+        wanted = sa.select(RUNS).where(is_whole, sa.or_(~later, RUNS.c.forced))
+        # one question each, so that the index answers it in the order of the queue and stops at the first
+        order = wanted.order_by(RUNS.c.queued_at, RUNS.c.id).limit(1).with_for_update(skip_locked=True)
         with transaction(self._writer) as t:
             if paused(t) is not None:
                 return None
-            run = t.one(Run, sa.select(RUNS).where(*wanted).order_by(*order).limit(1).with_for_update(skip_locked=True))
+            run = None
+            for first in (stat, sa.true()) if stat_ae_titles else (sa.true(),):
+                found = [t.one(Run, order.where(due, first)) for due in (waits, left)]
+                run = min((one for one in found if one), key=lambda one: (one.queued_at, one.id), default=None)
+                if run is not None:
+                    break
             if run is None:
                 return None
             if run.state is RunState.RUNNING:
@@ -325,7 +330,7 @@ class Store(
             older = sa.select(RUNS).where(RUNS.c.study_uid == run.study_uid, RUNS.c.state == RunState.PRODUCED)
             for past in filter(run.displaces, t.all(Run, older)):
                 t.become_run(past, RunState.SUPERSEDED, now, f"by run {run_id}")
-            t.withdraw_superseded(now)
+            t.withdraw_superseded(run.study_uid, now)
             detail = f"{outcome}: {len(objects)} objects to {len(destinations)} destinations"
             made = {"outcome": outcome, "findings": findings, "digest": digest, "finished_at": now}
             return t.become_run(run, RunState.PRODUCED, now, detail, error=None, failure=None, **made)
