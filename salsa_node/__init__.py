@@ -118,13 +118,13 @@ room imports exactly what stands right of its arrow):
   on top
     preflight              <- config errors model_fetch models pipelines settings
     overview               <- failures store
-    selftest               <- config errors loopback overview phantom settings store
+    selftest               <- config durable errors loopback overview phantom settings store
     doctor                 <- config errors loopback overview preflight settings store ways
     audit                  <- errors store
     backup                 <- audit durable errors store
     retention              <- durable errors overview settings store
     integrity              <- durable store
-    audit_message          <- audit durable errors settings
+    audit_message          <- audit durable errors settings tls
     web                    <- errors settings
     monitoring             <- errors overview store web
     notification           <- durable errors settings store

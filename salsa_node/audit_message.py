@@ -1,13 +1,14 @@
 """A line of the audit trail as a DICOM audit message (PS3.15 A.5), sent to a syslog collector (RFC 5424).
 
-Over UDP one datagram a message (RFC 5426), over TCP by octet counting (RFC 6587). PS3.15 wants the patient
-named among the objects of some messages; here none is, by intention: the study's UID leads to it.
+Over UDP one datagram a message (RFC 5426), over TCP (RFC 6587) and TLS (RFC 5425) by octet counting. PS3.15 wants
+the patient named among the objects of some messages; here none is, by intention: the study's UID leads to it.
 """
 
 from __future__ import annotations
 
 import os
 import socket
+import ssl
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,8 @@ from xml.etree import ElementTree as ET
 from salsa_node import durable
 from salsa_node.audit import SENT, Entry, Trail
 from salsa_node.errors import DeliveryError
-from salsa_node.settings import AuditSettings
+from salsa_node.settings import AuditSettings, Destination
+from salsa_node.tls import client_context
 
 _PRIORITY: Final = 10 * 8 + 5  # facility "security/authorization messages", severity "notice"
 _DCM = "DCM"
@@ -74,28 +76,35 @@ def syslog_line(entry: Entry, source: str) -> bytes:
     return header.encode("ascii", "replace") + b"\xef\xbb\xbf" + message(entry, source).encode()
 
 
-def send(entries: Iterable[Entry], url: str, source: str, timeout_s: float = 10.0) -> int:
-    """Send them to `url`, udp://HOST:PORT or tcp://HOST:PORT; the number of the last, 0 for none.
+def send(entries: Iterable[Entry], settings: AuditSettings, timeout_s: float = 10.0) -> int:
+    """Send them to `settings.syslog`; the number of the last, 0 for none.
 
-    Raises DeliveryError where the collector cannot be reached; of UDP nobody knows.
+    Raises DeliveryError where the collector cannot be reached or shows no certificate of a known authority; of UDP
+    nobody knows. ConfigError for certificates of ours that cannot be read.
     """
-    place = urlsplit(url)
+    place = urlsplit(settings.syslog)
     last = 0
     kind = socket.SOCK_DGRAM if place.scheme == "udp" else socket.SOCK_STREAM
     try:
         where = socket.getaddrinfo(place.hostname, place.port or 514, type=kind)[0]
-        with socket.socket(where[0], kind) as sock:
-            sock.settimeout(timeout_s)
-            sock.connect(where[4])
-            for entry in entries:
-                line = syslog_line(entry, source)
-                sock.sendall(line if kind == socket.SOCK_DGRAM else b"%d " % len(line) + line)
-                last = entry.number
+        with socket.socket(where[0], kind) as plain:
+            plain.settimeout(timeout_s)
+            plain.connect(where[4])
+            with _secured(plain, settings, place.hostname or "") if place.scheme == "tls" else plain as sock:
+                for entry in entries:
+                    line = syslog_line(entry, settings.source)
+                    sock.sendall(line if kind == socket.SOCK_DGRAM else b"%d " % len(line) + line)
+                    last = entry.number
     except OSError as error:
-        raise DeliveryError(
-            f"audit.syslog: {url} cannot be reached ({error.strerror or type(error).__name__})"
-        ) from error
+        why = getattr(error, "verify_message", "") or error.strerror or type(error).__name__
+        raise DeliveryError(f"audit.syslog: {settings.syslog} cannot be reached ({why})") from error
     return last
+
+
+def _secured(plain: socket.socket, settings: AuditSettings, host: str) -> ssl.SSLSocket:
+    """TLS on an open connection (RFC 5425): its certificate is required, for that host."""
+    shown = {"authorities": settings.authorities, "certificate": settings.certificate, "key": settings.key}
+    return client_context(Destination("audit.syslog", **shown)).wrap_socket(plain, server_hostname=host)
 
 
 @dataclass(slots=True)
@@ -116,7 +125,7 @@ class Collector:
         sent = int(file.read_text()) if file.exists() else 0
         lines, read_bytes = trail.read(self.read_bytes)
         new = [entry for entry in lines if entry.number > sent]
-        last = send(new, self.settings.syslog, self.settings.source) if new else 0
+        last = send(new, self.settings) if new else 0
         self.read_bytes = read_bytes
         if not last:
             return None

@@ -115,15 +115,24 @@ def selftest(
     as_json: AsJson = False,
     pipeline: Annotated[str, typer.Option(help="Another pipeline than the configured one.")] = "",
     limit_s: Annotated[float, typer.Option("--limit", min=1, help="Seconds that it may take.")] = 1800.0,
+    running: Annotated[
+        bool, typer.Option("--running", help="Through the door of the node that runs; the result is held, then let go.")
+    ] = False,
 ) -> None:
     """Send a phantom through a node with these settings and back; beside a running node, and no PACS sees it."""
     settings = config.load(config_file)
+    if running and pipeline:
+        raise typer.BadParameter("--pipeline: the node that runs has its own; name none with --running")
     from salsa_node import preflight
     from salsa_node import selftest as trial
     from salsa_node.store import Store, StoreSettings
 
-    settings = preflight.ready(settings, pipeline)
-    outcome = trial.run(settings, limit_s, (lambda _: None) if as_json else console.note)
+    told = (lambda _: None) if as_json else console.note
+    if running:
+        with Store.open(StoreSettings(settings.store_url)) as record:
+            outcome = trial.through_the_door(settings, record, limit_s, lambda: datetime.now(UTC), told)
+    else:
+        outcome = trial.run(preflight.ready(settings, pipeline), limit_s, told)
     if (settings.node.data_dir / "node.lock").exists():  # a node has run here, so there is a record to tell
         with Store.open(StoreSettings(settings.store_url)) as record:
             record.add_event("node", "selftest", "node.selftest", outcome.told, datetime.now(UTC))

@@ -83,6 +83,7 @@ def put_studies(rows: Sequence[Mapping[str, object]], none: str = "no study has 
         "series": ">series",
         "instances": ">images",
         "standing": "standing",
+        "proof": "proof",
         "outcome": "outcome",
     }
     put_table(columns, rows)

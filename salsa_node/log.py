@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import traceback
 from datetime import UTC, datetime
@@ -29,11 +30,14 @@ def start(level: str, form: str, stream: TextIO | None = None) -> None:
 def unforeseen(error: BaseException) -> str:
     """What an exception that nobody planned for is called and where it arose.
 
-    Its own words are left out: a foreign library may quote the data set, and with it the patient.
+    Its own words are left out: a foreign library may quote the data set, and with it the patient. Those of the
+    operating system's error number say what is to be mended, and name nobody.
     """
     frames = traceback.extract_tb(error.__traceback__)
     places = [f"{Path(frame.filename).stem}:{frame.lineno} in {frame.name}" for frame in frames[-3:]]
-    return f"unforeseen {type(error).__name__} at {' < '.join(reversed(places))}"
+    name = type(error).__name__
+    told = f"{name} ({os.strerror(error.errno)})" if isinstance(error, OSError) and error.errno else name
+    return f"unforeseen {told} at {' < '.join(reversed(places))}"
 
 
 def _keys(record: logging.LogRecord) -> dict[str, object]:

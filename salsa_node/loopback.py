@@ -120,13 +120,21 @@ def echoes(port: int) -> bool:
     return "Status" in status and status.Status == 0x0000
 
 
-def send(paths: Iterable[Path], port: int) -> None:
-    """C-STORE of CT images in explicit VR little endian. Raises DeliveryError for any answer but 0x0000."""
-    ae = AE(ae_title=SENDER_AE)
+def send(
+    paths: Iterable[Path], port: int, *, host: str = "127.0.0.1", called: str = NODE_AE, calling: str = SENDER_AE
+) -> None:
+    """C-STORE of CT images in explicit VR little endian. Raises DeliveryError for any answer but 0x0000.
+
+    called, calling: the AE titles of the node and of the sender.
+    """
+    ae = AE(ae_title=calling)
     ae.add_requested_context(CTImageStorage, pydicom.uid.ExplicitVRLittleEndian)
-    association = ae.associate("127.0.0.1", port, ae_title=NODE_AE, evt_handlers=[(evt.EVT_CONN_OPEN, taking_turns)])
+    association = ae.associate(host, port, ae_title=called, evt_handlers=[(evt.EVT_CONN_OPEN, taking_turns)])
     if not association.is_established:
-        raise DeliveryError(f"the node at 127.0.0.1:{port} took no association")
+        raise DeliveryError(
+            f"the node {called} at {host}:{port} took no association from {calling}; does it run, and does "
+            "listener.allowed have that AE title?"
+        )
     try:
         for path in paths:
             answer = association.send_c_store(path)

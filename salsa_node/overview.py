@@ -138,9 +138,21 @@ def row(seen: Glance) -> dict[str, object]:
         "series": len(seen.series),
         "instances": seen.study.instances,
         "standing": seen.standing.value,
+        "proof": _proof(seen.deliveries),
         "outcome": ", ".join(dict.fromkeys(outcomes)) or None,
         "error": "; ".join(errors) or None,
     }
+
+
+def _proof(deliveries: Sequence[Delivery]) -> str | None:
+    """Whether the destinations hold what they took of the current results; None where they took nothing."""
+    taken = [delivery for delivery in deliveries if delivery.state in (DeliveryState.SENT, DeliveryState.VERIFIED)]
+    verified = sum(delivery.state is DeliveryState.VERIFIED for delivery in taken)
+    if verified == len(taken):
+        return "verified" if taken else None
+    if any(delivery.check_at is not None for delivery in taken):
+        return "to be verified"
+    return "partly verified" if verified else "unverified"
 
 
 def detail(store: Store, seen: Glance) -> dict[str, object]:

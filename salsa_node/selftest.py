@@ -1,18 +1,21 @@
-"""Self-test: a phantom study through a real node with this site's settings and back, beside the node that runs.
+"""Self-test: a phantom study through a real node with this site's settings and back; no PACS ever sees it.
 
-The node of the test has ports and a data folder of its own, and one destination, in this process: nothing
-reaches a PACS, nothing of the site's record changes but one event that tells the outcome.
+Either through a node of the test's own, with ports and a data folder of its own and one destination, in this
+process: nothing of the site's record changes but one event that tells the outcome. Or through the door of the node
+that runs: from its first image on the study is held, so that its result stays; when it was seen it is let go.
 """
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 
-from salsa_node import config, loopback, overview, phantom
+from salsa_node import config, durable, loopback, overview, phantom
 from salsa_node.config import Config
 from salsa_node.errors import PipelineError
 from salsa_node.overview import Standing
@@ -28,8 +31,10 @@ from salsa_node.settings import (
     RetentionSettings,
     WebSettings,
 )
-from salsa_node.store import Store, StoreSettings
+from salsa_node.store import DeliveryState, Store, StoreSettings
 
+Clock = Callable[[], datetime]
+SENDER_AE = "SELFTEST"  #: who sends to the node that runs
 _RECIPE = phantom.Recipe(5, shape=(48, 96, 96), spacing_mm=(5.0, 3.2, 3.2))
 _GOING_ON = (Standing.RECEIVING, Standing.WAITING, Standing.QUEUED, Standing.RUNNING, Standing.SENDING)
 
@@ -72,16 +77,59 @@ def run(settings: Config, limit_s: float, progress: Callable[[str], None] = lamb
                 with loopback.node(file, log, port):
                     begun = time.monotonic()
                     loopback.send([*study.localizer, *study.axial], port)
-                    url = f"sqlite:///{folder / 'data' / 'salsa_node.sqlite'}"
-                    seen = _wait(url, study.study_uid, begun + limit_s, progress)
+                    with Store.open(StoreSettings(f"sqlite:///{folder / 'data' / 'salsa_node.sqlite'}")) as record:
+                        seen = _wait(record, study.study_uid, begun + limit_s, progress)
                     seconds = time.monotonic() - begun
             except PipelineError as error:
                 last = log.read_text(encoding="utf-8").splitlines()[-1:]
                 raise PipelineError(f"the node of the self-test did not start: {' '.join(last)}") from error
             objects = _modalities(received)
+    return _outcome(seen, seen.standing is Standing.DONE, objects, seconds)
+
+
+def through_the_door(
+    settings: Config, record: Store, limit_s: float, clock: Clock, progress: Callable[[str], None] = lambda _: None
+) -> Outcome:
+    """Send the phantom to the node that runs with these settings, wait for its result, and let both go again.
+
+    objects: the kinds that lie whole in the data folder. Where it fails the study stays, and stays held.
+    Raises DeliveryError where no node takes it.
+    """
+    door = settings.listener
+    host = "127.0.0.1" if door.host in ("0.0.0.0", "::", "127.0.0.1", "localhost") else door.host  # noqa: S104 - compared
+
+    def send(paths: Sequence[Path]) -> None:
+        loopback.send(paths, door.port, host=host, called=door.ae_title, calling=SENDER_AE)
+
+    with tempfile.TemporaryDirectory(prefix="salsa-selftest-") as name:
+        study = phantom.write_study(phantom.make(_RECIPE), Path(name), study=str(time.time_ns()))
+        first, *others = [*study.localizer, *study.axial]
+        begun = time.monotonic()
+        send([first])
+        record.hold_study(study.study_uid, clock())
+        send(others)
+    seen = _wait(record, study.study_uid, begun + limit_s, progress)
+    made = [item for run in seen.current for item in record.objects_of(run.id)]
+    whole = [item.kind for item in made if _is_whole(settings.node.data_dir / item.path, item.sha256)]
+    as_expected = seen.standing in (Standing.HELD, Standing.DONE) and len(whole) == len(made)
+    outcome = _outcome(seen, as_expected, tuple(sorted(set(whole))), time.monotonic() - begun)
+    if outcome.passed:
+        record.withdraw_held(study.study_uid, clock())
+        record.purge(
+            study.study_uid, "a self-test", clock(),
+            lambda paths: durable.remove(settings.node.data_dir, paths), results=True,
+        )  # fmt: skip
+    return outcome
+
+
+def _is_whole(path: Path, sha256: str) -> bool:
+    return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256
+
+
+def _outcome(seen: overview.Glance, as_expected: bool, objects: tuple[str, ...], seconds: float) -> Outcome:
     newest = seen.runs[-1] if seen.runs else None
     return Outcome(
-        seen.standing is Standing.DONE and "SR" in objects,
+        as_expected and "SR" in objects,
         seen.standing.value,
         newest.pipeline if newest else "",
         objects,
@@ -110,17 +158,17 @@ def _alone(settings: Config, folder: Path, port: int, back: int) -> Config:
     )
 
 
-def _wait(store_url: str, study_uid: str, deadline: float, progress: Callable[[str], None]) -> overview.Glance:
+def _wait(record: Store, study_uid: str, deadline: float, progress: Callable[[str], None]) -> overview.Glance:
     told = ""
-    with Store.open(StoreSettings(store_url)) as store:
-        while True:
-            seen = overview.glance(store, store.study(study_uid))
-            if seen.standing.value != told:
-                told = seen.standing.value
-                progress(told)
-            if seen.standing not in _GOING_ON or time.monotonic() > deadline:
-                return seen
-            time.sleep(0.2)
+    while True:
+        seen = overview.glance(record, record.study(study_uid))
+        if seen.standing.value != told:
+            told = seen.standing.value
+            progress(told)
+        waits = seen.standing in _GOING_ON or any(item.state is DeliveryState.PENDING for item in seen.deliveries)
+        if not waits or time.monotonic() > deadline:
+            return seen
+        time.sleep(0.2)
 
 
 def _modalities(received: Sequence[Path]) -> tuple[str, ...]:

@@ -291,12 +291,17 @@ class WebSettings:
 class AuditSettings:
     """Where the lines of the audit trail go besides the data folder.
 
-    syslog: "udp://HOST:PORT" or "tcp://HOST:PORT" of a collector of DICOM audit messages; "": nowhere.
+    syslog: "udp://HOST:PORT", "tcp://…" or "tls://…" of a collector of DICOM audit messages; "": nowhere.
     source: our name among the sources of audit messages.
+    authorities: who may have signed the certificate of a collector behind TLS, a PEM file; "" for those of the system.
+    certificate, key: our own, as PEM files, where it asks for one.
     """
 
-    syslog: str = field(default="", metadata={"pattern": r"((udp|tcp)://[^/\s]+:\d+)?"})
+    syslog: str = field(default="", metadata={"pattern": r"((udp|tcp|tls)://[^/\s]+:\d+)?"})
     source: str = field(default="SALSA_NODE", metadata={"pattern": r"\S+"})
+    authorities: str = ""
+    certificate: str = ""
+    key: str = ""
     poll_s: float = field(default=2.0, metadata={"above": 0})
 
 

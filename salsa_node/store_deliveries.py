@@ -150,7 +150,8 @@ class Deliveries(Queries):
         Those LEFT_OUT too: what a destination wants is asked when their turn comes.
 
         A destination that the result never went to gets deliveries of its own. Raises UnknownStudy where the
-        study has no current result, or where a guard keeps its latest one here: then no older one takes its place.
+        study has no current result, or where a guard keeps its latest one here: then no older one takes its place;
+        IllegalTransition where files of the result were purged.
         """
         with transaction(self._writer) as t:
             runs = t.all(Run, sa.select(RUNS).where(RUNS.c.study_uid == study_uid).order_by(RUNS.c.id))
@@ -163,6 +164,12 @@ class Deliveries(Queries):
             current = [run for run in runs if run.state is RunState.PRODUCED]
             if not current:
                 raise UnknownStudy("this study has no result to send; wait for its run, or start one with rerun")
+            made = sa.select(OBJECTS.c.id).where(OBJECTS.c.run_id.in_([run.id for run in current]))
+            if t.execute(made.where(OBJECTS.c.path == "").limit(1)).first() is not None:
+                raise IllegalTransition(
+                    "the files of this result were purged, and nothing was sent again; "
+                    f"salsa-node rerun {study_uid} fetches the images, makes the same objects again and sends them"
+                )
             return tuple(item for run in current for item in self._due_again(t, run, destination, now))
 
     @staticmethod

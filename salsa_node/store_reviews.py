@@ -67,6 +67,12 @@ class Reviews(Queries):
         with transaction(self._engine) as t:
             return _is_held_by_a_person(t, study_uid)
 
+    def withdraw_held(self, study_uid: str, now: datetime) -> tuple[Delivery, ...]:
+        """What is HELD of the study's current result never leaves: WITHDRAWN."""
+        with transaction(self._writer) as t:
+            held = t.all(Delivery, _of_current(study_uid, DeliveryState.HELD))
+            return tuple(t.become_delivery(one, DeliveryState.WITHDRAWN, now, "a self-test") for one in held)
+
     def is_held(self, run: Run, by_default: bool) -> bool:
         """Whether a result waits for a person; by_default: what holds where no person said anything."""
         with transaction(self._engine) as t:

@@ -10,13 +10,16 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import pytest
+from made_papers import Papers
 from test_retention import arrive, finish
 
 from salsa_node import audit_message
@@ -271,6 +274,31 @@ def test_a_collector_over_tcp_counts_octets(trail, tmp_path):
         ET.fromstring(rest[: int(length)].partition(b"\xef\xbb\xbf")[2])
         content, count = rest[int(length) :], count + 1
     assert count == 6
+
+
+@pytest.mark.parametrize("shown", ["server", "expired"])
+def test_a_collector_over_tls_must_show_a_good_certificate(trail, tmp_path, shown):
+    papers = Papers(tmp_path)
+    taken: list[bytes] = []
+
+    def collect(server: socket.socket) -> None:
+        peer, _ = server.accept()
+        with suppress(OSError), peer, papers.server(shown).wrap_socket(peer, server_side=True) as secure:
+            while more := secure.recv(65536):
+                taken.append(more)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=collect, args=(server,))
+        thread.start()
+        url = f"tls://127.0.0.1:{server.getsockname()[1]}"
+        collector = audit_message.Collector(AuditSettings(syslog=url, authorities=str(papers.authority)), tmp_path)
+        if shown == "server":
+            assert collector.step(trail) == 6
+        else:
+            with pytest.raises(DeliveryError, match="certificate has expired"):
+                collector.step(trail)
+        thread.join(20)
+    assert b"".join(taken).count(b"<AuditMessage>") == (6 if shown == "server" else 0)
 
 
 def test_a_collector_that_is_down_gets_all_of_it_later(trail, tmp_path, free_port):

@@ -1,6 +1,6 @@
 """What can go wrong at a PACS: what `show` then says, what the admin does, and that everything arrives in the end.
 
-The runbook's table holds the same: a fault, the words on the screen, the remedy.
+The table of deploy/faults.md holds the same: a fault, the words on the screen, the remedy.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from threading import Event
 
+import fault_table
 import pytest
 from made_delivery import STUDY, T0, Archive, an_archive, an_object, produce
 from made_papers import Papers
@@ -22,7 +23,6 @@ from salsa_node import console, delivery, loopback, overview, verification
 from salsa_node.settings import DeliverySettings, Destination
 from salsa_node.store import DeliveryState, Store
 
-RUNBOOK = Path(__file__).parents[1] / "deploy" / "runbook.md"
 SETTINGS = DeliverySettings(first_retry_s=30, max_retry_s=60, max_attempts=3, timeout_s=5, verify_after_s=10)
 OBJECTS = [
     ("SEG" if number == 1 else f"SR{number}", an_object(kind, f"2.25.{number}"))
@@ -75,15 +75,6 @@ def papers(tmp_path_factory: pytest.TempPathFactory) -> Papers:
     return Papers(tmp_path_factory.mktemp("papers"))
 
 
-def told_by_the_runbook(fault: str, shown: str, next_step: str) -> None:
-    """The line of that fault has those words for the screen, and that command or word as the remedy."""
-    lines = [line for line in RUNBOOK.read_text(encoding="utf-8").splitlines() if line.startswith(f"| {fault} |")]
-    assert len(lines) == 1, f"the runbook's table has no line for {fault!r}"
-    _, _, words, remedy, _ = (cell.strip() for cell in lines[0].split("|"))
-    assert shown in words.replace("`", ""), words
-    assert next_step in remedy, remedy
-
-
 def all_arrived_once(node: Node, pacs: Archive) -> None:
     assert node.states == [VERIFIED] * 6, node.store.deliveries_of(1)
     assert pacs.held == set(UIDS)
@@ -109,7 +100,7 @@ def lasting(node: Node, destination: Destination, words: str) -> Iterator[None]:
 
 
 def test_pacs_down(node: Node) -> None:
-    told_by_the_runbook("PACS down", "nobody listens there", "salsa-node retry")
+    fault_table.told("PACS down", "nobody listens there", "salsa-node retry")
     with ExitStack() as stack:
         closed = Destination("pacs", "PACS", "127.0.0.1", loopback.free_port())
         with lasting(node, closed, "nobody listens there"):
@@ -119,7 +110,7 @@ def test_pacs_down(node: Node) -> None:
 
 
 def test_name_server_gone(node: Node) -> None:
-    told_by_the_runbook("name server gone", "cannot be reached (gaierror", "salsa-node retry")
+    fault_table.told("name server gone", "cannot be reached (gaierror", "salsa-node retry")
     with an_archive() as pacs:
         with lasting(node, replace(pacs.destination(), host="no-such-host.invalid"), "cannot be reached (gaierror"):
             pass
@@ -128,7 +119,7 @@ def test_name_server_gone(node: Node) -> None:
 
 
 def test_certificate_expired(node: Node, papers: Papers) -> None:
-    told_by_the_runbook("certificate expired", "certificate has expired", "salsa-node retry")
+    fault_table.told("certificate expired", "certificate has expired", "salsa-node retry")
     more = {"tls": True, "authorities": str(papers.authority)}
     with (
         an_archive(secure=papers.server("expired")) as old,
@@ -141,7 +132,7 @@ def test_certificate_expired(node: Node, papers: Papers) -> None:
 
 
 def test_slow(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
-    told_by_the_runbook("PACS too slow", "ended without an answer to C-STORE", "delivery.timeout_s")
+    fault_table.told("PACS too slow", "ended without an answer to C-STORE", "delivery.timeout_s")
     left = Event()
     with an_archive() as pacs:
         plain = Archive.store
@@ -167,7 +158,7 @@ def test_slow(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_third_refused(node: Node) -> None:
-    told_by_the_runbook("some objects refused", "status 0xA700", "by themselves")
+    fault_table.told("some objects refused", "status 0xA700", "by themselves")
     with an_archive() as pacs:
         pacs.statuses = {UIDS[2]: 0xA700, UIDS[5]: 0xA700}
         node.turn(pacs.destination())
@@ -182,7 +173,7 @@ def test_every_third_refused(node: Node) -> None:
 
 
 def test_warnings(node: Node) -> None:
-    told_by_the_runbook("taken with warnings", "taken with a warning", "nothing")
+    fault_table.told("taken with warnings", "taken with a warning", "nothing")
     with an_archive() as pacs:
         pacs.statuses = dict.fromkeys(UIDS, 0xB000)
         node.turns(pacs.destination(), 2)
@@ -192,7 +183,7 @@ def test_warnings(node: Node) -> None:
 
 
 def test_accepted_then_lost(node: Node) -> None:
-    told_by_the_runbook("taken and lost", "took it and does not hold it", "by itself")
+    fault_table.told("taken and lost", "took it and does not hold it", "by itself")
     with an_archive() as pacs:
         pacs.loses = {UIDS[3]}
         for seconds in (0, 10, 20, 40):
@@ -207,7 +198,7 @@ def test_accepted_then_lost(node: Node) -> None:
 
 
 def test_closing_in_the_middle(node: Node) -> None:
-    told_by_the_runbook("closes in the middle", "ended without an answer to C-STORE", "by themselves")
+    fault_table.told("closes in the middle", "ended without an answer to C-STORE", "by themselves")
     with an_archive() as pacs:
 
         def abort(event: evt.Event) -> int:
@@ -228,7 +219,7 @@ def test_closing_in_the_middle(node: Node) -> None:
 
 
 def test_a_kind_refused_for_good(node: Node) -> None:
-    told_by_the_runbook("SOP class refused", "does not accept", "salsa-node resend")
+    fault_table.told("SOP class refused", "does not accept", "salsa-node resend")
     with an_archive([SegmentationStorage]) as pacs:
         node.turns(pacs.destination(), 3)
         shown = node.show()
@@ -238,7 +229,7 @@ def test_a_kind_refused_for_good(node: Node) -> None:
 
 
 def test_no_proof_to_be_had(node: Node) -> None:
-    told_by_the_runbook("cannot be asked", "unverified", "verify")
+    fault_table.told("cannot be asked", "unverified", "verify")
     with an_archive(finds=False) as pacs:
         node.turns(pacs.destination(), 2)
     assert node.states == [SENT] * 6

@@ -11,6 +11,7 @@ import pytest
 from test_store import OBJECTS, STUDY, an_instance
 
 from salsa_node import console, overview
+from salsa_node.errors import IllegalTransition
 from salsa_node.overview import Standing
 from salsa_node.store import Store, StoreSettings
 
@@ -107,3 +108,33 @@ def test_tables_say_what_to_do_next_and_let_no_control_character_through(store, 
     assert "next: salsa-node retry STUDY" in capsys.readouterr().out
     console.put_studies([])
     assert capsys.readouterr().out == "no study has arrived yet\n"
+
+
+def test_studies_say_whether_what_was_sent_is_verified(store):
+    def told() -> object:
+        return overview.row(overview.glance(store, store.study(STUDY)))["proof"]
+
+    produced(store)
+    assert told() is None, "nothing was taken yet"
+    first, second = store.claim_deliveries("n", 60, T0)
+    store.delivered(first.id, "n", 0, None, T0, T0)
+    assert told() == "to be verified"
+    store.claim_checks("n", 60, T0)
+    store.verified(first.id, "n", "C-FIND", T0)
+    assert told() == "verified"
+    store.delivered(second.id, "n", 0, None, T0)
+    assert told() == "partly verified"
+    store.resend(STUDY, None, T0)
+    for delivery in store.claim_deliveries("n", 60, T0):
+        store.delivered(delivery.id, "n", 0, None, T0)
+    assert told() == "unverified"
+
+
+def test_a_result_whose_files_were_purged_is_not_sent_again_and_says_what_to_do(store):
+    produced(store)
+    for delivery in store.claim_deliveries("n", 60, T0):
+        store.delivered(delivery.id, "n", 0, None, T0)
+    store.purge(STUDY, "by hand", T0, lambda _: None, results=True)
+    with pytest.raises(IllegalTransition, match=f"salsa-node rerun {STUDY} fetches the images"):
+        store.resend(STUDY, None, T0)
+    assert standing(store) is Standing.DONE, "nothing was made due"

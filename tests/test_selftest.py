@@ -7,7 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from salsa_node.store import Store, StoreSettings
+from salsa_node import loopback
+from salsa_node.store import DeliveryState, Store, StoreSettings
 
 
 def selftest(config: Path, *words: str) -> subprocess.CompletedProcess[str]:
@@ -43,3 +44,39 @@ def test_it_fails_where_no_result_comes_in_time(tmp_path):
     assert told.returncode == 1, told.stdout + told.stderr
     assert told.stdout.startswith("FAILED after ")
     assert not (tmp_path / "data").exists()
+
+
+def test_the_node_that_runs_is_tried_through_its_own_door_and_nothing_leaves(tmp_path, free_port):
+    config = tmp_path / "site.toml"
+    config.write_text(
+        f'[node]\ndata_dir = "{tmp_path / "data"}"\n[listener]\nport = {free_port}\nmin_free_gib = 0.0\n'
+        '[assembly]\nquiet_s = 3.0\npoll_s = 0.2\n[pipeline]\nname = "demo"\n'
+        '[delivery]\nto = ["pacs"]\npoll_s = 0.2\n'
+        '[[destination]]\nname = "pacs"\nae_title = "PACS"\nhost = "127.0.0.1"\nport = 1\n'
+    )
+    with loopback.node(config, tmp_path / "node.log", free_port):
+        told = selftest(config, "--running", "--json")
+    assert told.returncode == 0, told.stdout + told.stderr + (tmp_path / "node.log").read_text()
+    outcome = json.loads(told.stdout)
+    assert (outcome["passed"], outcome["standing"], outcome["pipeline"]) == (True, "held", "demo")
+    assert {"SEG", "SR"} <= set(outcome["objects"])
+    with Store.open(StoreSettings(f"sqlite:///{tmp_path / 'data' / 'salsa_node.sqlite'}")) as store:
+        (study,) = store.studies()
+        assert (study.calling_ae, study.instances) == ("SELFTEST", 0)
+        due = [item for run in store.runs_of(study.study_uid) for item in store.deliveries_of(run.id)]
+        assert {(item.state, item.attempt, item.sent_at) for item in due} == {(DeliveryState.WITHDRAWN, 0, None)}
+        assert len(due) >= 2
+        assert [event.name for event in store.find_events(name="delivery.sent")] == []
+    assert not list((tmp_path / "data").rglob("*.dcm"))
+
+
+def test_where_no_node_runs_it_says_so(tmp_path, free_port):
+    (tmp_path / "data").mkdir()
+    Store.open(StoreSettings(f"sqlite:///{tmp_path / 'data' / 'salsa_node.sqlite'}"), create=True).close()
+    config = tmp_path / "site.toml"
+    config.write_text(f'[node]\ndata_dir = "{tmp_path / "data"}"\n[listener]\nport = {free_port}\n')
+    told = selftest(config, "--running")
+    assert told.returncode == 6
+    assert (
+        "took no association from SELFTEST; does it run, and does listener.allowed have that AE title?" in told.stderr
+    )

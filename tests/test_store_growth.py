@@ -22,7 +22,7 @@ PER_STUDY: dict[str, Callable[[Store], object]] = {
     "the next run is read ahead": lambda store: store.next_in_line(),
     "deliveries are claimed": lambda store: store.claim_deliveries("s", 60, NOW),
     "checks are claimed": lambda store: store.claim_checks("s", 60, NOW),
-    "the rate is counted": lambda store: store.sent_since("pacs", NOW),
+    "the rate is counted": lambda store: store.sent_between("pacs", NOW, NOW),
     "the newest study is asked for": lambda store: store.studies(1),
     "events are taken": lambda store: store.events_after(7),
 }
