@@ -103,8 +103,10 @@ def send(entries: Iterable[Entry], settings: AuditSettings, timeout_s: float = 1
 
 def _secured(plain: socket.socket, settings: AuditSettings, host: str) -> ssl.SSLSocket:
     """TLS on an open connection (RFC 5425): its certificate is required, for that host."""
-    shown = {"authorities": settings.authorities, "certificate": settings.certificate, "key": settings.key}
-    return client_context(Destination("audit.syslog", **shown)).wrap_socket(plain, server_hostname=host)
+    collector = Destination(
+        "audit.syslog", authorities=settings.authorities, certificate=settings.certificate, key=settings.key
+    )
+    return client_context(collector).wrap_socket(plain, server_hostname=host)
 
 
 @dataclass(slots=True)

@@ -119,7 +119,18 @@ _UNDER_WAY = (RunState.QUEUED, RunState.RUNNING)
 
 
 class Store(
-    Arrivals, Clock, Commitments, Deliveries, Interventions, Looks, Phases, Proofs, Quarantine, Reviews, Search, Switches
+    Arrivals,
+    Clock,
+    Commitments,
+    Deliveries,
+    Interventions,
+    Looks,
+    Phases,
+    Proofs,
+    Quarantine,
+    Reviews,
+    Search,
+    Switches,
 ):
     """An open store; made by `Store.open`. Threads may share it, processes open their own."""
 

@@ -8,7 +8,7 @@ import sqlalchemy as sa
 
 from salsa_node.errors import StoreError
 
-HEAD = "0012"  #: the revision that the tables of `salsa_node.store_rows` are of; revisions count upwards
+HEAD = "0013"  #: the revision that the tables of `salsa_node.store_rows` are of; revisions count upwards
 
 
 def revision(connection: sa.Connection) -> str | None:
