@@ -45,7 +45,7 @@ room imports exactly what stands right of its arrow):
     pipelines.salsa_upstream <- volume
     pipelines.totalseg     <- errors models pipelines pipelines.device pipelines.nnunet volume
     pipelines.phase        <- contrast_phase errors
-    pipelines.totalsegmentator <- errors models pipelines pipelines.device pipelines.phase pipelines.totalseg volume
+    pipelines.totalsegmentator <- errors models pipelines pipelines.device pipelines.nnunet pipelines.phase pipelines.totalseg volume
     pipelines.salsa        <- errors models pipelines pipelines.device pipelines.nnunet pipelines.salsa_steps pipelines.salsa_upstream pipelines.totalseg regrid volume
   pipelines.given_masks  <- errors nifti pipelines regrid volume
     upright                <- native_image pipelines volume

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import io
+import json
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +13,7 @@ import nibabel
 import numpy as np
 import pytest
 
+from salsa_node.config import load
 from salsa_node.phantom import Recipe, make, write_study
 from salsa_node.pipelines import PipelineSettings
 from salsa_node.pipelines.given_masks import GivenMasksPipeline
@@ -40,6 +43,26 @@ def test_our_way_is_measured_stage_by_stage(bench: ModuleType, tmp_path: Path) -
     assert study["objects"] == len(list((tmp_path / "ours" / "pacs").iterdir())) > 1
     assert told["cpu_s"] > 0
     assert told["peak_mib"] > 300  # torch alone holds that much
+    assert load(tmp_path / "ours" / "salsa_node.toml").pipeline.options == {"mirroring": False}
+
+
+@pytest.mark.parametrize("mirroring", [False, True])
+def test_upstream_mirrors_as_ours_is_told_to(
+    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mirroring: bool
+) -> None:
+    class SeenError(Exception):
+        pass
+
+    def seen(place: Path, folder: Path, **options: bool) -> None:
+        assert place.parent == folder == tmp_path
+        raise SeenError(options)
+
+    monkeypatch.setattr(bench.chain, "upstream", seen)
+    monkeypatch.setattr(bench, "to_nifti", lambda images, place: place / "scan.nii.gz")
+    monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps({"images": "images", "pacs_port": 1}) + "\n"))
+    with pytest.raises(SeenError) as told:
+        bench.carry_upstream(tmp_path, mirroring=mirroring)
+    assert told.value.args == ({"mirroring": mirroring},)
 
 
 def test_what_upstream_found_lies_on_the_slices_where_it_found_it(bench: ModuleType, tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from salsa_node.pipelines.device import (
     is_exhaustion,
     measure_from_here,
     placements,
+    sent,
 )
 from salsa_node.pipelines.nnunet import Network, Turn
 from salsa_node.volume import CtVolume, Grid, LabelVolume
@@ -462,6 +463,29 @@ def test_a_gpu_takes_as_many_patches_together_as_it_has_room_for(monkeypatch: py
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (0, 1000))
     assert fit_together(GPU, 0, 16) == 1  # the one that has run, runs again
     assert measure_from_here(CPU) is None
+
+
+def test_only_what_goes_to_a_gpu_is_page_locked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nobody waits until it is there; what lies on the GPU already stays."""
+    seen: list[tuple[str, Any]] = []
+    there = torch.ones(2, device="meta")
+
+    def pinned(tensor: torch.Tensor) -> torch.Tensor:
+        seen.append(("pinned", tensor.device.type))
+        return tensor
+
+    def to(tensor: torch.Tensor, device: torch.device, **how: bool) -> torch.Tensor:
+        seen.append((str(device), how))
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pinned)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    sent(torch.ones(2), GPU)
+    assert seen == [("pinned", "cpu"), ("cuda:1", {"non_blocking": True})]
+    seen.clear()
+    sent(there, GPU)
+    sent(torch.ones(2), CPU)
+    assert seen == [("cuda:1", {}), ("cpu", {})]
 
 
 @pytest.mark.parametrize("finer", [1.0, 0.7])

@@ -47,7 +47,9 @@ class Threshold:
     flags: tuple[Flag, ...] = ()
     ran_on = "cpu"
 
-    def __init__(self, folder: ModelFolder, device: torch.device, *, tile_step: float, precision: str) -> None:
+    def __init__(
+        self, folder: ModelFolder, device: torch.device, *, tile_step: float, precision: str, reference: bool
+    ) -> None:
         self.dataset = folder.path.parent.name
 
     def forget(self) -> None:

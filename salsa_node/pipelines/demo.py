@@ -18,7 +18,7 @@ from salsa_node.errors import ConfigError, OrganNotFound
 from salsa_node.models import folders_of
 from salsa_node.pipelines import DEMO_NOTICE, Masks, Observer, PipelineSettings, Provenance, once, unobserved
 from salsa_node.pipelines.device import all_places, choose_device, libraries
-from salsa_node.pipelines.nnunet import Network
+from salsa_node.pipelines.nnunet import ENGINES, Network
 from salsa_node.volume import CtVolume, Grid, LabelVolume
 
 OUTSIDE_HU = -1024
@@ -38,29 +38,40 @@ class DemoPipeline:
     """Liver and lesions by the packaged demo models.
 
     Takes its models from `settings.models_dir`/demo where that folder exists, else from the package.
-    `settings.options`: "mirroring" (false) and "precision" ("auto"), as `Network` has them.
+    `settings.options`: "mirroring" (false) and "precision" ("auto"), as `Network` has them, and "engine" ("own" or
+    "reference": who slides the window).
     Raises WeightsMissing where a model folder is incomplete, ConfigError for an unknown option or device.
     """
 
     def __init__(self, settings: PipelineSettings) -> None:
-        unknown = sorted(set(settings.options) - {"mirroring", "precision"})
+        unknown = sorted(set(settings.options) - {"mirroring", "precision", "engine"})
         if unknown:
-            raise ConfigError(f"the demo pipeline has no option {unknown[0]!r}; it has mirroring and precision")
+            raise ConfigError(f"the demo pipeline has no option {unknown[0]!r}; it has mirroring, precision and engine")
         mirroring = settings.options.get("mirroring", False)
         precision = settings.options.get("precision", "auto")
         if not isinstance(mirroring, bool) or not isinstance(precision, str):
             raise ConfigError("the demo pipeline's mirroring must be true or false and its precision a word")
+        engine = settings.options.get("engine", "own")
+        if engine not in ENGINES:
+            raise ConfigError(f"the demo pipeline's engine is {' or '.join(ENGINES)}; found {engine!r}")
         folders = folders_of("demo", settings.models_dir)
         device = choose_device(settings.device)
-        self._liver = Network(folders["liver"], device, tile_step=TILE_STEP, precision=precision)
-        self._lowres = Network(folders["lowres"], device, mirroring=mirroring, tile_step=TILE_STEP, precision=precision)
-        self._cascade = Network(
-            folders["cascade"], device, mirroring=mirroring, tile_step=TILE_STEP, precision=precision
+        self._liver, self._lowres, self._cascade = (
+            Network(
+                folders[stage],
+                device,
+                mirroring=mirroring and stage != "liver",
+                tile_step=TILE_STEP,
+                precision=precision,
+                reference=engine == "reference",
+            )
+            for stage in ("liver", "lowres", "cascade")
         )
         hashes = {f"{stage}/{name}": sha for stage, folder in folders.items() for name, sha in folder.sha256().items()}
         parameters = {
             "mirroring": mirroring,
             "precision": self._liver.precision,
+            "engine": engine,
             "tile_step": TILE_STEP,
             "min_liver_ml": MIN_LIVER_ML,
             "closing_mm": CLOSING_MM,

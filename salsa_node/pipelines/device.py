@@ -85,6 +85,16 @@ def release(device: torch.device) -> None:
             torch.cuda.empty_cache()
 
 
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The same numbers on `device`: to a GPU from page-locked memory, without waiting until they are there.
+
+    What the GPU is asked for afterwards comes after them; torch keeps the page-locked copy until then.
+    """
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def measure_from_here(device: torch.device) -> int | None:
     """Begin to measure what a GPU holds at most; the bytes that it holds now, None for a CPU."""
     if device.type != "cuda":

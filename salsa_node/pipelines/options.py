@@ -43,16 +43,17 @@ _SWITCH: Final = Option("true or false", lambda value: isinstance(value, bool))
 _SHARE: Final = Option("a share of the patch, above 0 and at most 1", _is_share)
 _LABELS: Final = Option("a list of labels (1, 2, ...)", _are_labels)
 _PRECISION: Final = _words("auto", "float32", "bfloat16")
+_ENGINE: Final = _words("own", "reference")
 
 #: pipeline -> its own settings
 OPTIONS: Final[Mapping[str, Mapping[str, Option]]] = {
-    "demo": {"mirroring": _SWITCH, "precision": _PRECISION},
+    "demo": {"mirroring": _SWITCH, "precision": _PRECISION, "engine": _ENGINE},
     "salsa": {
         "preset": _words("salsa", "salsa-2025", "salsa-2024"),
         "mirroring": _SWITCH,
         "tile_step": _SHARE,
         "precision": _PRECISION,
-        "engine": _words("own", "reference"),
+        "engine": _ENGINE,
         "fast_liver": _SWITCH,
     },
     "given_masks": {"organ_labels": _LABELS, "lesion_labels": _LABELS, "lesion_per_label": _SWITCH},
@@ -61,6 +62,7 @@ OPTIONS: Final[Mapping[str, Mapping[str, Option]]] = {
         "contrast_phase": Option(_SWITCH.expected, _SWITCH.fits, needs=("xgboost", "phase")),
         "couinaud": _SWITCH,
         "precision": _PRECISION,
+        "engine": _ENGINE,
     },
 }
 

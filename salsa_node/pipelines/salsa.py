@@ -117,7 +117,11 @@ class SalsaPipeline:
         self._preset = PRESETS[str(preset)]
         self._resampler = _resampler(self._preset)
         self._liver: LiverFinder = liver or TotalSegmentatorLiver(
-            settings.models_dir, settings.device, fast=fast_liver, precision=precision
+            settings.models_dir,
+            settings.device,
+            fast=fast_liver,
+            precision=precision,
+            reference=engine == "reference",
         )
         device = choose_device(settings.device)
         self._lowres, self._cascade = (

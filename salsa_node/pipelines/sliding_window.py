@@ -17,7 +17,7 @@ import torch
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian, compute_steps_for_sliding_window
 
 from salsa_node.errors import PipelineError
-from salsa_node.pipelines.device import Placement, fit_together, measure_from_here
+from salsa_node.pipelines.device import Placement, fit_together, measure_from_here, sent
 
 Size = tuple[int, int, int]
 Tile = tuple[slice, slice, slice, slice]
@@ -53,7 +53,7 @@ def logits(
     below = [missing // 2 for missing in short]
     above = [missing - less for missing, less in zip(short, below, strict=True)]
     room = [side for pair in zip(reversed(below), reversed(above), strict=True) for side in pair]
-    padded = torch.nn.functional.pad(image, room).to(placement.results)
+    padded = sent(torch.nn.functional.pad(image, room), placement.results)
     size = tuple(padded.shape[1:])
     weights = compute_gaussian(
         patch_size, sigma_scale=1 / 8, value_scaling_factor=_CENTRE_WEIGHT, device=placement.results
@@ -120,7 +120,7 @@ def _answers(
                 wanted.append(_flipped(image[tile], flip))
                 meant |= {values} if values is not None else set()
             some.append(waiting.popleft())
-        found = iter(module(torch.stack(wanted).to(compute)) if wanted else ())
+        found = iter(module(sent(torch.stack(wanted), compute)) if wanted else ())
         if held is not None:
             at_once, held = fit_together(compute, held, PATCHES_AT_ONCE), None
         for tile, flip, values in some:

@@ -20,6 +20,7 @@ from salsa_node.errors import ConfigError, OrganNotFound
 from salsa_node.models import task_model
 from salsa_node.pipelines import Flag, Masks, Observer, PipelineSettings, Provenance, once, unobserved
 from salsa_node.pipelines.device import all_places, choose_device, libraries
+from salsa_node.pipelines.nnunet import ENGINES
 from salsa_node.pipelines.phase import Phase, PhaseEstimator
 from salsa_node.pipelines.totalseg import (
     CROP_MARGIN_MM,
@@ -41,8 +42,8 @@ class LiverLesionsPipeline:
     """Liver and lesions by TotalSegmentator's open models, which must be installed.
 
     `settings.options`: "couinaud", "contrast_phase" and "body_region" (each false), "precision" ("float32"; "auto"
-    and "bfloat16" as `Network` has them). Raises WeightsMissing where a model is absent, ConfigError for a setting
-    that cannot be.
+    and "bfloat16" as `Network` has them), "engine" ("own" or "reference": who slides the window). Raises
+    WeightsMissing where a model is absent, ConfigError for a setting that cannot be.
     """
 
     def __init__(self, settings: PipelineSettings) -> None:
@@ -50,12 +51,18 @@ class LiverLesionsPipeline:
         precision = settings.options.get("precision", "float32")
         if not isinstance(precision, str):
             raise ConfigError(f"{NAME}: precision must be a word, found {precision!r}")
+        engine = settings.options.get("engine", "own")
+        if engine not in ENGINES:
+            raise ConfigError(f"{NAME}: engine is {' or '.join(ENGINES)}, found {engine!r}")
         tasks = [task_of("total", "fast"), task_of("liver_lesions")]
         tasks += [task_of("liver_segments")] if wanted["couinaud"] else []
         for task in tasks:
             task_model(task.number, settings.models_dir)
         self._phase = PhaseEstimator() if wanted["contrast_phase"] else None
-        self._networks = [TaskNetwork(task, settings.models_dir, settings.device, precision) for task in tasks]
+        self._networks = [
+            TaskNetwork(task, settings.models_dir, settings.device, precision, reference=engine == "reference")
+            for task in tasks
+        ]
         self._checks_region = wanted["body_region"]
         hashes = {file: sha for network in self._networks for file, sha in network.weights_sha256.items()}
         parameters: dict[str, object] = {
@@ -63,6 +70,7 @@ class LiverLesionsPipeline:
             "networks": [network.parameters for network in self._networks],
             "crop_margin_mm": CROP_MARGIN_MM,
             "precision": self._networks[0].precision,
+            "engine": engine,
         }
         ran_with = libraries("TotalSegmentator")
         if self._phase is not None:

@@ -1,0 +1,137 @@
+"""Our sliding window against nnU-Net's predictor: the architectures that are asked for, both precisions, mirrored too.
+
+The bounds that are promised: on a CPU, float32 and bfloat16, the logits of one pass at a time are equal bit for bit
+(mean absolute difference 0) and with them the labels; batches differ by rounding alone. Each bound is also held
+against windows that were broken on purpose.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from salsa_node.models import ModelFolder
+from salsa_node.pipelines import sliding_window
+from salsa_node.pipelines.device import Placement
+from salsa_node.pipelines.nnunet import Network
+
+BENCH = Path(__file__).parents[1] / "scripts" / "bench_network"
+CPU = torch.device("cpu")
+NETWORKS = ("PlainConvUNet", "ResEnc-L")  # of three stages and few features: the same layers, joined the same way
+DICE = 0.999  # least, of each structure
+BATCHED = 1e-3  # mean absolute difference of logits that were computed in batches, as a share of their mean size
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelFolder]:
+    build = runpy.run_path(str(BENCH))["build"]
+    place = tmp_path_factory.mktemp("networks")
+    for name in NETWORKS:
+        build(name, place / name, small=True)
+    return {name: ModelFolder(place / name) for name in NETWORKS}
+
+
+@pytest.fixture(scope="module")
+def image() -> torch.Tensor:
+    """Two patches along each of two axes, less than one along the third: overlaps, corners and padding."""
+    coarse = np.random.default_rng(5).normal(size=(1, 1, 6, 10, 10)).astype(np.float32)
+    smooth = torch.nn.functional.interpolate(torch.from_numpy(coarse), (24, 40, 40), mode="trilinear")
+    return smooth[0]
+
+
+def slid(folder: ModelFolder, image: torch.Tensor, *, precision: str, mirroring: bool, reference: bool) -> torch.Tensor:
+    network = Network(folder, CPU, mirroring=mirroring, precision=precision, reference=reference)
+    with contextlib.redirect_stdout(io.StringIO()):
+        return network.logits(image).float()
+
+
+def dice(one: torch.Tensor, other: torch.Tensor) -> list[float]:
+    """Of each class, background too."""
+    a, b = one.argmax(0), other.argmax(0)
+    return [float(2 * ((a == n) & (b == n)).sum() / ((a == n).sum() + (b == n).sum())) for n in range(len(one))]
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "mirroring"),
+    [
+        ("PlainConvUNet", "float32", True),
+        ("PlainConvUNet", "bfloat16", False),
+        ("ResEnc-L", "float32", False),
+        ("ResEnc-L", "bfloat16", True),
+    ],
+)
+def test_the_logits_are_nnunets_bit_for_bit(
+    folders: dict[str, ModelFolder], image: torch.Tensor, name: str, precision: str, mirroring: bool
+) -> None:
+    expected = slid(folders[name], image, precision=precision, mirroring=mirroring, reference=True)
+    found = slid(folders[name], image, precision=precision, mirroring=mirroring, reference=False)
+    assert expected.std() > 0.01
+    assert min(int((expected.argmax(0) == n).sum()) for n in range(len(expected))) > 1000
+    assert torch.equal(found, expected)
+    assert min(dice(found, expected)) >= DICE
+
+
+def test_bfloat16_is_another_way_to_multiply(folders: dict[str, ModelFolder], image: torch.Tensor) -> None:
+    """Else the equality under it would say nothing."""
+    full, half = (
+        slid(folders["PlainConvUNet"], image, precision=precision, mirroring=False, reference=False)
+        for precision in ("float32", "bfloat16")
+    )
+    assert not torch.equal(full, half)
+    assert (full - half).abs().mean() < 0.05 * full.abs().mean()
+
+
+@pytest.mark.parametrize(("name", "bfloat16"), [("PlainConvUNet", True), ("ResEnc-L", False)])
+def test_batches_stay_within_their_bound(
+    folders: dict[str, ModelFolder], image: torch.Tensor, name: str, bfloat16: bool
+) -> None:
+    network = Network(folders[name], CPU, mirroring=True, precision="bfloat16" if bfloat16 else "float32")
+    alone, batched = (
+        sliding_window.logits(
+            network.module, image, network.patch_size, 2, Placement(CPU, CPU),
+            mirror_axes=(2,), bfloat16=bfloat16, together=together,
+        ).float()
+        for together in (1, 3)
+    )  # fmt: skip
+    assert (alone - batched).abs().mean() <= BATCHED * alone.abs().mean()
+    assert min(dice(alone, batched)) >= DICE
+
+
+def flat(size: tuple[int, int, int], **settings: object) -> torch.Tensor:
+    """As if every voxel of a patch weighed the same."""
+    return torch.full(size, 10.0, dtype=torch.half)
+
+
+def a_voxel_aside(steps: Callable[..., list[list[int]]]) -> Callable[..., list[list[int]]]:
+    """Patches that lie a voxel aside."""
+
+    def broken(*arguments: object) -> list[list[int]]:
+        return [[max(0, start - 1) for start in axis] for axis in steps(*arguments)]
+
+    return broken
+
+
+def test_a_broken_window_is_noticed(
+    folders: dict[str, ModelFolder], image: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = slid(folders["PlainConvUNet"], image, precision="float32", mirroring=True, reference=True)
+    flips = sliding_window.mirrorings
+    breakages = {
+        "compute_gaussian": flat,
+        "compute_steps_for_sliding_window": a_voxel_aside(sliding_window.compute_steps_for_sliding_window),
+        "mirrorings": lambda axes: [flip for flip in flips(axes) if 2 not in flip],
+    }
+    for name, broken in breakages.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(sliding_window, name, broken)
+            found = slid(folders["PlainConvUNet"], image, precision="float32", mirroring=True, reference=False)
+        assert not torch.equal(found, expected), name
+        assert (found - expected).abs().mean() > BATCHED * expected.abs().mean(), name
+        assert min(dice(found, expected)) < DICE, name
