@@ -109,11 +109,11 @@ def flat(size: tuple[int, int, int], **settings: object) -> torch.Tensor:
     return torch.full(size, 10.0, dtype=torch.half)
 
 
-def a_voxel_aside(steps: Callable[..., list[list[int]]]) -> Callable[..., list[list[int]]]:
-    """Patches that lie a voxel aside."""
+def one_patch_more(steps: Callable[..., list[list[int]]]) -> Callable[..., list[list[int]]]:
+    """Patches that lie closer than they were asked to."""
 
     def broken(*arguments: object) -> list[list[int]]:
-        return [[max(0, start - 1) for start in axis] for axis in steps(*arguments)]
+        return [sorted({*axis, axis[-1] // 2}) for axis in steps(*arguments)]
 
     return broken
 
@@ -125,7 +125,7 @@ def test_a_broken_window_is_noticed(
     flips = sliding_window.mirrorings
     breakages = {
         "compute_gaussian": flat,
-        "compute_steps_for_sliding_window": a_voxel_aside(sliding_window.compute_steps_for_sliding_window),
+        "compute_steps_for_sliding_window": one_patch_more(sliding_window.compute_steps_for_sliding_window),
         "mirrorings": lambda axes: [flip for flip in flips(axes) if 2 not in flip],
     }
     for name, broken in breakages.items():
