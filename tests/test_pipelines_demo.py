@@ -142,11 +142,32 @@ def test_missing_weights_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "words"), [({"mirror": True}, "no option 'mirror'"), ({"mirroring": 1}, "true or false")]
+    ("options", "words"),
+    [
+        ({"mirror": True}, "no option 'mirror'"),
+        ({"mirroring": 1}, "true or false"),
+        ({"engine": "fast"}, "own or reference"),
+    ],
 )
 def test_options_that_are_none_are_refused(options: dict[str, object], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         DemoPipeline(PipelineSettings(device="cpu", options=options))
+
+
+@pytest.mark.parametrize("engine", ["own", "reference"])
+def test_the_engine_is_that_of_every_network(monkeypatch: pytest.MonkeyPatch, engine: str) -> None:
+    told: list[bool] = []
+
+    class Told:
+        precision = "float32"
+
+        def __init__(self, *_: object, reference: bool, **__: object) -> None:
+            told.append(reference)
+
+    monkeypatch.setattr("salsa_node.pipelines.demo.Network", Told)
+    pipeline = DemoPipeline(PipelineSettings(device="cpu", options={"engine": engine}))
+    assert told == [engine == "reference"] * 3
+    assert pipeline.provenance.parameters["engine"] == engine
 
 
 def test_the_box_holds_the_liver_and_a_rim_and_nothing_else_of_the_patient() -> None:

@@ -311,11 +311,33 @@ def test_the_contrast_phase_without_xgboost_is_refused_before_the_start(
         ({"precision": 16}, "options.precision: .* takes one of auto"),
         ({"precision": "half"}, "options.precision: .* found .half."),
         ({"mirroring": True}, "options.mirroring"),
+        ({"engine": "fast"}, "options.engine: .* takes one of own, reference"),
     ],
 )
 def test_a_setting_that_cannot_be_is_refused(models_dir: Path, options: Mapping[str, object], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         pipelines.load(NAME, PipelineSettings("cpu", models_dir, options=options))
+
+
+@pytest.mark.parametrize(("options", "reference"), [({}, False), ({"engine": "reference"}, True)])
+def test_the_engine_is_that_of_every_network(
+    models_dir: Path, monkeypatch: pytest.MonkeyPatch, options: Mapping[str, object], reference: bool
+) -> None:
+    told: list[bool] = []
+
+    class Told(Threshold):
+        def __init__(
+            self, folder: ModelFolder, device: torch.device, *, tile_step: float, precision: str, reference: bool
+        ) -> None:
+            told.append(reference)
+            super().__init__(folder, device, tile_step=tile_step, precision=precision, reference=reference)
+
+    monkeypatch.setattr(totalseg, "Network", Told)
+    pipeline = LiverLesionsPipeline(PipelineSettings("cpu", models_dir, options=options))
+    assert told == [reference] * 2
+    assert pipeline.provenance.parameters["engine"] == ("reference" if reference else "own")
+    totalseg.TotalSegmentatorLiver(models_dir, "cpu", fast=True, reference=reference)
+    assert told == [reference] * 4
 
 
 def test_auto_is_the_best_pipeline_whose_models_somebody_installed(models_dir: Path, tmp_path: Path) -> None:
