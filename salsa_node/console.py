@@ -6,7 +6,6 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from itertools import groupby
 from typing import Protocol
 
 from rich import box
@@ -198,21 +197,20 @@ def put_detail(study: Mapping[str, object]) -> None:
 
 
 def _time_line(events: Sequence[Mapping[str, object]]) -> list[dict[str, object]]:
-    """The events, but of objects that went the same way one after the other a single line, with how many went."""
+    """The events; what befell several objects one after the other, each once, as one line that counts them."""
     lines: list[dict[str, object]] = []
-    for (name, is_of_one_object), several in groupby(events, key=lambda event: (event["name"], _is_of_object(event))):
-        if not is_of_one_object:
-            lines += [dict(event) for event in several]
-            continue
-        alike = list(several)
-        counts = Counter(str(event["detail"]) for event in alike)
-        detail = "; ".join(f"{text} ({count} objects)" if count > 1 else text for text, count in counts.items())
-        lines.append({"at": alike[0]["at"], "name": name, "detail": detail})
+    name, details, objects = None, Counter[str](), set[object]()
+    for event in events:
+        is_of_object = event["subject"] == "delivery"
+        if not is_of_object or event["name"] != name or event["subject_id"] in objects:
+            lines.append(dict(event))
+            details, objects = Counter(), set()
+        name = event["name"] if is_of_object else None
+        objects.add(event["subject_id"])
+        details[str(event["detail"])] += 1
+        told = (f"{text} ({count} objects)" if count > 1 else text for text, count in details.items())
+        lines[-1]["detail"] = "; ".join(told)
     return lines
-
-
-def _is_of_object(event: Mapping[str, object]) -> bool:
-    return event["subject"] == "delivery" or event["name"] == "instance.own_result"
 
 
 def put_quarantine(rows: Sequence[Mapping[str, object]], title: str = "") -> None:

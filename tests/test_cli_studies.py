@@ -298,16 +298,20 @@ def test_the_time_line_tells_objects_that_went_together_in_one_line(store, cli):
     now = datetime.now(UTC)
     for n in range(3):
         for name in ("pacs", "web"):
-            store.add_event("delivery", str(n), "delivery.pending", name, now, QUEUED)
+            store.add_event("delivery", f"{n} {name}", "delivery.pending", name, now, QUEUED)
     for n in range(3):
         store.add_event("delivery", str(n), "delivery.sent", "pacs", now, QUEUED)
     store.add_event("delivery", "9", "delivery.sent", "web", now, QUEUED)
+    for _ in range(2):  # two attempts at both objects
+        for n in range(2):
+            store.add_event("delivery", str(n), "delivery.pending", "pacs: nobody listens", now, QUEUED)
     store.add_event("study", QUEUED, "study.held", "", now, QUEUED)
     store.add_event("study", QUEUED, "study.held", "", now, QUEUED)
     shown = cli("show", QUEUED).stdout.split("Time line")[1]
-    assert shown.count("delivery.pending") == shown.count("delivery.sent") == 1
+    assert (shown.count("delivery.pending"), shown.count("delivery.sent")) == (3, 1)
+    assert shown.count("nobody listens (2 objects)") == 2
     assert "pacs (3 objects); web (3 objects)" in shown
     assert "pacs (3 objects); web " in shown.split("delivery.sent")[1]
     assert shown.count("study.held") == 2
     events = json.loads(cli("show", QUEUED, "--json").stdout)["events"]
-    assert [event["name"] for event in events].count("delivery.pending") == 6
+    assert [event["name"] for event in events].count("delivery.pending") == 10
