@@ -31,7 +31,10 @@ def require(connection: sa.Connection, *, upgrade_older: bool) -> None:
             f"the store has version {found}, this program knows up to {HEAD}; use the newer program, or another store"
         )
     if not upgrade_older:
-        raise StoreError(f"the store has version {found or 'none'}, expected {HEAD}; start the node once to upgrade it")
+        raise StoreError(
+            f"the store has version {found or 'none'}, expected {HEAD}; start the node once to upgrade it, or stop it "
+            "and say salsa-node db upgrade"
+        )
     upgrade(connection)
 
 
