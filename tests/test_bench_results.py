@@ -20,5 +20,6 @@ def test_every_way_is_measured_beside_its_peer():
     ]
     for ours, stock in zip(rows[::2], rows[1::2], strict=True):
         assert ours["frames"] == stock["frames"] > 0
+        assert 0 < ours["build_s"] < ours["seconds"]
         assert stock["seconds_ratio"] == stock["bytes_ratio"] == 1.0
         assert ours["seconds_ratio"] == round(ours["seconds"] / stock["seconds"], 2)

@@ -23,7 +23,7 @@ def told_by(*arguments: str) -> dict:
 def test_every_axis_is_measured():
     result = told_by("--small", "--json")
     assert [(row["axis"], row["size"]) for row in result["rows"]] == [
-        ("slices", 50), ("slices", 100), ("matrix", 128), ("lesions", 0), ("lesions", 3), ("queued", 5), ("queued", 20),
+        ("slices", 25), ("slices", 50), ("matrix", 64), ("lesions", 0), ("lesions", 3), ("queued", 5), ("queued", 20),
     ]  # fmt: skip
     assert {axis: len(between) for axis, between in result["growth"].items()} == {
         "slices": 1, "matrix": 0, "lesions": 1, "queued": 1,
@@ -48,3 +48,13 @@ def test_1200_slices_fit_into_memory(tmp_path: Path):
     found = told_by("--folder", str(tmp_path), "--child", *map(str, shape), "found")
     assert found["lesions"] > 0
     assert found["peak_mib"] < (8192 - 1536) / 4 + 1536
+
+
+def test_the_limit_is_one(tmp_path: Path):
+    """A process that may take less than its libraries and one study need ends, and says of what."""
+    shape = (100, 256, 256)
+    runpy.run_path(str(BENCH))["write"](tmp_path, shape, small=True)
+    command = [sys.executable, str(BENCH), "--folder", str(tmp_path), "--limit-mib", "320"]
+    told = subprocess.run([*command, "--child", *map(str, shape), "0"], capture_output=True, text=True, check=False)
+    assert told.returncode != 0
+    assert "memory" in told.stderr.lower()
