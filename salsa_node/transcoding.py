@@ -12,6 +12,7 @@ import json
 import os
 import resource
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -84,42 +85,57 @@ class Comparison:
         self._finalizer: Callable[[], object] | None = None
 
     def is_same(self, one: Path, other: Path) -> bool:
-        """As the function of that name; False too where its process dies of the files, or takes too long."""
-        with self._turn:
-            is_first = self._process is None
+        """As the function of that name; False too where its process dies of the files, or it or its turn takes long."""
+        if not self._turn.acquire(timeout=_ANSWER_S):
+            return False
+        try:
+            if self._process is not None and self._process.poll() is not None:
+                self._end()  # of idleness, most likely
             answer = self._asked(one, other)
-            if answer is None and not is_first:  # it may have ended of idleness before it was asked
+            if answer is None and self._end() == 0:  # of idleness, as it was asked; what files do to it is no zero
                 answer = self._asked(one, other)
+            if answer is None:
+                self._end()
             return bool(answer)
+        finally:
+            self._turn.release()
 
     def close(self) -> None:
-        """End the process; harmless at any time."""
-        with self._turn:
+        """End the process, whatever it is asked now; harmless at any time."""
+        while not self._turn.acquire(timeout=0.1):
+            process = self._process
+            if process is not None:
+                process.kill()
+        try:
             self._end()
+        finally:
+            self._turn.release()
 
     def _asked(self, one: Path, other: Path) -> bool | None:
-        """The answer of the process, which is started where there is none; None where it gives none, and is ended."""
-        process = self._process
-        if process is None:
-            process = self._process = _started()
-            self._finalizer = weakref.finalize(self, _ended, process)  # where nobody closes it
+        """The answer of the process, which is started where there is none; None where it gives none."""
         answer = b""
-        with suppress(OSError):
-            assert process.stdin is not None, "it was asked for"
-            assert process.stdout is not None, "it was asked for"
-            process.stdin.write(json.dumps([str(one.absolute()), str(other.absolute())]).encode() + b"\n")
-            process.stdin.flush()
-            if select.select([process.stdout], [], [], _ANSWER_S)[0]:
-                answer = process.stdout.readline()
-        if answer not in (b"true\n", b"false\n"):
-            self._end()
-            return None
-        return answer == b"true\n"
+        with suppress(OSError):  # it cannot be started, or ended
+            if self._process is None:
+                self._process = _started()
+                self._finalizer = weakref.finalize(self, _ended, self._process)  # where nobody closes it
+            asks, answers = self._process.stdin, self._process.stdout
+            assert asks is not None, "it was asked for"
+            assert answers is not None, "it was asked for"
+            asks.write(json.dumps([str(one.absolute()), str(other.absolute())]).encode() + b"\n")
+            asks.flush()
+            coming = select.poll()  # unlike select, of any file descriptor
+            coming.register(answers, select.POLLIN)
+            if coming.poll(1000 * _ANSWER_S):
+                answer = answers.readline()
+        return answer == b"true\n" if answer in (b"true\n", b"false\n") else None
 
-    def _end(self) -> None:
+    def _end(self) -> int | None:
+        """What the process ended with, None where there was none."""
+        process = self._process
         if self._finalizer is not None:
             self._finalizer()
         self._process = self._finalizer = None
+        return None if process is None else process.returncode
 
 
 def is_same(one: Path, other: Path) -> bool:
@@ -157,15 +173,15 @@ def _inflates(path: Path) -> bool:
     return len(inflated) < MOST_BYTES
 
 
-def _are_equal(one: Dataset, other: Dataset) -> bool:
-    """Whether two data sets say the same, but for how pixels are encoded."""
-    tags, others = _tags(one), _tags(other)
+def _are_equal(one: Dataset, other: Dataset, passed_over: frozenset[int] = _ENCODING) -> bool:
+    """Whether two data sets say the same, but for what is passed over: how pixels are encoded."""
+    tags, others = _tags(one) - passed_over, _tags(other) - passed_over
     return tags ^ others <= _DERIVATION and all(_same_element(one, other, tag) for tag in tags & others)
 
 
 def _tags(ds: Dataset) -> set[int]:
     tags = ds.keys()
-    return {int(tag) for tag in tags if tag not in _ENCODING and tag.element}  # a group length's element is 0
+    return {int(tag) for tag in tags if tag.element}  # a group length's element is 0
 
 
 def _same_element(one: Dataset, other: Dataset, tag: int) -> bool:
@@ -175,10 +191,15 @@ def _same_element(one: Dataset, other: Dataset, tag: int) -> bool:
     vrs = {_vr(mine), _vr(theirs)} - {"UN", None}  # Implicit VR names none, and others give what they do not know UN
     if "SQ" in vrs:
         items, others = _items(one, tag), _items(other, tag)
-        return len(items) == len(others) and all(_are_equal(*pair) for pair in zip(items, others, strict=True))
+        return len(items) == len(others) and all(
+            _are_equal(*pair, passed_over=frozenset())  # the pixels of an icon are compared as they are
+            for pair in zip(items, others, strict=True)
+        )
     if len(vrs) > 1:
         return False
-    is_text = vrs <= _TEXTS
+    if not vrs and dictionary_has_tag(tag):
+        vrs = {dictionary_VR(tag)}
+    is_text = bool(vrs) and vrs <= _TEXTS  # only there is what is at the end no more than padding
     return _plain(mine, one, is_text) == _plain(theirs, other, is_text)
 
 
@@ -223,14 +244,35 @@ def _plain(element: _Element, ds: Dataset, is_text: bool) -> bytes:
 
 
 def _equal_pixels(one: FileDataset, other: FileDataset) -> bool:
-    import numpy as np  # late: the door imports this room, and asks it hardly ever
-
+    """Whether the pixels are equal, with what lies above Bits Stored in those that are not compressed."""
     for ds in (one, other):
         samples = int(ds.Rows) * int(ds.Columns) * int(ds.get("SamplesPerPixel") or 1)
         if samples * int(ds.get("NumberOfFrames") or 1) * int(ds.BitsAllocated) > 8 * MOST_BYTES:
             return False
         ds.pixel_array_options(raw=True)
+    native = [ds for ds in (one, other) if not ds.file_meta.TransferSyntaxUID.is_encapsulated]
+    if len(native) == 2:
+        return _plain(one.get_item(_PIXELS), one, False) == _plain(other.get_item(_PIXELS), other, False)
+    if any(_has_more_than_pixels(ds) for ds in native):
+        return False
+    import numpy as np  # late: the door imports this room, and asks it hardly ever
+
     return np.array_equal(one.pixel_array, other.pixel_array)
+
+
+def _has_more_than_pixels(ds: Dataset) -> bool:
+    """Whether something lies above Bits Stored, as overlays once did: decoding and compression let it go."""
+    import numpy as np  # late, as above
+
+    stored, allocated = int(ds.BitsStored), int(ds.BitsAllocated)
+    if stored == allocated:
+        return False
+    words = np.frombuffer(_plain(ds.get_item(_PIXELS), ds, False), f"<u{allocated // 8}")
+    above = words >> stored
+    if not ds.PixelRepresentation:
+        return bool(above.any())
+    extended = np.where(words >> (stored - 1) & 1, (1 << allocated - stored) - 1, 0)
+    return not np.array_equal(above, extended)
 
 
 def _started() -> subprocess.Popen[bytes]:
@@ -256,9 +298,11 @@ def _answer() -> None:
         line = sys.stdin.readline()
         if not line:
             return
+        signal.alarm(int(_ANSWER_S) + 1)  # where whoever asked is gone, and the files hold it up
         one, other = (Path(name) for name in json.loads(line))
         sys.stdout.write(f"{json.dumps(is_same(one, other))}\n")
         sys.stdout.flush()
+        signal.alarm(0)
 
 
 if __name__ == "__main__":

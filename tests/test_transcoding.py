@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 import subprocess
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,6 +18,7 @@ import pytest
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 from pydicom.uid import (
+    UID,
     CTImageStorage,
     DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
@@ -122,6 +128,50 @@ def test_what_differs_in_anything_but_the_encoding_is_another(
     assert not is_same(first, in_encoding(tool, written(image, tmp_path / "other.dcm"), syntax))
 
 
+def icon(content: bytes) -> Sequence:
+    inner = Dataset()
+    inner.Rows = inner.Columns = 2
+    inner.add_new(0x7FE00010, "OW", content)
+    return Sequence([inner])
+
+
+@pytest.mark.parametrize("syntax", [ImplicitVRLittleEndian, ExplicitVRLittleEndian])
+@pytest.mark.parametrize(
+    ("tag", "vr", "value", "other"),
+    [
+        (0x00280120, "US", 0, 0x2020),  # Pixel Padding Value: bytes with which a text is padded
+        (0x60003000, "OW", b"\1\2\0\0", b"\1\2"),  # an overlay
+        (PRIVATE + 0x0FF3, "OB", b"\1\2", b"\1\2  "),
+        (0x00880200, "SQ", icon(b"\1" * 8), icon(b"\2" * 8)),
+    ],
+    ids=["number", "overlay", "private", "icon"],
+)
+def test_words_that_look_like_padding_and_the_pixels_of_an_icon_are_compared(
+    image: Dataset, tmp_path: Path, syntax: UID, tag: int, vr: str, value: object, other: object
+) -> None:
+    files = []
+    for n, each in enumerate((value, other)):
+        image.add_new(tag, vr, each)
+        image.file_meta.TransferSyntaxUID = syntax
+        files.append(written(image, tmp_path / f"{n}.dcm"))
+    assert is_same(files[0], files[0])
+    assert not is_same(*files)
+
+
+def test_what_lies_above_the_stored_bits_is_not_let_go(image: Dataset, tmp_path: Path, tool: Tool) -> None:
+    plain = written(image, tmp_path / "plain.dcm")
+    packed = in_encoding(tool, plain, JPEGLSLossless)
+    image.PixelData = b"\0\xf0" + image.PixelData[2:]  # an overlay in the bits that no pixel needs (retired)
+    above = written(image, tmp_path / "above.dcm")
+    assert is_same(packed, plain)
+    assert not is_same(above, plain)
+    assert not is_same(above, packed)
+    image.PixelRepresentation = 1
+    image.PixelData = b"\xff\xff" + image.PixelData[2:]  # -1
+    below = written(image, tmp_path / "below.dcm")
+    assert is_same(below, in_encoding(tool, below, RLELossless))
+
+
 def test_one_image_in_all_the_syntaxes_of_the_test_set(testdata: Path) -> None:
     files = sorted((testdata / "07_ct_one_image_all_syntaxes").glob("CTImage.dcm_*"))
     plain = next(file for file in files if pydicom.dcmread(file).file_meta.TransferSyntaxUID == ExplicitVRLittleEndian)
@@ -168,6 +218,77 @@ def test_a_process_that_dies_of_a_file_costs_an_answer_and_no_more(
     comparison._process.wait()
     assert comparison.is_same(first, again), "another one answers"
     assert not comparison.is_same(first, tmp_path / "gone.dcm")
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen[bytes]]:
+    """The processes that were started."""
+    processes: list[subprocess.Popen[bytes]] = []
+    start = transcoding._started
+
+    def noted() -> subprocess.Popen[bytes]:
+        processes.append(start())
+        return processes[-1]
+
+    monkeypatch.setattr(transcoding, "_started", noted)
+    return processes
+
+
+def without_end(path: Path) -> Path:
+    """A file that nobody ever reads to its end."""
+    os.mkfifo(path)
+    return path
+
+
+def test_files_that_hold_it_up_are_asked_about_once_and_hold_up_nobody_else(
+    image: Dataset, tmp_path: Path, comparison: Comparison, started: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, endless = written(image, tmp_path / "first.dcm"), without_end(tmp_path / "endless.dcm")
+    assert comparison.is_same(first, first)
+    monkeypatch.setattr(transcoding, "_ANSWER_S", 0.2)
+    assert not comparison.is_same(first, endless)
+    assert len(started) == 1
+    with comparison._turn:
+        assert not comparison.is_same(first, first), "its turn does not come"
+
+
+def test_closing_ends_a_question_that_is_held_up(
+    tmp_path: Path, comparison: Comparison, started: list[subprocess.Popen[bytes]]
+) -> None:
+    endless = without_end(tmp_path / "endless.dcm")
+    asking = threading.Thread(target=comparison.is_same, args=(endless, endless), daemon=True)
+    asking.start()
+    while not started:
+        asking.join(0.01)
+    comparison.close()
+    asking.join(10)
+    assert not asking.is_alive()
+    assert [process.returncode for process in started] == [-signal.SIGKILL]
+
+
+def test_a_process_that_nobody_waits_for_ends_though_its_files_hold_it_up(tmp_path: Path) -> None:
+    code = "from salsa_node import transcoding; transcoding._ANSWER_S = 0; transcoding._answer()"
+    asked = [sys.executable, "-c", code]
+    endless = str(without_end(tmp_path / "endless.dcm"))
+    with subprocess.Popen(asked, stdin=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        process.stdin.write(json.dumps([endless] * 2).encode() + b"\n")
+        process.stdin.flush()
+        try:
+            assert process.wait(60) == -signal.SIGALRM
+        finally:
+            process.kill()
+
+
+def test_where_no_process_can_be_started_nothing_is_the_same(
+    image: Dataset, tmp_path: Path, comparison: Comparison, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none_left() -> subprocess.Popen[bytes]:
+        raise BlockingIOError
+
+    monkeypatch.setattr(transcoding, "_started", none_left)
+    first = written(image, tmp_path / "first.dcm")
+    assert not comparison.is_same(first, first)
 
 
 @pytest.mark.parametrize("fast", [True, False])
