@@ -25,7 +25,8 @@ log = logging.getLogger(__name__)
 
 MOST: Final = 256  #: classes that one process learns; a peer that names ever new ones is refused the rest
 _STANDARD: Final = "1.2.840.10008."  # the root of DICOM's own UIDs (PS3.5 9.1)
-_STORAGE: Final = f"{_STANDARD}5.1.4.1.1."  # below it lie the storage SOP classes (PS3.6 annex A), and nothing else
+_STORAGE: Final = f"{_STANDARD}5.1.4.1.1."  # below it lie the storage SOP classes (PS3.6 annex A)
+_MIXED: Final = (f"{_STORAGE}200.", f"{_STORAGE}201.")  # of protocols and inventories: queries and an instance too
 _ELSEWHERE: Final = frozenset((f"{_STANDARD}5.1.1.29", f"{_STANDARD}5.1.1.30"))  # of hardcopies, both retired
 
 
@@ -33,8 +34,9 @@ def is_unlisted_storage(sop_class_uid: str) -> bool:
     """Whether this can only be a storage SOP class, though pynetdicom has no service for it yet."""
     if not uid_or_nothing(sop_class_uid) or uid_to_service_class(sop_class_uid) is not ServiceClass:
         return False
-    of_standard = sop_class_uid.startswith(_STANDARD)
-    return not of_standard or sop_class_uid.startswith(_STORAGE) or sop_class_uid in _ELSEWHERE
+    if not f"{sop_class_uid}.".startswith(_STANDARD) or sop_class_uid in _ELSEWHERE:
+        return True
+    return sop_class_uid.startswith(_STORAGE) and not sop_class_uid.startswith(_MIXED)
 
 
 class Unlisted:

@@ -32,6 +32,9 @@ NONSENSE = {
     "Basic Film Session": "1.2.840.10008.5.1.1.1",
     "a directory of media": "1.2.840.10008.1.3.10",
     "unknown, of the standard": "1.2.840.10008.99.1",
+    "the standard itself": "1.2.840.10008",
+    "an instance below the storage classes": "1.2.840.10008.5.1.4.1.1.201.1.1",
+    "yet to come, among queries of inventories": "1.2.840.10008.5.1.4.1.1.201.99",
 }
 
 
