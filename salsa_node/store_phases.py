@@ -79,9 +79,16 @@ class Phases(Queries):
     def yield_run(self, run_id: int, owner: str, outcome: str, digest: str, reason: str, now: datetime) -> Run:
         """The run is CANCELLED though it came to a result, which is let go: the one in force is of a better series.
 
-        Raises LeaseLost where the run is no longer `owner`'s.
+        Results in force that were to make room for it stand beside one another again. Raises LeaseLost where the
+        run is no longer `owner`'s.
         """
         with transaction(self._writer) as t:
             run = t.leased_run(run_id, owner)
+            stay = t.all(
+                Run, sa.select(RUNS).where(RUNS.c.study_uid == run.study_uid, RUNS.c.state == RunState.PRODUCED)
+            )
+            for one in stay:
+                beside = {*one.beside, *(other.place for other in stay)} - {one.place}
+                t.execute(sa.update(RUNS).where(RUNS.c.id == one.id).values(beside=sorted(beside)))
             made = {"outcome": outcome, "digest": digest, "finished_at": now, "error": reason, "failure": None}
             return t.become_run(run, RunState.CANCELLED, now, reason, **made)

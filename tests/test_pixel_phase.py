@@ -236,6 +236,25 @@ def test_of_two_results_side_by_side_the_one_of_the_wrong_phase_makes_room(store
     ]  # fmt: skip
 
 
+def test_results_that_were_to_make_room_for_one_that_yields_stand_side_by_side_again(store, config, comes):
+    comes((PORTAL, PORTAL), (PORTAL, ARTERIAL), (UNKNOWN, NATIVE))
+    places = [f"{STUDY}.{number}" for number in (2, 3, 4)]
+
+    def queue(place: str, beside: str) -> Run:
+        return store.queue_run(STUDY, "probe", f"digest {place}", LATER, series_uid=place, beside=[beside])
+
+    queued = [queue(places[0], places[1]), queue(places[1], places[0])]
+    for run in queued:
+        store.claim_run("worker", 60.0, LATER)
+        store.produce(run.id, "worker", (), (), "no_candidate", {}, f"digest {run.id}", LATER)
+    third = queue(places[2], places[1])
+    assert queue(places[1], places[2]).id == queued[1].id, "which stays, the first makes room"
+    store.claim_run("worker", 60.0, LATER)
+    store.yield_run(third.id, "worker", "no_candidate", "digest", "scores less", LATER)
+    assert [run.id for run in store.current_runs(STUDY)] == [run.id for run in queued]
+    assert overview.glance(store, store.study(STUDY)).latest == store.current_runs(STUDY)
+
+
 def carry(store: Store, data_dir: Path, truth: dict[str, Phase]) -> bool:
     """What the worker does with the next run as far as phases go, without voxels; whether there was one."""
     run = store.claim_run("worker", 60.0, LATER)
