@@ -35,7 +35,7 @@ from salsa_node.selection import Verdict, Volume, choose_volume
 from salsa_node.selection_rules import SelectionRules
 from salsa_node.series_rules import SeriesRules
 from salsa_node.settings import AssemblySettings, PipelineChoice, QuerySettings
-from salsa_node.store import Run, SeenPhase, SeriesState, Store, Study
+from salsa_node.store import Run, RunState, SeenPhase, SeriesState, Store, Study
 from salsa_node.uids import digest
 
 log = logging.getLogger(__name__)
@@ -166,6 +166,8 @@ def _reconsider(
     if study is None:
         return None
     found = examine(record, data_dir, study, rules)
+    if any(run.state in (RunState.QUEUED, RunState.RUNNING) for run in record.runs_of(study.study_uid)):
+        return study  # somebody asked for one meanwhile; considered when that has ended
     seen = {(one.place, one.source_digest) for one in record.phases_of(study.study_uid)}
     current = {run.place for run in record.current_runs(study.study_uid)}
     subjects = found.subjects if found and found.refusal is None else ()

@@ -198,6 +198,30 @@ def test_a_person_s_run_yields_to_none(store, config, comes, settle):
     assert told(settle())[-1] == ("3", RunState.PRODUCED)
 
 
+def test_what_a_person_asks_for_while_a_study_is_reconsidered_is_not_cancelled(
+    store, config, comes, settle, monkeypatch
+):
+    comes((PORTAL, NATIVE), (ARTERIAL, PORTAL))
+    queue_first(store, config)
+    assert Worker(store, config, "worker", clock=lambda: LATER).step(LATER) is not None
+    data_dir, examine = config.node.data_dir, assembly.examine
+
+    def slowly(*of: object) -> assembly.Input | None:
+        found = examine(*of)
+        monkeypatch.setattr(assembly, "examine", examine)
+        assembly.queue_again(store, data_dir, store.study(STUDY), "probe", PROBE.options, LATER, rules=RULES)
+        return found
+
+    first = store.runs_of(STUDY)[0]
+    monkeypatch.setattr(assembly, "examine", slowly)
+    assert assembly.step(store, data_dir, PROBE, LATER, RULES) is not None
+    [_, asked] = store.runs_of(STUDY)
+    assert (asked.forced, asked.state) == (True, RunState.QUEUED)
+    assert store.study_to_reconsider() is None, "until that has run"
+    assert told(settle())[1] == ("3", RunState.PRODUCED)
+    assert store.run(first.id).state is RunState.SUPERSEDED
+
+
 def test_without_the_option_the_tags_alone_decide(store, config, comes, settle):
     comes((PORTAL, NATIVE), (ARTERIAL, PORTAL))
     choice = PipelineChoice("probe")
