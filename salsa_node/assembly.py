@@ -173,6 +173,8 @@ def _reconsider(
     subjects = found.subjects if found and found.refusal is None else ()
     new = [subject for subject in subjects if (subject.place, subject.source_digest) not in seen]
     told = "what is analysed stays"
+    if subjects and subjects[0].place not in current:
+        told += f", though series {subjects[0].series_uid} scores more: salsa-node rerun analyses that again"
     if found and new:
         chosen = replace(found, subjects=tuple(one for one in subjects if one in new or one.place in current))
         choice = profiles.get(study.called_ae, pipeline)

@@ -222,6 +222,23 @@ def test_what_a_person_asks_for_while_a_study_is_reconsidered_is_not_cancelled(
     assert store.run(first.id).state is RunState.SUPERSEDED
 
 
+def test_where_the_better_series_was_analysed_before_a_person_is_told_what_to_do(store, config, comes, settle):
+    comes((PORTAL, NATIVE), (ARTERIAL, PORTAL))
+    queue_first(store, config)
+    settle()
+    late = store.queue_run(STUDY, "probe", "late images", LATER, series_uid=f"{STUDY}.3")
+    store.claim_run("worker", 60.0, LATER)
+    store.note_phase(late, NATIVE.value, 1.0, None, LATER)
+    store.produce(late.id, "worker", (), (), "no_candidate", {}, "digest", LATER)
+    data_dir = config.node.data_dir
+    assert assembly.step(store, data_dir, PROBE, LATER, RULES) is not None
+    [*_, event] = [event for event in events(store) if event.name == "study.reconsidered"]
+    assert f"series {STUDY}.2 scores more: salsa-node rerun" in event.detail
+    assembly.queue_again(store, data_dir, store.study(STUDY), "probe", PROBE.options, LATER, rules=RULES)
+    settle()
+    assert [run.place for run in store.current_runs(STUDY)] == [f"{STUDY}.2"]
+
+
 def test_without_the_option_the_tags_alone_decide(store, config, comes, settle):
     comes((PORTAL, NATIVE), (ARTERIAL, PORTAL))
     choice = PipelineChoice("probe")
