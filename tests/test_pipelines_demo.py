@@ -146,7 +146,7 @@ def test_missing_weights_are_named(tmp_path: Path) -> None:
     [
         ({"mirror": True}, "no option 'mirror'"),
         ({"mirroring": 1}, "true or false"),
-        ({"engine": "fast"}, "own or reference"),
+        ({"engine": "fast"}, "own or compiled or reference"),
     ],
 )
 def test_options_that_are_none_are_refused(options: dict[str, object], words: str) -> None:
@@ -154,19 +154,19 @@ def test_options_that_are_none_are_refused(options: dict[str, object], words: st
         DemoPipeline(PipelineSettings(device="cpu", options=options))
 
 
-@pytest.mark.parametrize("engine", ["own", "reference"])
+@pytest.mark.parametrize("engine", ["own", "compiled", "reference"])
 def test_the_engine_is_that_of_every_network(monkeypatch: pytest.MonkeyPatch, engine: str) -> None:
-    told: list[bool] = []
+    told: list[str] = []
 
     class Told:
         precision = "float32"
 
-        def __init__(self, *_: object, reference: bool, **__: object) -> None:
-            told.append(reference)
+        def __init__(self, *_: object, engine: str, **__: object) -> None:
+            told.append(engine)
 
     monkeypatch.setattr("salsa_node.pipelines.demo.Network", Told)
     pipeline = DemoPipeline(PipelineSettings(device="cpu", options={"engine": engine}))
-    assert told == [engine == "reference"] * 3
+    assert told == [engine] * 3
     assert pipeline.provenance.parameters["engine"] == engine
 
 

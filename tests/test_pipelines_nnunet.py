@@ -335,7 +335,7 @@ def test_a_device_without_room_for_the_weights_is_retryable(monkeypatch: pytest.
 
 def test_nnunets_own_step_down_is_told_too(monkeypatch: pytest.MonkeyPatch) -> None:
     folder = ModelFolder(demo_models_dir() / STAGES["liver"])
-    liver = Network(folder, CPU, precision="float32", reference=True)
+    liver = Network(folder, CPU, precision="float32", engine="reference")
     answers = iter([OUT_OF_MEMORY[0], torch.ones(2, 1, 1, 1)])
 
     def predict(*_: object) -> torch.Tensor:
@@ -390,7 +390,7 @@ def test_the_window_slides_as_nnunets_does_bit_for_bit(axes: tuple[int, ...], sh
     image = torch.from_numpy(np.random.default_rng(3).normal(size=(1, *shape)).astype(np.float32))
     folder = ModelFolder(demo_models_dir() / STAGES["lowres"])
     ours = Network(folder, CPU, precision="float32", mirroring=bool(axes))
-    theirs = Network(folder, CPU, precision="float32", mirroring=bool(axes), reference=True)
+    theirs = Network(folder, CPU, precision="float32", mirroring=bool(axes), engine="reference")
     theirs._predictor.allowed_mirroring_axes = ours._predictor.allowed_mirroring_axes = axes
     with contextlib.redirect_stdout(io.StringIO()):
         expected = theirs.logits(image)

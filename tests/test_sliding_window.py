@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from salsa_node.errors import ConfigError, PipelineError
 from salsa_node.models import ModelFolder
 from salsa_node.pipelines import sliding_window
 from salsa_node.pipelines.device import Placement
@@ -46,8 +47,8 @@ def image() -> torch.Tensor:
     return smooth[0]
 
 
-def slid(folder: ModelFolder, image: torch.Tensor, *, precision: str, mirroring: bool, reference: bool) -> torch.Tensor:
-    network = Network(folder, CPU, mirroring=mirroring, precision=precision, reference=reference)
+def slid(folder: ModelFolder, image: torch.Tensor, *, precision: str, mirroring: bool, engine: str) -> torch.Tensor:
+    network = Network(folder, CPU, mirroring=mirroring, precision=precision, engine=engine)
     with contextlib.redirect_stdout(io.StringIO()):
         return network.logits(image).float()
 
@@ -70,8 +71,8 @@ def dice(one: torch.Tensor, other: torch.Tensor) -> list[float]:
 def test_the_logits_are_nnunets_bit_for_bit(
     folders: dict[str, ModelFolder], image: torch.Tensor, name: str, precision: str, mirroring: bool
 ) -> None:
-    expected = slid(folders[name], image, precision=precision, mirroring=mirroring, reference=True)
-    found = slid(folders[name], image, precision=precision, mirroring=mirroring, reference=False)
+    expected = slid(folders[name], image, precision=precision, mirroring=mirroring, engine="reference")
+    found = slid(folders[name], image, precision=precision, mirroring=mirroring, engine="own")
     assert expected.std() > 0.01
     assert min(int((expected.argmax(0) == n).sum()) for n in range(len(expected))) > 1000
     assert torch.equal(found, expected)
@@ -81,7 +82,7 @@ def test_the_logits_are_nnunets_bit_for_bit(
 def test_bfloat16_is_another_way_to_multiply(folders: dict[str, ModelFolder], image: torch.Tensor) -> None:
     """Else the equality under it would say nothing."""
     full, half = (
-        slid(folders["PlainConvUNet"], image, precision=precision, mirroring=False, reference=False)
+        slid(folders["PlainConvUNet"], image, precision=precision, mirroring=False, engine="own")
         for precision in ("float32", "bfloat16")
     )
     assert not torch.equal(full, half)
@@ -121,7 +122,7 @@ def one_patch_more(steps: Callable[..., list[list[int]]]) -> Callable[..., list[
 def test_a_broken_window_is_noticed(
     folders: dict[str, ModelFolder], image: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = slid(folders["PlainConvUNet"], image, precision="float32", mirroring=True, reference=True)
+    expected = slid(folders["PlainConvUNet"], image, precision="float32", mirroring=True, engine="reference")
     flips = sliding_window.mirrorings
     breakages = {
         "compute_gaussian": flat,
@@ -131,7 +132,50 @@ def test_a_broken_window_is_noticed(
     for name, broken in breakages.items():
         with monkeypatch.context() as patch:
             patch.setattr(sliding_window, name, broken)
-            found = slid(folders["PlainConvUNet"], image, precision="float32", mirroring=True, reference=False)
+            found = slid(folders["PlainConvUNet"], image, precision="float32", mirroring=True, engine="own")
         assert not torch.equal(found, expected), name
         assert (found - expected).abs().mean() > BATCHED * expected.abs().mean(), name
         assert min(dice(found, expected)) < DICE, name
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own compiler imports it
+def test_a_compiled_network_answers_as_it_did(
+    folders: dict[str, ModelFolder], image: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[torch.nn.Module] = []
+    compile_network = torch.compile
+
+    def noted(network: torch.nn.Module, **settings: object) -> object:
+        compiled.append(network)
+        return compile_network(network, **settings)
+
+    monkeypatch.setattr(torch, "compile", noted)
+    network = Network(folders["PlainConvUNet"], CPU, precision="float32", engine="compiled")
+    found, again = network.logits(image).float(), network.logits(image).float()
+    expected = slid(folders["PlainConvUNet"], image, precision="float32", mirroring=False, engine="own")
+    assert compiled == [network.module], "once, for both cases"
+    assert torch.equal(found, again)
+    assert (found - expected).abs().mean() <= BATCHED * expected.abs().mean()
+    assert min(dice(found, expected)) >= DICE
+
+
+def test_a_network_that_cannot_be_compiled_says_what_to_do(
+    folders: dict[str, ModelFolder], image: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise ValueError("no such instruction")
+
+    compile_network = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda network, **_: compile_network(network, backend=broken))
+    network = Network(folders["PlainConvUNet"], CPU, precision="float32", engine="compiled")
+    with pytest.raises(PipelineError, match=r'could not compile the network .*set engine = "own"'):
+        network.logits(image)
+
+
+def test_without_a_compiler_nothing_is_loaded(
+    folders: dict[str, ModelFolder], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(ConfigError, match=r"needs a C\+\+ compiler; install g\+\+"):
+        Network(folders["PlainConvUNet"], CPU, engine="compiled")

@@ -48,7 +48,7 @@ class Threshold:
     ran_on = "cpu"
 
     def __init__(
-        self, folder: ModelFolder, device: torch.device, *, tile_step: float, precision: str, reference: bool
+        self, folder: ModelFolder, device: torch.device, *, tile_step: float, precision: str, engine: str
     ) -> None:
         self.dataset = folder.path.parent.name
 
@@ -319,25 +319,25 @@ def test_a_setting_that_cannot_be_is_refused(models_dir: Path, options: Mapping[
         pipelines.load(NAME, PipelineSettings("cpu", models_dir, options=options))
 
 
-@pytest.mark.parametrize(("options", "reference"), [({}, False), ({"engine": "reference"}, True)])
+@pytest.mark.parametrize(("options", "engine"), [({}, "own"), ({"engine": "reference"}, "reference")])
 def test_the_engine_is_that_of_every_network(
-    models_dir: Path, monkeypatch: pytest.MonkeyPatch, options: Mapping[str, object], reference: bool
+    models_dir: Path, monkeypatch: pytest.MonkeyPatch, options: Mapping[str, object], engine: str
 ) -> None:
-    told: list[bool] = []
+    told: list[str] = []
 
     class Told(Threshold):
         def __init__(
-            self, folder: ModelFolder, device: torch.device, *, tile_step: float, precision: str, reference: bool
+            self, folder: ModelFolder, device: torch.device, *, tile_step: float, precision: str, engine: str
         ) -> None:
-            told.append(reference)
-            super().__init__(folder, device, tile_step=tile_step, precision=precision, reference=reference)
+            told.append(engine)
+            super().__init__(folder, device, tile_step=tile_step, precision=precision, engine=engine)
 
     monkeypatch.setattr(totalseg, "Network", Told)
     pipeline = LiverLesionsPipeline(PipelineSettings("cpu", models_dir, options=options))
-    assert told == [reference] * 2
-    assert pipeline.provenance.parameters["engine"] == ("reference" if reference else "own")
-    totalseg.TotalSegmentatorLiver(models_dir, "cpu", fast=True, reference=reference)
-    assert told == [reference] * 4
+    assert told == [engine] * 2
+    assert pipeline.provenance.parameters["engine"] == engine
+    totalseg.TotalSegmentatorLiver(models_dir, "cpu", fast=True, engine=engine)
+    assert told == [engine] * 4
 
 
 def test_auto_is_the_best_pipeline_whose_models_somebody_installed(models_dir: Path, tmp_path: Path) -> None:

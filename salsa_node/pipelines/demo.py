@@ -38,8 +38,8 @@ class DemoPipeline:
     """Liver and lesions by the packaged demo models.
 
     Takes its models from `settings.models_dir`/demo where that folder exists, else from the package.
-    `settings.options`: "mirroring" (false) and "precision" ("auto"), as `Network` has them, and "engine" ("own" or
-    "reference": who slides the window).
+    `settings.options`: "mirroring" (false) and "precision" ("auto"), as `Network` has them, and "engine" (one of
+    `ENGINES`).
     Raises WeightsMissing where a model folder is incomplete, ConfigError for an unknown option or device.
     """
 
@@ -63,7 +63,7 @@ class DemoPipeline:
                 mirroring=mirroring and stage != "liver",
                 tile_step=TILE_STEP,
                 precision=precision,
-                reference=engine == "reference",
+                engine=str(engine),
             )
             for stage in ("liver", "lowres", "cascade")
         )

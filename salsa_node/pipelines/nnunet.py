@@ -12,14 +12,17 @@ import gc
 import importlib.util
 import io
 import logging
+import os
 import pickle
 import re
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import permutations
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +36,8 @@ from salsa_node.pipelines.device import Placement, cpu_has_bfloat16, is_exhausti
 from salsa_node.volume import CtVolume, Grid, LabelVolume
 
 log = logging.getLogger(__name__)
-ENGINES: Final = ("own", "reference")  #: who slides the window: `sliding_window`, or nnU-Net's predictor
+#: who slides the window: `sliding_window`, the same with a network that torch compiled, or nnU-Net's predictor
+ENGINES: Final = ("own", "compiled", "reference")
 #: what nnU-Net and torch raise over plans and weights that do not fit together, as fuzzing found
 MISFITS: Final = (
     ArithmeticError,
@@ -85,7 +89,8 @@ class Network:
     device: see `choose_device`. mirroring: average over flips where the checkpoint allows it; slower.
     tile_step: overlap of the sliding window, as a share of the patch.
     precision: "auto" takes bfloat16 on CPUs that have it; "float32" never. A GPU always runs mixed precision.
-    reference: let nnU-Net's own predictor slide the window, instead of `sliding_window`; the labels are the same.
+    engine: one of `ENGINES`. "compiled" needs a C++ compiler here and up to half a minute for its first patch;
+    its logits differ by some 1e-5. "reference" is slower, its labels are those of "own".
 
     On a GPU cuDNN's `benchmark`, which nnU-Net switches on for the whole process, stays as it was: off, unless somebody
     else wants it, so that each run of a case multiplies by the same algorithms.
@@ -102,8 +107,12 @@ class Network:
         mirroring: bool = False,
         tile_step: float = 0.5,
         precision: str = "auto",
-        reference: bool = False,
+        engine: str = "own",
     ) -> None:
+        if engine not in ENGINES:
+            raise ConfigError(f"engine is {' or '.join(ENGINES)}; found {engine!r}")
+        if engine == "compiled" and device.type == "cpu" and not _has_compiler():
+            raise ConfigError('engine = "compiled" needs a C++ compiler; install g++, or set engine = "own"')
         if precision not in ("auto", "float32", "bfloat16"):
             raise ConfigError(f"precision must be auto, float32 or bfloat16; found {precision!r}")
         if not 0 < tile_step <= 1:
@@ -115,7 +124,8 @@ class Network:
         self.flags: tuple[Flag, ...] = ()  #: what went otherwise than asked in the last prediction
         self.ran_on = ""  #: where the last prediction was computed, in words
         self.forget()
-        self._reference = reference
+        self._engine = engine
+        self._compiled: torch.nn.Module | None = None
         with _quiet():
             _define_missing_torchvision_operators()
             try:
@@ -160,7 +170,7 @@ class Network:
     def unload(self) -> None:
         """Let go of the weights and of the device's memory; a prediction afterwards raises PipelineError."""
         if self._built is not None:
-            self._built = None
+            self._built = self._compiled = None
             gc.collect()  # nnU-Net's predictor and its plans hold one another
             release(self.device)
             log.info("network unloaded", extra={"event": "network.unloaded", "folder": self.folder.path.name})
@@ -269,7 +279,7 @@ class Network:
     def logits(self, channels: torch.Tensor) -> torch.Tensor:
         """(classes, z, y, x) of (channels, z, y, x) as `preprocess` leaves them, in half precision."""
         self.forget()
-        if self._reference:
+        if self._engine == "reference":
             return self._by_nnunet(channels)
         *roomy, last = placements(self.device)
         for placement in roomy:
@@ -327,16 +337,35 @@ class Network:
     def _slide(self, channels: torch.Tensor, placement: Placement) -> torch.Tensor:
         predictor = self._predictor
         self.ran_on = str(placement)
-        return sliding_window.logits(
-            predictor.network.to(placement.compute),
-            channels,
-            self.patch_size,
-            predictor.label_manager.num_segmentation_heads,
-            placement,
+        network: torch.nn.Module = predictor.network.to(placement.compute)
+        slide = partial(
+            sliding_window.logits,
+            image=channels,
+            patch_size=self.patch_size,
+            classes=predictor.label_manager.num_segmentation_heads,
+            placement=placement,
             tile_step=predictor.tile_step_size,
             mirror_axes=predictor.allowed_mirroring_axes if predictor.use_mirroring else None,
             bfloat16=self.bfloat16,
         )
+        if self._engine != "compiled":
+            return slide(network)
+        from torch._dynamo.exc import TorchDynamoException  # a second of imports
+
+        if self._compiled is None:
+            self._compiled = cast(torch.nn.Module, torch.compile(network, dynamic=False))
+        try:
+            return slide(self._compiled)
+        except TorchDynamoException as exc:
+            raise PipelineError(
+                f"{self.folder.path.name}: torch could not compile the network ({type(exc).__name__}); "
+                'set engine = "own" in [pipeline.options]'
+            ) from exc
+
+
+def _has_compiler() -> bool:
+    """Whether torch finds a C++ compiler."""
+    return any(shutil.which(name) for name in (os.environ.get("CXX") or "g++", "g++", "clang++"))
 
 
 def _build_predictor(folder: ModelFolder, device: torch.device, mirroring: bool, tile_step: float) -> Any:

@@ -43,7 +43,7 @@ _SWITCH: Final = Option("true or false", lambda value: isinstance(value, bool))
 _SHARE: Final = Option("a share of the patch, above 0 and at most 1", _is_share)
 _LABELS: Final = Option("a list of labels (1, 2, ...)", _are_labels)
 _PRECISION: Final = _words("auto", "float32", "bfloat16")
-_ENGINE: Final = _words("own", "reference")
+_ENGINE: Final = _words("own", "compiled", "reference")
 
 #: pipeline -> its own settings
 OPTIONS: Final[Mapping[str, Mapping[str, Option]]] = {

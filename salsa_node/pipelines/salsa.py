@@ -121,7 +121,7 @@ class SalsaPipeline:
             settings.device,
             fast=fast_liver,
             precision=precision,
-            reference=engine == "reference",
+            engine=str(engine),
         )
         device = choose_device(settings.device)
         self._lowres, self._cascade = (
@@ -131,7 +131,7 @@ class SalsaPipeline:
                 mirroring=mirroring,
                 tile_step=float(tile_step),
                 precision=precision,
-                reference=engine == "reference",
+                engine=str(engine),
             )
             for stage in ("lowres", "cascade")
         )

@@ -94,18 +94,18 @@ class Seen:
 class TaskNetwork:
     """A task's network in memory.
 
-    models_dir: the folder of all models, as `models` lays it out. precision, reference: as `Network` has them.
+    models_dir: the folder of all models, as `models` lays it out. precision, engine: as `Network` has them.
     Raises WeightsMissing, PipelineError.
     """
 
     def __init__(
-        self, task: Task, models_dir: Path | None, device: str, precision: str = "float32", *, reference: bool = False
+        self, task: Task, models_dir: Path | None, device: str, precision: str = "float32", *, engine: str = "own"
     ) -> None:
         self.task = task
         folder = task_model(task.number, models_dir)
         self.weights_sha256 = {f"{task.folder.parts[0]}/{file}": sha for file, sha in folder.sha256().items()}
         self._network = Network(
-            folder, choose_device(device), tile_step=task.tile_step, precision=precision, reference=reference
+            folder, choose_device(device), tile_step=task.tile_step, precision=precision, engine=engine
         )
 
     @property
@@ -214,7 +214,7 @@ class TotalSegmentatorLiver:
 
     A 6 mm network finds roughly where it is; the 1.5 mm network (`fast`: the 3 mm network) looks there.
     models_dir: the folder of all models, as `models` lays it out. device: "auto", "cpu" or "cuda:N".
-    precision, reference: as `Network` has them.
+    precision, engine: as `Network` has them.
     Raises WeightsMissing where a network is not installed.
     """
 
@@ -225,14 +225,12 @@ class TotalSegmentatorLiver:
         *,
         fast: bool = False,
         precision: str = "float32",
-        reference: bool = False,
+        engine: str = "own",
     ) -> None:
         tasks = [task_of("total", "fastest"), task_of("total", "fast" if fast else "default")]
         for task in tasks:
             task_model(task.number, models_dir)
-        self._rough, self._fine = (
-            TaskNetwork(task, models_dir, device, precision, reference=reference) for task in tasks
-        )
+        self._rough, self._fine = (TaskNetwork(task, models_dir, device, precision, engine=engine) for task in tasks)
 
     @property
     def weights_sha256(self) -> dict[str, str]:

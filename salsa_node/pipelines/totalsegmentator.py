@@ -42,7 +42,7 @@ class LiverLesionsPipeline:
     """Liver and lesions by TotalSegmentator's open models, which must be installed.
 
     `settings.options`: "couinaud", "contrast_phase" and "body_region" (each false), "precision" ("float32"; "auto"
-    and "bfloat16" as `Network` has them), "engine" ("own" or "reference": who slides the window). Raises
+    and "bfloat16" as `Network` has them), "engine" (one of `ENGINES`). Raises
     WeightsMissing where a model is absent, ConfigError for a setting that cannot be.
     """
 
@@ -60,8 +60,7 @@ class LiverLesionsPipeline:
             task_model(task.number, settings.models_dir)
         self._phase = PhaseEstimator() if wanted["contrast_phase"] else None
         self._networks = [
-            TaskNetwork(task, settings.models_dir, settings.device, precision, reference=engine == "reference")
-            for task in tasks
+            TaskNetwork(task, settings.models_dir, settings.device, precision, engine=str(engine)) for task in tasks
         ]
         self._checks_region = wanted["body_region"]
         hashes = {file: sha for network in self._networks for file, sha in network.weights_sha256.items()}
