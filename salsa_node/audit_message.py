@@ -10,6 +10,7 @@ import os
 import socket
 import ssl
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -24,6 +25,7 @@ from salsa_node.tls import client_context
 
 _PRIORITY: Final = 10 * 8 + 5  # facility "security/authorization messages", severity "notice"
 _DCM = "DCM"
+_LEAVE_S = 5.0  # how long a collector may take to hear what was sent
 #: beginning of an action -> code and meaning of the event (CID 400), what was done (RFC 3881 5.1.2)
 EVENTS: Final = (
     ("node.association_rejected", "110113", "Security Alert", "E"),
@@ -95,10 +97,22 @@ def send(entries: Iterable[Entry], settings: AuditSettings, timeout_s: float = 1
                     line = syslog_line(entry, settings.source)
                     sock.sendall(line if kind == socket.SOCK_DGRAM else b"%d " % len(line) + line)
                     last = entry.number
+                _take_leave(sock)
     except OSError as error:
         why = getattr(error, "verify_message", "") or error.strerror or type(error).__name__
         raise DeliveryError(f"audit.syslog: {settings.syslog} cannot be reached ({why})") from error
     return last
+
+
+def _take_leave(connection: socket.socket) -> None:
+    """Over TLS say that nothing follows (RFC 5425 4.4), and hear the collector out.
+
+    Closed with its session tickets unread, the connection would be reset and what is still on its way be lost.
+    """
+    if isinstance(connection, ssl.SSLSocket):
+        connection.settimeout(_LEAVE_S)
+        with suppress(OSError):  # most collectors hang up without a word, when they have read all
+            connection.unwrap()
 
 
 def _secured(plain: socket.socket, settings: AuditSettings, host: str) -> ssl.SSLSocket:

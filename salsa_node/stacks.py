@@ -197,7 +197,8 @@ def _is_volume(images: _Images, rules: SeriesRules) -> bool:
     return True
 
 
-def _first(images: _Images) -> tuple[int, str]:
-    """The lowest Instance Number and UID: stacks are counted in that order, whichever way the files came."""
+def _first(images: _Images) -> tuple[int, str, str]:
+    """The lowest Instance Number, time and UID: stacks are counted in that order, whichever way the files came."""
     numbers = [int(text) if (text := image.said("InstanceNumber")).isdigit() else 0 for image in images]
-    return min(numbers), min(image.said("SOPInstanceUID") for image in images)
+    times = [image.said("AcquisitionDate") + image.said("AcquisitionTime") for image in images]
+    return min(numbers), min(times), min(image.said("SOPInstanceUID") for image in images)

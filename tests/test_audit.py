@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict
@@ -284,6 +285,7 @@ def test_a_collector_over_tls_must_show_a_good_certificate(trail, tmp_path, show
     def collect(server: socket.socket) -> None:
         peer, _ = server.accept()
         with suppress(OSError), peer, papers.server(shown).wrap_socket(peer, server_side=True) as secure:
+            time.sleep(0.3)  # a busy collector: all has been sent before it reads
             while more := secure.recv(65536):
                 taken.append(more)
 
