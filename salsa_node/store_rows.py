@@ -333,7 +333,8 @@ STUDIES = sa.Table(
     sa.Column("called_ae", sa.String(16), nullable=False, server_default=""),
 )
 _NEW = STUDIES.c.instances > STUDIES.c.assembled_instances
-sa.Index("ix_studies_work", STUDIES.c.last_at, STUDIES.c.study_uid, sqlite_where=_NEW, postgresql_where=_NEW)
+# In PostgreSQL too, as its migration says; said here it would load that dialect for every command, a tenth of its time.
+sa.Index("ix_studies_work", STUDIES.c.last_at, STUDIES.c.study_uid, sqlite_where=_NEW)
 
 SERIES = sa.Table(
     "series",

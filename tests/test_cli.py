@@ -56,7 +56,7 @@ def test_a_command_is_read_alone_and_a_wrong_one_among_all():
     for called in (["config"], ["paus"], []):
         assert len(_with_command(called).registered_commands) == len(app.registered_commands) > 20
         assert _with_command(called).registered_groups == app.registered_groups
-    heavy = {"pydantic", "numpy", "torch", "pydicom", "pynetdicom", "alembic"}
+    heavy = {"pydantic", "numpy", "torch", "pydicom", "pynetdicom", "alembic", "sqlalchemy.dialects.postgresql"}
     loaded = f"str({heavy} & set(sys.modules) or 'nothing')"
     asked = f"import sys; from salsa_node import cli, overview; cli._with_command(['studies']); sys.exit({loaded})"
     answer = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=False)
