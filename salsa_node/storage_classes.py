@@ -52,11 +52,18 @@ class Unlisted:
         """A context for each class among those proposed that is to be taken; pynetdicom stores such from now on."""
         asked = {str(context.abstract_syntax) for context in proposed}
         with self._turn:
-            for uid in sorted(asked - self._known):
-                if len(self._known) < MOST and is_unlisted_storage(uid):
-                    register_uid(uid, f"Unlisted_{uid.replace('.', '_')}", StorageServiceClass)
-                    self._known.add(uid)
-                    log.info("class learned", extra={"event": "node.sop_class", "sop_class_uid": uid})
+            new = [uid for uid in sorted(asked - self._known) if is_unlisted_storage(uid)]
+            room = MOST - len(self._known)
+            for uid in new[:room]:
+                register_uid(uid, f"Unlisted_{uid.replace('.', '_')}", StorageServiceClass)
+                self._known.add(uid)
+                log.info("class learned", extra={"event": "node.sop_class", "sop_class_uid": uid})
+            if refused := new[room:]:
+                text = (
+                    f"{MOST} SOP classes beyond the known ones were learned; {len(refused)} more are refused until the "
+                )
+                text += f"next start, among them {refused[0]}"
+                log.warning(text, extra={"event": "node.sop_class_refused"})
             return [build_context(uid, list(transfer_syntaxes)) for uid in sorted(asked & self._known)]
 
 

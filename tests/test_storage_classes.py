@@ -71,12 +71,13 @@ def test_a_private_class_in_a_private_encoding_is_refused(door):
         assert [context.abstract_syntax for context in assoc.accepted_contexts] == [CTImageStorage]
 
 
-def test_a_peer_that_names_ever_new_classes_is_refused_the_rest(monkeypatch):
+def test_a_peer_that_names_ever_new_classes_is_refused_the_rest_and_the_log_says_so(monkeypatch, caplog):
     monkeypatch.setattr(storage_classes, "MOST", 3)
     learned = storage_classes.Unlisted()
     proposed = [storage_classes.build_context(f"2.25.777.{number}") for number in range(9)]
     first = [str(context.abstract_syntax) for context in learned.contexts(proposed, [ExplicitVRLittleEndian])]
     assert first == ["2.25.777.0", "2.25.777.1", "2.25.777.2"]
+    assert "6 more are refused until the next start, among them 2.25.777.3" in caplog.text
     assert learned.contexts(proposed[5:], [ExplicitVRLittleEndian]) == []
     assert [str(one.abstract_syntax) for one in learned.contexts(proposed[1:2], [ImplicitVRLittleEndian])] == first[1:2]
     assert uid_to_service_class("2.25.777.5") is not uid_to_service_class(first[0])
