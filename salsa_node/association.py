@@ -34,6 +34,13 @@ def acknowledging_at_once(event: evt.Event) -> None:
         connection.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
 
 
+def let_go(assoc: Association) -> None:
+    """Close the connection of an association that came to nothing; pynetdicom leaves it open where the peer went first."""
+    connection = assoc.dul.socket
+    if connection is not None and connection.socket is not None:
+        connection.socket.close()
+
+
 def taking_turns(event: evt.Event) -> None:
     """For EVT_CONN_OPEN of an association that we ask for: the answer goes to whoever asked."""
     event.assoc._reactor_checkpoint = _Turns(event.assoc)

@@ -10,7 +10,7 @@ from pynetdicom import AE, evt
 from pynetdicom.association import Association
 from pynetdicom.pdu_primitives import A_ASSOCIATE, SCP_SCU_RoleSelectionNegotiation
 
-from salsa_node.association import acknowledging_at_once, taking_turns, without_delay
+from salsa_node.association import acknowledging_at_once, let_go, taking_turns, without_delay
 from salsa_node.errors import ConfigError, DeliveryError, DestinationRefused
 from salsa_node.settings import Destination
 from salsa_node.tls import client_context
@@ -58,6 +58,7 @@ def associated(
     except (RuntimeError, ValueError, OSError) as error:
         raise DeliveryError(f"{where}: cannot be reached ({type(error).__name__}: {error})") from error
     if not assoc.is_established and not assoc.rejected_contexts:
+        let_go(assoc)
         fault = f"no TLS with it: {secure.fault}" if secure is not None and secure.fault else _why_not(assoc)
         raise DeliveryError(f"{where}: {fault}")
     try:

@@ -59,7 +59,7 @@ def test_an_option_that_the_pipeline_does_not_have_is_named(config):
         ("demo", {"precision": "bogus"}, "demo takes one of auto, float32, bfloat16; found 'bogus'"),
         ("demo", {"mirroring": "yes"}, "demo takes true or false; found 'yes'"),
         ("salsa", {"preset": "salsa-2026"}, "salsa takes one of salsa, salsa-2025, salsa-2024"),
-        ("salsa", {"engine": "fast"}, "salsa takes one of own, reference"),
+        ("salsa", {"engine": "fast"}, "salsa takes one of own, compiled, reference"),
         ("salsa", {"tile_step": True}, "above 0 and at most 1; found True"),
         ("salsa", {"tile_step": 1.5}, "above 0 and at most 1; found 1.5"),
         ("salsa", {"fast_liver": 1}, "pipeline.options.fast_liver: salsa takes true or false"),

@@ -18,7 +18,7 @@ from pynetdicom.association import Association
 from test_listener import a_slice
 
 from salsa_node import config, loopback, tls
-from salsa_node.association import taking_turns
+from salsa_node.association import let_go, taking_turns
 from salsa_node.errors import ConfigError
 from salsa_node.listener import Listener
 from salsa_node.settings import ListenerSettings, TlsSettings
@@ -112,7 +112,9 @@ def test_a_known_peer_stores_images(secure_port: int, papers: Papers) -> None:
 def test_nobody_else_comes_in_and_the_log_says_why(
     secure_port: int, papers: Papers, who: str | None, why: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert not associated(secure_port, papers.peer(who)).is_established
+    refused = associated(secure_port, papers.peer(who))
+    assert not refused.is_established
+    let_go(refused)
     until = time.monotonic() + 30
     while not any(why in record.getMessage() for record in caplog.records):
         assert time.monotonic() < until, [record.getMessage() for record in caplog.records]

@@ -311,7 +311,7 @@ def test_the_contrast_phase_without_xgboost_is_refused_before_the_start(
         ({"precision": 16}, "options.precision: .* takes one of auto"),
         ({"precision": "half"}, "options.precision: .* found .half."),
         ({"mirroring": True}, "options.mirroring"),
-        ({"engine": "fast"}, "options.engine: .* takes one of own, reference"),
+        ({"engine": "fast"}, "options.engine: .* takes one of own, compiled, reference"),
     ],
 )
 def test_a_setting_that_cannot_be_is_refused(models_dir: Path, options: Mapping[str, object], words: str) -> None:
