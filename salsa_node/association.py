@@ -35,7 +35,7 @@ def acknowledging_at_once(event: evt.Event) -> None:
 
 
 def let_go(assoc: Association) -> None:
-    """Close the connection of an association that came to nothing; pynetdicom leaves it open where the peer went first."""
+    """Close the connection of an association that came to nothing: pynetdicom does not where the peer went first."""
     connection = assoc.dul.socket
     if connection is not None and connection.socket is not None:
         connection.socket.close()
