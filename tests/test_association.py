@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import socket
+import threading
 import time
 from collections.abc import Callable
 
 import pytest
 from pynetdicom import AE, evt
 
-from salsa_node import association
+from salsa_node import association, requestor
+from salsa_node.errors import DeliveryError
+from salsa_node.settings import Destination
 
 
 @pytest.fixture
@@ -54,3 +58,25 @@ def test_where_the_other_thread_has_ended_nobody_waits_for_it(peer):
     assoc.join(10)
     assoc._reactor_checkpoint.clear()
     assert not assoc._reactor_checkpoint.is_set()
+
+
+def test_a_peer_that_leaves_first_leaves_no_connection_open(monkeypatch):
+    asked = []
+    associate = AE.associate
+
+    def noted(*arguments: object, **settings: object) -> object:
+        asked.append(associate(*arguments, **settings))
+        return asked[-1]
+
+    monkeypatch.setattr(AE, "associate", noted)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=lambda: server.accept()[0].close())
+        thread.start()
+        pacs = Destination(name="pacs", ae_title="PACS", host="127.0.0.1", port=server.getsockname()[1])
+        plain = [(association.VERIFICATION, "1.2.840.10008.1.2")]
+        with pytest.raises(DeliveryError, match="no association"), requestor.associated(pacs, plain, 5):
+            pass
+        thread.join(20)
+    [refused] = asked
+    connection = refused.dul.socket.socket
+    assert connection is None or connection.fileno() == -1
