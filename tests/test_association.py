@@ -35,12 +35,12 @@ def later(call: Callable[..., object], seconds: float) -> Callable[..., object]:
     return called
 
 
-def test_an_answer_goes_to_whoever_asked_however_slowly_the_other_thread_stands_still(peer, monkeypatch):
-    monkeypatch.setattr(association._Turns, "wait", later(association._Turns.wait, 0.1))
+def test_an_answer_goes_to_whoever_asked_however_slowly_the_other_thread_stands_still(peer):
     ae = AE()
     ae.add_requested_context(association.VERIFICATION)
     ae.dimse_timeout = 2
     assoc = ae.associate("127.0.0.1", peer, evt_handlers=[(evt.EVT_CONN_OPEN, association.taking_turns)])
+    assoc._reactor_checkpoint.wait = later(assoc._reactor_checkpoint.wait, 0.1)
     assoc.dimse.send_msg = later(assoc.dimse.send_msg, 0.3)
     try:
         assert [assoc.send_c_echo().get("Status") for _ in range(4)] == [0, 0, 0, 0]

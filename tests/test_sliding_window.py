@@ -143,17 +143,20 @@ def test_a_compiled_network_answers_as_it_did(
     folders: dict[str, ModelFolder], image: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiled: list[torch.nn.Module] = []
+    asked: list[int] = []
     compile_network = torch.compile
 
     def noted(network: torch.nn.Module, **settings: object) -> object:
         compiled.append(network)
-        return compile_network(network, **settings)
+        fast = compile_network(network, **settings)
+        return lambda patches: asked.append(len(patches)) or fast(patches)
 
     monkeypatch.setattr(torch, "compile", noted)
     network = Network(folders["PlainConvUNet"], CPU, precision="float32", engine="compiled")
     found, again = network.logits(image).float(), network.logits(image).float()
     expected = slid(folders["PlainConvUNet"], image, precision="float32", mirroring=False, engine="own")
     assert compiled == [network.module], "once, for both cases"
+    assert len(asked) >= 8, "and each patch goes through it"
     assert torch.equal(found, again)
     assert (found - expected).abs().mean() <= BATCHED * expected.abs().mean()
     assert min(dice(found, expected)) >= DICE
