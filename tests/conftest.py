@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import secrets
-import shutil
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import peer_programs
 import postgres
 import pytest
 
@@ -64,7 +64,7 @@ def tool() -> Callable[[str], str]:
     """The path of a program from Debian, or a skip that says what to install."""
 
     def find(name: str, package: str = "dcmtk") -> str:
-        path = shutil.which(name) or shutil.which(name, path="/usr/sbin:/usr/bin")
+        path = peer_programs.path_of(name)
         if path is None:
             pytest.skip(f"{name} is not installed (apt-get install {package})")
         return path
