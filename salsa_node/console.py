@@ -65,7 +65,8 @@ def put_table(columns: Mapping[str, str], rows: Sequence[Mapping[str, object]], 
         table.add_column(heading.lstrip(">"), justify="right" if right else "left", overflow="fold")
     for row in rows:
         table.add_row(*(_cell(row.get(key)) for key in columns))
-    console = Console(soft_wrap=False, width=None if sys.stdout.isatty() else 160, highlight=False, markup=False)
+    width = None if sys.stdout.isatty() else 160
+    console = Console(soft_wrap=False, width=width, highlight=False, markup=False, emoji=False)
     console.print(table)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from test_store import OBJECTS
 
+from salsa_node import console
 from salsa_node.store import NewInstance, RunState, Store, StoreSettings
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -280,6 +281,27 @@ def test_asking_imports_nothing_heavy(heavy):
 def test_a_command_that_asks_no_record_does_not_import_one():
     code = "import sys, salsa_node.cli; sys.exit('sqlalchemy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_what_is_loaded_for_a_command_is_never_looked_through_for_garbage():
+    code = """
+import contextlib, gc, sys
+from salsa_node.__main__ import main
+sys.argv = ["salsa-node", "--version"]
+with contextlib.suppress(SystemExit):
+    main()
+sys.exit(not (gc.isenabled() and gc.get_freeze_count() > 10_000))
+"""
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert told.returncode == 0, told.stderr
+    assert told.stdout.startswith("salsa_node ")
+
+
+def test_a_table_says_what_is_there_and_draws_nothing(capsys):
+    console.put_table({"ae": "from"}, [{"ae": ":bell:"}, {"ae": "[red]"}])
+    told = capsys.readouterr().out
+    assert ":bell:" in told
+    assert "[red]" in told
 
 
 def test_the_shell_completes_commands(command):
