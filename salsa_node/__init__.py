@@ -82,9 +82,10 @@ room imports exactly what stands right of its arrow):
     store_search           <- store_queries store_rows store_transaction
     store_switches         <- store_columns store_connection store_queries store_transaction
     store_reviews          <- errors store_connection store_queries store_rows store_transaction
+    store_forgetting       <- errors store_commitments store_connection store_interventions store_queries store_reviews store_rows store_transaction
     store_phases           <- store_connection store_queries store_rows store_transaction
     store_proofs           <- errors store_connection store_queries store_rows store_transaction
-  store                  <- store_arrivals store_clock store_commitments store_connection store_deliveries store_interventions store_looks store_phases store_proofs store_quarantine store_queries store_reviews store_rows store_search store_switches store_transaction
+  store                  <- store_arrivals store_clock store_commitments store_connection store_deliveries store_forgetting store_interventions store_looks store_phases store_proofs store_quarantine store_queries store_reviews store_rows store_search store_switches store_transaction
     association            <-
     notes                  <- errors store
     instance_header        <- damage

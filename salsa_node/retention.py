@@ -27,7 +27,7 @@ def step(
     now: datetime,
     free_bytes: Callable[[Path], int] = lambda folder: shutil.disk_usage(folder).free,
 ) -> str | None:
-    """Let the files of one study go, if there is one whose time is over; its UID, None where there is none.
+    """Let the files of one study go, or its rows, where there is one whose time is over; its UID, else None.
 
     Raises StoreError, OSError where a file cannot be removed: the rows stay then, and the next step tries again.
     """
@@ -44,9 +44,29 @@ def step(
             gone = _let_go(store, data_dir, sought, standing, f"{standing.value} for {days:g} days", now, results)
             if gone is not None:
                 return gone
+    if settings.record_days > 0:
+        forgotten = _forget(store, data_dir, now - timedelta(days=settings.record_days), now)
+        if forgotten is not None:
+            return forgotten
     if settings.min_free_gib > 0 and free_bytes(data_dir) < settings.min_free_gib * _GIB:
         reason = f"less than {settings.min_free_gib:g} GiB left on the disk"
         return _let_go(store, data_dir, Sought(reverse=True, images=True), Standing.DONE, reason, now, False)
+    return None
+
+
+def _forget(store: Store, data_dir: Path, until: datetime, now: datetime) -> str | None:
+    """Take the first study without files whose last image came before `until` out of the record; its UID.
+
+    With it goes what the record tells of no study at all from that time.
+    """
+    for uid in store.without_files(until, _TRIED):
+        try:
+            store.forget(uid, now, lambda paths: durable.remove(data_dir, paths))
+        except IllegalTransition:
+            continue  # its images are expected, something of it did not arrive, or it has the newest number
+        log.info("study forgotten", extra={"event": "study.forgotten"})
+        store.forget_own(until)
+        return uid
     return None
 
 

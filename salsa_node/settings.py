@@ -261,9 +261,10 @@ class WorkerSettings:
 class RetentionSettings:
     """How long files are kept after a study's last image, in days; 0: for ever.
 
-    The record of a study is kept for ever; never removed is what has not reached its destination or is held.
+    Never removed is what has not reached its destination or is held.
     done_days, failed_days, blocked_days, nothing_days, cancelled_days: the images of studies that stand so.
     results_days: the result files of studies that are done.
+    record_days: what the record tells of studies none of whose files are kept any more; the audit trail stays.
     min_free_gib: with less left on the disk the images of the oldest studies that are done go first.
     verify_hours: how often every stored file is read and compared with its digest; 0: only by `salsa-node verify`.
     """
@@ -274,6 +275,7 @@ class RetentionSettings:
     nothing_days: float = field(default=0.0, metadata={"max": 36500})
     cancelled_days: float = field(default=0.0, metadata={"max": 36500})
     results_days: float = field(default=0.0, metadata={"max": 36500})
+    record_days: float = field(default=0.0, metadata={"max": 36500})
     min_free_gib: float = 0.0
     verify_hours: float = field(default=0.0, metadata={"max": 8760})
     poll_s: float = field(default=300.0, metadata={"above": 0})

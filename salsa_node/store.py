@@ -47,6 +47,7 @@ from salsa_node.store_clock import Clock
 from salsa_node.store_commitments import Commitment, Commitments
 from salsa_node.store_connection import StoreSettings, connect, hold, writer
 from salsa_node.store_deliveries import Deliveries
+from salsa_node.store_forgetting import Forgetting
 from salsa_node.store_interventions import Interventions
 from salsa_node.store_looks import Looks
 from salsa_node.store_phases import Phases
@@ -123,6 +124,7 @@ class Store(
     Clock,
     Commitments,
     Deliveries,
+    Forgetting,
     Interventions,
     Looks,
     Phases,

@@ -104,7 +104,7 @@ class Interventions(Queries):
         Raises UnknownStudy.
         """
         with transaction(self._writer) as t:
-            _require_idle(t, study_uid, results)
+            require_idle(t, study_uid, results)
             instances = t.all(Instance, sa.select(INSTANCES).where(INSTANCES.c.study_uid == study_uid))
             ours = sa.select(OBJECTS).join(RUNS, RUNS.c.id == OBJECTS.c.run_id)
             kept = ours.where(RUNS.c.study_uid == study_uid, OBJECTS.c.path != "")
@@ -126,7 +126,7 @@ class Interventions(Queries):
             return len(paths), size
 
 
-def _require_idle(t: Transaction, study_uid: str, results: bool) -> None:
+def require_idle(t: Transaction, study_uid: str, results: bool) -> None:
     """Raises IllegalTransition that says what still needs the study's files, UnknownStudy."""
     study = t.study(study_uid)
     series = t.all(Series, sa.select(SERIES).where(SERIES.c.study_uid == study_uid))
