@@ -7,6 +7,7 @@ file and row on disk before the archive hears Success.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
@@ -100,13 +101,23 @@ class Brought:
 
 
 def find(source: Destination, wanted: Wanted, timeout_s: float) -> tuple[Found, ...]:
-    """The studies there, oldest first. Raises DeliveryError where there is no answer, DestinationRefused for no way."""
+    """The studies there, oldest first. Raises DeliveryError where there is no answer, DestinationRefused for no way.
+
+    Each condition is held against each answer: a service may pass over a key that it does not know (PS3.18 8.3.4), and
+    would name every study that it holds. Raises DestinationRefused where it has named others alone.
+    """
     if source.url:
         with way_web.opened(source, timeout_s) as web:
-            found = [_found(_plain(item)) for item in web.studies(_web_query(wanted))]
+            named = [_plain(item) for item in web.studies(_web_query(wanted))]
     else:
-        found = list(_find(source, wanted, timeout_s))
-    return tuple(sorted((one for one in found if one.study_uid), key=lambda one: (one.study_date, one.study_uid)))
+        named = list(_matches(source, _identifier(wanted), timeout_s))
+    found = [_found(match) for match in named if _is_wanted(match, wanted)]
+    if named and not found:
+        raise DestinationRefused(
+            f"{source.name}: named {len(named)} studies and none that was asked for; it may not match by these keys: "
+            "name the study by its UID"
+        )
+    return tuple(sorted(found, key=lambda one: (one.study_date, one.study_uid)))
 
 
 def bring(
@@ -140,8 +151,18 @@ def _identifier(wanted: Wanted) -> Dataset:
     return ds
 
 
-def _find(source: Destination, wanted: Wanted, timeout_s: float) -> Iterator[Found]:
-    return (_found(match) for match in _matches(source, _identifier(wanted), timeout_s))
+def _is_wanted(match: Dataset, wanted: Wanted) -> bool:
+    """Whether a study that an archive names meets the conditions (PS3.4 C.2.2.2: values, wild cards, date ranges)."""
+    study_uid, study_date = (str(match.get(key) or "").strip() for key in ("StudyInstanceUID", "StudyDate"))
+    if not study_uid or wanted.study_uid not in ("", study_uid):
+        return False
+    for key, asked in (("AccessionNumber", wanted.accession_number), ("PatientID", wanted.patient_id)):
+        pattern = re.escape(asked).replace(r"\*", ".*").replace(r"\?", ".")
+        if asked and not re.fullmatch(pattern, str(match.get(key) or "").strip()):
+            return False
+    first, is_range, last = wanted.study_date.partition("-")
+    last = (last or "99991231") if is_range else first
+    return not wanted.study_date or (bool(study_date) and first <= study_date <= last)
 
 
 def _matches(source: Destination, identifier: Dataset, timeout_s: float) -> Iterator[Dataset]:
@@ -168,6 +189,8 @@ def _ct_series(source: Destination, study_uid: str, matches: Iterable[Dataset]) 
     """Those that are CT, or of which the archive does not say. Raises DestinationRefused for none."""
     series, others = [], set()
     for match in matches:
+        if match.get("StudyInstanceUID") not in (None, "", study_uid):
+            continue  # not what was asked for
         modality, number = str(match.get("Modality") or ""), match.get("NumberOfSeriesRelatedInstances")
         if modality not in ("CT", ""):
             others.add(modality)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from io import BytesIO
 from pathlib import Path
 
@@ -248,6 +251,96 @@ def test_an_archive_that_offers_nothing_says_what_to_allow(intake: Intake) -> No
             fetch.bring(source, STUDY, intake, "SALSA_NODE", 10)
     finally:
         ae.shutdown()
+
+
+STUDIES = [
+    {"StudyInstanceUID": "1.2.1", "AccessionNumber": "A1", "PatientID": "P1", "StudyDate": "20260131"},
+    {"StudyInstanceUID": "1.2.2", "AccessionNumber": "A2", "PatientID": "P2", "StudyDate": "20260201"},
+    {"StudyInstanceUID": "1.2.3", "AccessionNumber": "", "PatientID": "P10 ", "StudyDate": ""},
+]
+
+
+@contextmanager
+def careless(way: str) -> Iterator[Destination]:
+    """An archive that names all of `STUDIES`, whatever it is asked for."""
+    named = [pydicom.Dataset() for _ in STUDIES]
+    for ds, values in zip(named, STUDIES, strict=True):
+        for keyword, value in values.items():
+            setattr(ds, keyword, value)
+    if way == "C-FIND":
+        ae = AE("ARCHIVE")
+        ae.add_supported_context(FIND)
+        handlers = [(evt.EVT_C_FIND, lambda _: ((0xFF00, ds) for ds in named))]
+        server = ae.start_server(("127.0.0.1", 0), block=False, evt_handlers=handlers)  # type: ignore[arg-type]
+        assert server is not None
+        yield Destination("archive", "ARCHIVE", "127.0.0.1", server.server_address[1])
+        ae.shutdown()
+        return
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps([ds.to_json_dict() for ds in named]).encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Answer) as web:
+        thread = threading.Thread(target=web.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        yield Destination("archive", url=f"http://127.0.0.1:{web.server_port}")
+        web.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("way", ["C-FIND", "QIDO-RS"])
+def test_what_an_archive_names_unasked_is_left_there(way: str) -> None:
+    """Nobody else's prior comes because a service passes over a key that it does not know."""
+    found = {
+        Wanted(study_uid="1.2.1"): ["1.2.1"],
+        Wanted(accession_number="A2"): ["1.2.2"],
+        Wanted(accession_number="A?"): ["1.2.1", "1.2.2"],
+        Wanted(patient_id="P1"): ["1.2.1"],
+        Wanted(patient_id="P1*"): ["1.2.3", "1.2.1"],
+        Wanted(patient_id="P1*", study_date="20260131"): ["1.2.1"],
+        Wanted(patient_id="P*", study_date="20260201-"): ["1.2.2"],
+        Wanted(patient_id="P*", study_date="-20260131"): ["1.2.1"],
+        Wanted(patient_id="P*", study_date="20260101-20260131"): ["1.2.1"],
+    }
+    with careless(way) as source:
+        for wanted, uids in found.items():
+            assert [one.study_uid for one in fetch.find(source, wanted, 10)] == uids, wanted
+        with pytest.raises(DestinationRefused, match="named 3 studies and none that was asked for") as refused:
+            fetch.find(source, Wanted(patient_id="P"), 10)
+    assert "P1" not in str(refused.value)
+
+
+def test_a_series_of_another_study_is_left_there(intake: Intake) -> None:
+    """And only it: an archive need not name the study again."""
+    asked: list[str] = []
+    ae = AE("ARCHIVE")
+    for uid in (FIND, fetch.MOVE):
+        ae.add_supported_context(uid)
+
+    def name(_: evt.Event) -> Iterator[tuple[int, pydicom.Dataset]]:
+        for study_uid, series_uid in ((STUDY, "1.1"), ("1.2.9", "1.2"), ("", "1.3")):
+            ds = pydicom.Dataset()
+            ds.StudyInstanceUID, ds.SeriesInstanceUID, ds.Modality = study_uid, series_uid, "CT"
+            yield 0xFF00, ds
+
+    def move(event: evt.Event) -> Iterator[object]:
+        asked.append(event.identifier.SeriesInstanceUID)
+        yield None, None
+
+    handlers = [(evt.EVT_C_FIND, name), (evt.EVT_C_MOVE, move)]
+    server = ae.start_server(("127.0.0.1", 0), block=False, evt_handlers=handlers)  # type: ignore[arg-type]
+    assert server is not None
+    source = Destination("archive", "ARCHIVE", "127.0.0.1", server.server_address[1])
+    with pytest.raises(DeliveryError, match="does not know where that is"):
+        fetch.bring(source, STUDY, intake, "SALSA_NODE", 10)
+    ae.shutdown()
+    assert asked == ["1.1", "1.3"]
 
 
 def test_a_folder_is_no_archive(intake: Intake) -> None:

@@ -16,7 +16,7 @@ from test_store import an_instance
 
 from salsa_node import failures, monitoring, process_memory, supervisor
 from salsa_node.config import Config
-from salsa_node.errors import ConfigError, DeviceExhausted, LeaseLost, OrganNotFound, WeightsMissing
+from salsa_node.errors import ConfigError, DeviceExhausted, EncodingError, LeaseLost, OrganNotFound, WeightsMissing
 from salsa_node.failures import POLICIES, Failure
 from salsa_node.settings import NodeSettings, WorkerSettings
 from salsa_node.store import Run, RunState, Store, StoreSettings
@@ -284,6 +284,7 @@ def test_memory_is_that_of_the_group_alone():
         (OSError(28, "full"), Failure.DISK),
         (WeightsMissing("none"), Failure.WEIGHTS),
         (OrganNotFound("none"), Failure.PIPELINE),
+        (EncodingError("odd"), Failure.OUTPUT),
         (LeaseLost("gone"), Failure.STORE),
         (ConfigError("odd"), Failure.PIPELINE),
         (RuntimeError("odd"), Failure.UNFORESEEN),
@@ -307,6 +308,21 @@ def test_waits_double_within_the_jitter_and_never_pass_an_hour_by_more():
     assert failures.wait_s(Failure.OVERDUE, 2, 9, 10.0) is None
     assert failures.wait_s(Failure.WEIGHTS, 1, 9, 10.0) is None
     assert failures.wait_s(Failure.CRASHED, 3, 3, 10.0) is None
+    by_chance = [failures.wait_s(Failure.CRASHED, 1, 9, 10.0) for _ in range(50)]
+    assert len(set(by_chance)) > 40
+    assert all(7.5 <= wait <= 12.5 for wait in by_chance if wait is not None)
+
+
+def test_a_crash_is_no_want_of_memory_though_the_kernel_killed_somebody_meanwhile(store, config, monkeypatch):
+    counts = iter([4, 5])
+    monkeypatch.setattr(supervisor, "killed_for_memory", lambda: next(counts))
+    run = a_run(store)
+    worker = a_worker(store, config)
+    worker.step(T0)
+    store.claim_run(worker._owner, 60.0, T0)
+    os.kill(worker._child.pid, signal.SIGSEGV)
+    until_ended(worker, T0)
+    assert store.run(run.id).failure == "crashed"
 
 
 def test_what_a_worker_carried_that_was_stopped_waits_again_at_once(store, config):
