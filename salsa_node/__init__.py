@@ -102,7 +102,7 @@ room imports exactly what stands right of its arrow):
     outgoing               <- durable errors store uids
     way_dicom              <- association errors outgoing requestor settings
     way_folder             <- durable errors outgoing settings
-    way_web                <- errors outgoing settings
+    way_web                <- errors outgoing settings tls
     ways                   <- errors outgoing settings way_dicom way_folder way_web
     delivery               <- destinations errors log outgoing settings store ways
     fetch                  <- errors instance_header intake outgoing requestor settings way_dicom way_web

@@ -72,11 +72,11 @@ def _send_out(
     if store.is_held(store.run(due[0].run_id), settings.hold):
         outbox.hold_back(due)
         return
-    destination = resolve(store, due[0], destinations)
-    if settings.shadow and destination.name not in settings.research:
+    if settings.shadow and not _is_for_research(store, settings, destinations, due[0]):
         for delivery in due:
             outbox.leave_out(delivery, "not sent: the node works in the shadow (delivery.shadow)")
         return
+    destination = resolve(store, due[0], destinations)
     made = {item.id: item for item in store.objects_of(due[0].run_id)}
     there = [row for row in store.deliveries_of(due[0].run_id) if row.destination == due[0].destination]
     states = {made[row.object_id].kind: row.state for row in there}
@@ -100,6 +100,18 @@ def _send_out(
     with opened(destination, [outgoing for _, outgoing in files], settings.timeout_s) as way:
         for delivery, outgoing in files:
             outbox.send(way, destination, delivery, outgoing, data_dir)
+
+
+def _is_for_research(
+    store: Store, settings: DeliverySettings, destinations: Sequence[Destination], delivery: Delivery
+) -> bool:
+    """Whether it goes out though the node works in the shadow."""
+    if delivery.destination in settings.research:
+        return True
+    try:
+        return resolve(store, delivery, destinations).name in settings.research
+    except DestinationRefused:
+        return False  # nobody misses what would not be sent to a place that is known either
 
 
 def _unwanted(kind: str, states: Mapping[str, DeliveryState], destination: Destination) -> str:

@@ -191,9 +191,7 @@ def _peer(destination: Destination, timeout_s: float) -> Check:
     try:
         answer = ways.echo(destination, min(timeout_s, _ECHO_S))
     except SalsaNodeError as error:
-        then = "; is it up, is the port open from here"
-        then += "?" if destination.url else ", does it know our AE title?"
-        return Check(name, ok=False, detail=f"{error}{'' if destination.folder else then}")
+        return Check(name, ok=False, detail=str(error))
     return Check(name, ok=True, detail=f"{destination.where} answered {answer}")
 
 

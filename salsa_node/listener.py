@@ -223,7 +223,7 @@ class Listener:
         if not any(_is_from(peer, calling, address) for peer in self._settings.allowed):
             answer, why = _CALLING_NOT_RECOGNISED, "not in listener.allowed"
         elif called not in self._titles and not self._settings.any_called_ae_title:
-            answer, why = _CALLED_NOT_RECOGNISED, f"it called {called!r}, we are {self._settings.ae_title!r}"
+            answer, why = _CALLED_NOT_RECOGNISED, self._not_us(called)
         elif sum(assoc.is_acceptor for assoc in event.assoc.ae.active_associations) > self._settings.max_associations:
             answer, why = _TOO_MANY, f"more than {self._settings.max_associations} associations at once"
         elif (free := shutil.disk_usage(self._data_dir).free) < self._settings.min_free_gib * _GIB:
@@ -237,6 +237,10 @@ class Listener:
         event.assoc.acse.send_reject(*answer)
         event.assoc.kill()
         self._notes.note("node", calling, "node.association_rejected", f"{calling!r} from {address}: {why}")
+
+    def _not_us(self, called: str) -> str:
+        ours = " or ".join(repr(title) for title in sorted(self._titles))
+        return f"it called {called!r}, we are {ours}; correct it there, or add a [[profile]] for it"
 
     def _on_accepted(self, event: evt.Event) -> None:
         self._accepted_at[event.assoc] = self._clock()

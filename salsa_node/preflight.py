@@ -39,7 +39,7 @@ def checks(config: Config) -> tuple[Check, ...]:
     return (
         _data_dir(config.node.data_dir),
         _pipeline(config),
-        *(_pipeline(replace(config, pipeline=choice)) for choice in config.profile_pipelines.values()),
+        *(_of_profile(title, replace(config, pipeline=choice)) for title, choice in config.profile_pipelines.items()),
         *_device(config.pipeline.device),
         _libraries(config),
         _destinations(config),
@@ -163,6 +163,11 @@ def _pipeline(config: Config) -> Check:
     return Check(name, ok=True, detail=detail)
 
 
+def _of_profile(title: str, config: Config) -> Check:
+    found = _pipeline(config)
+    return replace(found, name=f"{found.name} of profile {title}")
+
+
 def instead_of_demo(config: Config) -> str:
     """What to say where "auto" came down to the demo: nothing is ever downloaded unless somebody asks for it."""
     tasks = " ".join(map(str, models.PIPELINE_TASKS[models.OPEN_LESIONS]))
@@ -222,6 +227,10 @@ def _is_installed(distribution: str) -> bool:
 
 def _destinations(config: Config) -> Check:
     name = "delivery.to"
+    if config.delivery.shadow:
+        research = ", ".join(config.delivery.research)
+        detail = f"the node works in the shadow: nothing is sent{f', except to {research}' if research else ''}"
+        return Check("delivery.shadow", ok=True, detail=f"{detail}; set it to false to go to work", warns=True)
     if not config.delivery.to:
         return Check(name, ok=True, detail="empty: results stay on this machine")
     if not config.destination:
@@ -229,4 +238,5 @@ def _destinations(config: Config) -> Check:
         return Check(name, ok=True, detail=detail)
     known = ", ".join(f"{d.name} = {d.where}" for d in config.destination)
     sender = f" ({SENDER}: the one whose AE title sent the study)" if SENDER in config.delivery.to else ""
-    return Check(name, ok=True, detail=f"{', '.join(config.delivery.to)}{sender}; destinations: {known}")
+    profiles = "".join(f"; profile {one.ae_title}: {', '.join(one.to)}" for one in config.profile if one.to)
+    return Check(name, ok=True, detail=f"{', '.join(config.delivery.to)}{sender}{profiles}; destinations: {known}")

@@ -6,7 +6,7 @@ import logging
 import socket
 import ssl
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -84,7 +84,8 @@ class _Noting(ssl.SSLSocket):
             super().do_handshake(block)
         except OSError as error:
             if isinstance(self.context, ClientContext):
-                self.context.fault = str(getattr(error, "verify_message", "") or getattr(error, "reason", "") or error)
+                told = str(getattr(error, "verify_message", "") or getattr(error, "reason", "") or error)
+                self.context.fault = told.rstrip(".")
             raise
 
 
@@ -118,6 +119,34 @@ def client_context(destination: Destination) -> ClientContext:
             f"password, as PEM files ({_why(error)})"
         ) from error
     return context
+
+
+#: beginnings of what OpenSSL says of a handshake that failed, and what to do then
+_REMEDIES: Final = (
+    ("certificate has expired", "have it renewed there"),
+    ("certificate is not yet valid", "are the clocks right, there and here?"),
+    ("Hostname mismatch", "give as host a name that its certificate holds"),
+    ("IP address mismatch", "give as host a name that its certificate holds"),
+    ("unable to get local issuer", "put the certificate of who signed its own into authorities"),
+    ("self-signed", "put the certificate of who signed its own into authorities"),
+    ("self signed", "put the certificate of who signed its own into authorities"),
+    ("certificate revoked", "have it renewed there"),
+)
+_ALERTS: Final = ("SSLV3_ALERT", "TLSV1_ALERT", "TLSV13_ALERT")  # the peer's own word against us
+
+
+def remedy(fault: str) -> str:
+    """What to do about a handshake with a destination that failed, by OpenSSL's or the system's words for it.
+
+    >>> remedy("certificate has expired")
+    'have it renewed there'
+    """
+    for beginning, told in _REMEDIES:
+        if fault.startswith(beginning):
+            return told
+    if fault.startswith(_ALERTS):
+        return "does it ask for a certificate of ours (certificate, key), by an authority that it knows?"
+    return "does it speak TLS at that port?"
 
 
 def _no_password() -> str:

@@ -20,6 +20,7 @@ from requests.auth import AuthBase
 from salsa_node.errors import DeliveryError, DestinationRefused, FormRefused
 from salsa_node.outgoing import Outgoing, Reference
 from salsa_node.settings import Destination
+from salsa_node.tls import remedy
 
 _GROUP_LENGTH_END = 132 + 12  # preamble, prefix, and the element that says how long the rest is (PS3.10 7.1)
 _SOP_CLASS_NOT_SUPPORTED = 0x0122
@@ -91,9 +92,13 @@ class WebWay:
         try:
             answer = self._session.request(method, url, timeout=self._timeout_s, allow_redirects=False, **more)  # type: ignore[arg-type]
         except requests.exceptions.SSLError as error:
-            raise DeliveryError(f"{where}: no TLS with it: {_innermost(error)}") from error
+            why = _innermost(error)
+            raise DeliveryError(f"{where}: no TLS with it: {why}; {remedy(why)}") from error
         except requests.exceptions.RequestException as error:
-            raise DeliveryError(f"{where}: cannot be reached ({type(error).__name__})") from error
+            raise DeliveryError(
+                f"{where}: cannot be reached ({type(error).__name__}); is it up, its url right, and the port open from "
+                "here?"
+            ) from error
         except OSError as error:
             raise DestinationRefused(
                 f"{where}: authorities, certificate or key is not a file that can be read"
@@ -230,6 +235,6 @@ def _innermost(error: BaseException) -> str:
     while isinstance(reason, BaseException):
         message = getattr(reason, "verify_message", None)
         if message:
-            return str(message)
+            return str(message).rstrip(".")
         reason = getattr(reason, "reason", None) or (reason.args[0] if reason.args else None)
     return str(reason) if isinstance(reason, str) else type(error).__name__

@@ -163,10 +163,11 @@ def an_archive(
     commits: bool = False,
     syntaxes: Sequence[str] = (ExplicitVRLittleEndian,),
     secure: ssl.SSLContext | None = None,
+    ae_title: str = "PACS",
 ) -> Iterator[Archive]:
     """A PACS that takes those SOP classes in those transfer syntaxes; C-FIND and storage commitment as told."""
     archive = Archive()
-    ae = AE("PACS")
+    ae = AE(ae_title)
     ae.require_called_aet = True
     for sop_class in classes:
         ae.add_supported_context(sop_class, list(syntaxes))

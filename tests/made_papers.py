@@ -37,10 +37,13 @@ class Papers:
         self._sign("server", "20200101000000Z", "20450101000000Z")
         self._sign("expired", "20200101000000Z", "20200102000000Z")
 
-    def server(self, name: str = "server") -> ssl.SSLContext:
-        """The context of a server that shows "server" or "expired"."""
+    def server(self, name: str = "server", *, asks: bool = False) -> ssl.SSLContext:
+        """The context of a server that shows "server" or "expired", and where it `asks` wants a certificate itself."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(self._folder / f"{name}.pem", self._folder / f"{name}.key")
+        if asks:
+            context.verify_mode = ssl.CERT_REQUIRED
+            context.load_verify_locations(self.authority)
         return context
 
     def _sign(self, name: str, start: str, end: str) -> None:

@@ -611,7 +611,7 @@ def test_neither_logs_nor_events_hold_patient_identity(
 def test_echo_reaches_a_peer_or_says_how_far_it_came() -> None:
     with a_pacs() as pacs:
         way_dicom.echo(pacs.destination, 10)
-        with pytest.raises(DeliveryError, match="Called AE title not recognised"):
+        with pytest.raises(DeliveryError, match="Called AE title not recognised; correct its ae_title"):
             way_dicom.echo(replace(pacs.destination, ae_title="OTHER"), 10)
     with pytest.raises(DeliveryError, match="nobody listens there"):
         way_dicom.echo(pacs.destination, 10)

@@ -126,7 +126,7 @@ def test_whom_the_node_knows_is_answered_and_nobody_else(node: Node, tool: Tool)
     for line in (
         "'STRANGER' from 127.0.0.1: not in listener.allowed",
         "'ELSEWHERE' from 127.0.0.1: not in listener.allowed",
-        "'CT1' from 127.0.0.1: it called 'ANY', we are 'SALSA_NODE'",
+        "'CT1' from 127.0.0.1: it called 'ANY', we are 'SALSA_NODE'; correct it there, or add a [[profile]] for it",
     ):
         node.noted(line)
 

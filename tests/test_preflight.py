@@ -145,6 +145,19 @@ def test_destinations_are_told():
     assert "until one is added" in preflight.checks(Config())[-1].detail
 
 
+def test_a_shadow_and_the_ways_of_a_profile_are_told():
+    text = "[delivery]\nto = ['pacs']\nresearch = ['lab']\nshadow = {}\n" + "".join(
+        f"[[destination]]\nname = '{name}'\nae_title = 'A'\nhost = 'h'\nport = 1\n" for name in ("pacs", "lab")
+    )
+    text += "[[profile]]\nae_title = 'TEST'\npipeline = 'demo'\nto = ['lab']\n"
+    by_light = {check.name: check for check in preflight.checks(parse(text.format("false")))}
+    assert "profile TEST: lab" in by_light["delivery.to"].detail
+    assert by_light["pipeline demo of profile TEST"].ok
+    told = {check.name: check for check in preflight.checks(parse(text.format("true")))}["delivery.shadow"]
+    assert (told.ok, told.warns) == (True, True)
+    assert "nothing is sent, except to lab" in told.detail
+
+
 @pytest.mark.parametrize(
     ("versions", "words"),
     [

@@ -150,6 +150,25 @@ def test_in_the_shadow_only_research_gets_results(store: Store, tmp_path: Path, 
         assert pacs.uids == [SEG, SR], "out of the shadow a resend brings it"
 
 
+def test_in_the_shadow_nobody_is_asked_to_configure_a_sender_who_would_get_nothing(
+    store: Store, tmp_path: Path, step: Step
+) -> None:
+    produce(store, tmp_path, ["sender"])
+    with an_archive() as lab:
+        known = replace(lab.destination(), name="lab", ae_title="LAB")
+        assert step(replace(SETTINGS, shadow=True, research=("lab",)), known) == [DeliveryState.LEFT_OUT] * 2
+        assert lab.taken == []
+    assert "delivery.shadow" in str(store.deliveries_of(1)[0].last_error)
+
+
+def test_in_the_shadow_a_sender_that_is_for_research_gets_its_results(store: Store, tmp_path: Path, step: Step) -> None:
+    produce(store, tmp_path, ["sender"])
+    calling = store.study(STUDY).calling_ae
+    with an_archive(ae_title=calling) as lab:
+        known = replace(lab.destination(), name="lab", ae_title=calling)
+        assert step(replace(SETTINGS, shadow=True, research=("lab",)), known) == [DeliveryState.SENT] * 2
+
+
 def test_in_the_shadow_research_gets_what_goes_elsewhere_by_light() -> None:
     text = "[delivery]\nto = ['pacs']\nresearch = ['lab']\nshadow = {}\n" + "".join(
         f"[[destination]]\nname = '{name}'\nae_title = 'A'\nhost = 'h'\nport = 1\n" for name in ("pacs", "lab")

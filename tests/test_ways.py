@@ -326,7 +326,10 @@ def test_dicom_goes_out_behind_tls(store: Store, tmp_path: Path, node: Turn, pap
 
 @pytest.mark.parametrize(
     ("certificate", "knows", "words"),
-    [("expired", True, "no TLS with it: certificate has expired"), ("server", False, "unable to get local issuer")],
+    [
+        ("expired", True, "no TLS with it: certificate has expired; have it renewed there"),
+        ("server", False, "unable to get local issuer certificate; put the certificate of who signed its own into"),
+    ],
 )
 def test_a_certificate_that_does_not_hold_is_named(
     store: Store, tmp_path: Path, node: Turn, papers: Papers, certificate: str, knows: bool, words: str
@@ -337,6 +340,29 @@ def test_a_certificate_that_does_not_hold_is_named(
         assert pacs.taken == []
     assert [row.state for row in rows] == [PENDING, PENDING], "the admin renews it, and the delivery goes on by itself"
     assert words in str(rows[0].last_error)
+
+
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")  # pynetdicom's, where it is refused
+def test_each_way_in_which_tls_does_not_come_about_is_told_with_what_to_do(papers: Papers) -> None:
+    def told(to: Destination) -> str:
+        with pytest.raises(DeliveryError) as caught:
+            ways.echo(to, 5)
+        return str(caught.value)
+
+    ours = {"tls": True, "authorities": str(papers.authority)}
+    with an_archive(secure=papers.server()) as pacs:
+        assert "Hostname mismatch" in (why := told(replace(pacs.destination(**ours), host="localhost")))
+        assert "give as host a name that its certificate holds" in why
+        why = told(pacs.destination())
+        assert "does it want TLS (tls)" in why
+        assert "nobody listens there" not in why
+    with an_archive(secure=papers.server(asks=True)) as pacs:
+        assert "does it ask for a certificate of ours (certificate, key)" in told(pacs.destination(**ours))
+    with an_archive() as pacs:
+        assert "does it speak TLS at that port?" in told(pacs.destination(**ours))
+    with a_web(papers.server()) as web:
+        why = told(replace(web.destination, authorities=str(papers.authority), url=f"https://localhost:{web.port}"))
+        assert "give as host a name that its certificate holds" in why
 
 
 def test_an_authority_that_is_no_file_is_named(store: Store, tmp_path: Path, node: Turn) -> None:
