@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sqlite3
-from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 from test_retention import STANDINGS, arrive, days, finish
+from test_store import url as url  # SQLite and PostgreSQL, by turns
 
 from salsa_node import retention
 from salsa_node.errors import IllegalTransition, UnknownStudy
@@ -21,8 +21,8 @@ ENDED = RetentionSettings(
 
 
 @pytest.fixture
-def store(tmp_path: Path):
-    with Store.open(StoreSettings(f"sqlite:///{tmp_path / 'salsa_node.sqlite'}"), create=True) as opened:
+def store(url: str):
+    with Store.open(StoreSettings(url), create=True) as opened:
         yield opened
 
 
@@ -39,22 +39,24 @@ def newer(store: Store, data_dir: Path, uid: str) -> None:
     finish(store, data_dir, uid, "sending", days(40))
 
 
-def nothing_left_of(path: Path, uid: str) -> bool:
+def nothing_left_of(url: str, uid: str) -> bool:
     """Whether no row of any table names the study or anything of it."""
-    with closing(sqlite3.connect(path)) as db:
-        rows = [str(row) for (table,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
-                for row in db.execute(f'SELECT * FROM "{table}"')]  # fmt: skip
+    engine = sa.create_engine(url)
+    with engine.connect() as db:
+        rows = [str(row) for name in sa.inspect(engine).get_table_names()
+                for row in db.execute(sa.select(sa.text("*")).select_from(sa.table(name)))]  # fmt: skip
+    engine.dispose()
     return not any(f"'{uid}'" in row or f"'{uid}.1" in row or f"2.25.{uid}'" in row for row in rows)
 
 
 @pytest.mark.parametrize("how", ["done", "failed", "nothing", "cancelled"])
-def test_nothing_is_left_of_a_study_but_that_one_was_forgotten(store, tmp_path, how):
+def test_nothing_is_left_of_a_study_but_that_one_was_forgotten(store, url, tmp_path, how):
     purged(store, tmp_path, "1.2", how)
     kept = store.runs_of("7.1.2")
     store.forget("1.2", days(50), lambda paths: None)
     with pytest.raises(UnknownStudy):
         store.study("1.2")
-    assert nothing_left_of(tmp_path / "salsa_node.sqlite", "1.2")
+    assert nothing_left_of(url, "1.2")
     assert store.runs_of("7.1.2") == kept
     (told,) = store.find_events(name="node.forgot")
     assert (told.study_uid, told.subject_id) == (None, "record")
