@@ -122,6 +122,7 @@ def work(
     owner: Annotated[str, typer.Option()],
     config_file: ConfigFile = None,
     device: Annotated[str, typer.Option(help="Instead of pipeline.device.")] = "",
+    pulse: Annotated[int, typer.Option(help="A file descriptor that hears of each look for work.")] = -1,
 ) -> None:
     """Carry runs until standard input closes; `serve` starts this."""
     from salsa_node import log, preflight, worker
@@ -130,7 +131,7 @@ def work(
     if device:
         settings = replace(settings, pipeline=replace(settings.pipeline, device=device))
     log.start(settings.node.log_level, settings.node.log_format)
-    worker.work(settings, owner)
+    worker.work(settings, owner, pulse)
 
 
 @app.command()

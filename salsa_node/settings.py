@@ -234,7 +234,8 @@ class WorkerSettings:
     lease_s: how long a silent worker keeps a run; heartbeat_s: how often a living one renews it.
     max_attempts: after so many the run fails and waits for a person.
     retry_s: the wait before a retryable failure is tried again, doubled each time; `failures.POLICIES` refine it.
-    run_limit_s: a run that takes longer is ended. memory_limit_gib: so is one whose process holds more; 0 for no limit.
+    run_limit_s: a run that takes longer is ended, and so is a worker that looked for no work so long.
+    memory_limit_gib: so is a run whose process holds more; 0 for no limit.
     stop_grace_s: how long a stopping node waits for its worker before it kills it.
     devices: one worker process for each of these; none for a single one on pipeline.device.
     stat_ae_titles: calling AE titles, such as those of an emergency room's scanners, whose studies go first.

@@ -76,6 +76,8 @@ class WorkerProcess:
         self._started_s = self._looked_s = 0.0
         self._not_before = datetime.min.replace(tzinfo=UTC)
         self._wait_s = RESTART_S
+        self._pulse = -1  # the end of a pipe into which the child writes whenever it looks for work
+        self._heard_s = 0.0
         self._watched: _Watched | None = None
         self._killed: tuple[Failure, str] | None = None
         self._kernel_kills = 0
@@ -125,19 +127,32 @@ class WorkerProcess:
     def _start(self) -> None:
         self._owner = f"{socket.gethostname()}:{uuid.uuid4().hex[:12]}"
         self._kernel_kills = killed_for_memory()
-        self._child = subprocess.Popen(
-            [*self._command, "--owner", self._owner], stdin=subprocess.PIPE, start_new_session=True
-        )
-        self._started_s = self._elapsed_s()
+        self._pulse, childs_end = os.pipe()
+        try:
+            self._child = subprocess.Popen(
+                [*self._command, "--owner", self._owner, "--pulse", str(childs_end)],
+                stdin=subprocess.PIPE, start_new_session=True, pass_fds=[childs_end],
+            )  # fmt: skip
+        finally:
+            os.close(childs_end)
+        os.set_blocking(self._pulse, False)
+        self._started_s = self._heard_s = self._elapsed_s()
         self._watched = self._killed = None
 
     def _verdict(self) -> tuple[Failure, str] | None:
         """Why the child must not go on; None where it may."""
         run = self._store.run_leased_to(self._owner)
+        at_s, settings = self._elapsed_s(), self._config.worker
+        if run is not None or self._has_looked_for_work():
+            self._heard_s = at_s
         if run is None:
             self._watched = None
+            if at_s - self._heard_s > settings.run_limit_s:
+                return Failure.HUNG, (
+                    f"the worker carried nothing and looked for no work in {settings.run_limit_s:g} s "
+                    "(worker.run_limit_s), and is killed"
+                )
             return None
-        at_s, settings = self._elapsed_s(), self._config.worker
         seen = self._watched
         if seen is None or (seen.run_id, seen.attempt) != (run.id, run.attempt):
             seen = self._watched = _Watched(run.id, run.attempt, at_s, run.lease_until, at_s)
@@ -161,6 +176,13 @@ class WorkerProcess:
                     f"the worker held {held_gib:.1f} GiB, {limit_gib:g} GiB are allowed (worker.memory_limit_gib)"
                 )
         return None
+
+    def _has_looked_for_work(self) -> bool:
+        """Whether the child has said so since the last time."""
+        try:
+            return bool(os.read(self._pulse, 1 << 16))
+        except BlockingIOError:
+            return False
 
     def _kill(self) -> None:
         if self._child is not None:
@@ -207,6 +229,9 @@ class WorkerProcess:
     def _let_go(self) -> None:
         if self._child is not None and self._child.stdin is not None:
             self._child.stdin.close()
+        if self._pulse >= 0:
+            os.close(self._pulse)
+        self._pulse = -1
         self._child = self._watched = None
 
 

@@ -15,7 +15,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from datetime import time as time_of_day
 from hashlib import sha256
@@ -374,15 +374,23 @@ def _sha256(path: Path) -> str:
         return ""
 
 
-def work(config: Config, owner: str) -> None:
-    """Carry runs until SIGTERM, or until standard input closes because the node is gone."""
+def work(config: Config, owner: str, pulse: int = -1) -> None:
+    """Carry runs until SIGTERM, or until standard input closes because the node is gone.
+
+    pulse: a file descriptor that gets a byte whenever work is looked for; -1 for none.
+    """
     threading.Thread(target=_end_with_the_node, name="node watch", daemon=True).start()
     signal.signal(signal.SIGTERM, _leave)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the node decides what an interrupt means
     signal.signal(signal.SIGUSR1, _let_go)
     with Store.open(StoreSettings(config.store_url)) as store:
         worker = Worker(store, config, owner, on_lost=lambda: signal.raise_signal(signal.SIGUSR1))
+        if pulse >= 0:
+            os.set_blocking(pulse, False)
         while True:
+            if pulse >= 0:
+                with suppress(BlockingIOError):  # nobody reads it while a run goes on
+                    os.write(pulse, b".")
             try:
                 idle = worker.step(datetime.now(UTC)) is None and not worker.prepare()
             except StoreError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import sys
 import time
@@ -156,6 +157,49 @@ def test_a_worker_that_is_not_heard_of_is_killed(store, config):
     run = store.run(run.id)
     assert (run.state, run.failure) == (RunState.QUEUED, "hung")
     assert "not heard of for 60 s (worker.lease_s)" in run.error
+
+
+PULSE = "import os, sys, time; fd = int(sys.argv[sys.argv.index('--pulse') + 1])\n"
+
+
+def test_a_worker_that_hangs_without_a_run_is_killed_and_started_again(store, config):
+    clock = Clock()
+    worker = a_worker(store, config, WAIT, clock)
+    worker.step(T0)
+    clock.now_s = 599.0
+    assert worker.step(T0) is None
+    clock.now_s = 601.0
+    assert worker.step(T0) == "killed"
+    until_ended(worker, T0)
+    (told,) = store.find_events(name="worker.ended")
+    assert told.detail.startswith("the worker carried nothing and looked for no work in 600 s (worker.run_limit_s)")
+    later = T0 + timedelta(minutes=5)
+    assert worker.step(later) == "started"
+    clock.now_s = 1100.0
+    assert worker.step(later) is None, "a new one has its own time"
+    worker.stop()
+
+
+@pytest.mark.parametrize("code", [PULSE + "while True: os.write(fd, b'.'); time.sleep(0.01)", ""])
+def test_a_worker_that_looks_for_work_lives_as_long_as_it_likes(store, config, code):
+    clock = Clock()
+    worker = a_worker(store, config, code, clock)
+    if not code:  # the real one
+        worker._command = [sys.executable, "-m", "salsa_node", "work", "--config", str(site(config))]
+    worker.step(T0)
+    try:
+        for _ in range(3):
+            assert select.select([worker._pulse], [], [], 120)[0]
+            clock.now_s += 400.0
+            assert worker.step(T0) is None
+    finally:
+        worker.stop()
+
+
+def site(config: Config) -> Path:
+    path = config.node.data_dir / "site.toml"
+    path.write_text(f'[node]\ndata_dir = "{config.node.data_dir}"\n[worker]\npoll_s = 0.1\n')
+    return path
 
 
 @pytest.mark.parametrize("jump", [timedelta(days=1), timedelta(days=-1)])
