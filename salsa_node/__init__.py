@@ -110,7 +110,8 @@ room imports exactly what stands right of its arrow):
 
   where they meet
     evidence               <- candidate pacs_count store
-    assembly               <- candidate contrast_phase errors evidence log pacs_count selection selection_rules series series_rules settings stacks store uids
+    disk_trouble           <-
+    assembly               <- candidate contrast_phase disk_trouble errors evidence log pacs_count selection selection_rules series series_rules settings stacks store uids
     failures               <- errors
   worker                 <- analysis assembly config dicom_result durable errors failures log pipelines store
   process_memory         <-
@@ -129,7 +130,7 @@ room imports exactly what stands right of its arrow):
     web                    <- errors settings
     monitoring             <- errors overview store web
     notification           <- durable errors settings store
-    node                   <- assembly audit audit_message commitment config delivery durable errors failures integrity listener log monitoring notification pacs_count preflight retention store supervisor verification web
+    node                   <- assembly audit audit_message commitment config delivery disk_trouble durable errors failures integrity listener log monitoring notification pacs_count preflight retention store supervisor verification web
     console                <-
     dicom_ct               <- errors uids volume
     offline                <- analysis candidate config criteria dicom_ct dicom_result errors findings log nifti picture pipelines selection series stacks uids upright volume

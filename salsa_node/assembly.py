@@ -28,6 +28,7 @@ from pydicom.uid import CTImageStorage, EnhancedCTImageStorage, LegacyConvertedE
 from salsa_node import evidence, pacs_count, series, stacks, store
 from salsa_node.candidate import Candidate, read_candidate
 from salsa_node.contrast_phase import Phase, PixelPhase
+from salsa_node.disk_trouble import DiskTrouble
 from salsa_node.errors import SeriesRejected
 from salsa_node.log import unforeseen
 from salsa_node.pacs_count import Answer, Archive
@@ -114,25 +115,32 @@ def step(
     rules: Rules = DEFAULT_RULES,
     profiles: Mapping[str, PipelineChoice] = MappingProxyType({}),
     archive: Archive | None = None,
+    trouble: DiskTrouble | None = None,
 ) -> store.Series | Study | None:
     """Complete one quiet series, or look at one whole study; what was done, or None when there is nothing to do.
 
     profiles: AE title of ours -> what looks at the studies that came to that, in place of `pipeline`.
     archive: the one of `rules.query`, asked beside the caller; without it a question holds up the step.
+    trouble: remembers which studies wait for the disk; without it none does.
     A study is looked at when it is overdue, whatever still comes. A file that cannot be read is a verdict on its
     series, never an error here; only StoreError is raised.
     """
-    overdue = record.overdue_study(now - timedelta(seconds=rules.whole.max_wait_s))
+    waiting = trouble.waiting(now) if trouble else frozenset[str]()
+    overdue = record.overdue_study(now - timedelta(seconds=rules.whole.max_wait_s), waiting)
     if overdue is not None:
         study = record.end_wait(overdue.study_uid, now)
     else:
         done = _complete(record, now, rules, archive)
         if done is not None:
             return done
-        whole = record.study_to_assemble()
+        whole = record.study_to_assemble(waiting)
         if whole is None:
             return _reconsider(record, data_dir, pipeline, now, rules, profiles, archive)
         study = whole
+    if trouble and (why := trouble.hinders(study.study_uid, _paths(record, data_dir, study), now)):
+        log.error(why, extra={"event": "study.unreadable", "study_uid": study.study_uid})
+        record.add_event("study", study.study_uid, "study.unreadable", why, now, study.study_uid)
+        return study
     found = examine(record, data_dir, study, rules)
     if found is None:
         return record.study_assembled(study, "no CT image in this study; nothing to analyse", now)
@@ -146,6 +154,10 @@ def step(
         told.append(f"run {run.id}: {of_series if run.masks_path is None else store.KEPT}")
         log.info("study assembled", extra={"event": "study.assembled", "study_uid": study.study_uid, "run": run.id})
     return record.study_assembled(study, "; ".join(told), now)
+
+
+def _paths(record: Store, data_dir: Path, study: Study) -> Iterable[Path]:
+    return (data_dir / image.path for image in record.instances_of(study.study_uid))
 
 
 def _counts(study: Study, rules: Rules, archive: Archive | None) -> Answer:

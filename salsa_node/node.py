@@ -37,6 +37,7 @@ from salsa_node import (
     verification,
 )
 from salsa_node.config import Config
+from salsa_node.disk_trouble import DiskTrouble
 from salsa_node.errors import ConfigError, SalsaNodeError
 from salsa_node.listener import INCOMING, Listener
 from salsa_node.log import unforeseen
@@ -138,10 +139,10 @@ def _loops(store: Store, config: Config, workers: Sequence[WorkerProcess]) -> tu
     owner = f"{socket.gethostname()}:{uuid.uuid4().hex[:12]}"
 
     rules = assembly.Rules(config.selection, config.series, config.assembly, config.query)
-    archive = Archive(config.query)
+    archive, trouble = Archive(config.query), DiskTrouble()
 
     def assemble(now: datetime) -> object | None:
-        return assembly.step(store, data_dir, config.pipeline, now, rules, config.profile_pipelines, archive)
+        return assembly.step(store, data_dir, config.pipeline, now, rules, config.profile_pipelines, archive, trouble)
 
     def deliver(now: datetime) -> object | None:
         return delivery.step(store, config.delivery, config.destination, data_dir, owner, now)

@@ -69,9 +69,10 @@ class Looks(Queries):
             t.event(now, series.study_uid, "series", series_uid, "series.waiting", why)
             return t.series(series_uid)
 
-    def overdue_study(self, since: datetime) -> Study | None:
-        """The study, waiting longest, that has new images from `since` or before that nobody has looked at."""
+    def overdue_study(self, since: datetime, but: Collection[str] = ()) -> Study | None:
+        """The study, waiting longest, with new images from `since` or before that nobody looked at; none of `but`."""
         new = sa.select(STUDIES).where(STUDIES.c.instances > STUDIES.c.assembled_instances, _waiting(since))
+        new = new.where(STUDIES.c.study_uid.not_in(but))
         with transaction(self._engine) as t:
             return t.one(Study, new.order_by(STUDIES.c.first_at, STUDIES.c.study_uid).limit(1))
 

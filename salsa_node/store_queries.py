@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import sqlalchemy as sa
 
@@ -142,8 +142,8 @@ class Queries:
         with transaction(self._engine) as t:
             return t.one(Instance, sa.select(INSTANCES).where(INSTANCES.c.sop_instance_uid == sop_instance_uid))
 
-    def study_to_assemble(self) -> Study | None:
-        """The study, waiting longest, that has new instances and no series RECEIVING."""
+    def study_to_assemble(self, but: Collection[str] = ()) -> Study | None:
+        """The study, waiting longest, that has new instances and no series RECEIVING; none of `but`."""
         receiving = sa.exists().where(
             SERIES.c.study_uid == STUDIES.c.study_uid, SERIES.c.state == SeriesState.RECEIVING
         )
@@ -152,6 +152,7 @@ class Queries:
                 Study,
                 sa.select(STUDIES)
                 .where(STUDIES.c.instances > STUDIES.c.assembled_instances, ~receiving)
+                .where(STUDIES.c.study_uid.not_in(but))
                 .order_by(STUDIES.c.last_at, STUDIES.c.study_uid)
                 .limit(1),
             )
