@@ -83,8 +83,11 @@ class Trail:
         self._taken = 0
         self._read_bytes = 0
 
-    def accessed(self, command: str, study_uid: str, now: datetime, detail: str = "") -> None:
-        """Note that the user of this process looked at a study. Raises ConfigError where that cannot be written."""
+    def accessed(self, command: str, study_uid: str | None, now: datetime, detail: str = "") -> None:
+        """Note that the user of this process looked at a study, or (None) took all of them with him.
+
+        Raises ConfigError where that cannot be written.
+        """
         with self._writing() as file:
             _append(file, [(now.isoformat(), f"access.{command}", getpass.getuser(), study_uid, detail, None)])
 

@@ -31,6 +31,8 @@ EVENTS: Final = (
     ("node.association_rejected", "110113", "Security Alert", "E"),
     ("node.", "110100", "Application Activity", "E"),
     ("queue.", "110100", "Application Activity", "E"),
+    ("access.backup", "110106", "Export", "R"),
+    ("access.export", "110106", "Export", "R"),
     ("access.", "110103", "DICOM Instances Accessed", "R"),
     ("command.", "110103", "DICOM Instances Accessed", "U"),
     ("run.", "110103", "DICOM Instances Accessed", "R"),

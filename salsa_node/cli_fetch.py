@@ -14,7 +14,7 @@ import typer
 from salsa_node import config, console
 from salsa_node.config import Config
 from salsa_node.errors import ConfigError, DeliveryError
-from salsa_node.options import EXIT_NO, AsJson, ConfigFile, Yes
+from salsa_node.options import EXIT_NO, AsJson, ConfigFile, Yes, ask
 from salsa_node.settings import Destination
 
 if TYPE_CHECKING:
@@ -54,8 +54,8 @@ def fetch(
     archive = source_of(settings, source)
     wanted = fetching.Wanted(study, accession, patient, date)
     found = fetching.find(archive, wanted, settings.delivery.timeout_s)
-    if len(found) > MANY and not (dry_run or yes):
-        typer.confirm(f"fetch {len(found)} studies from {archive.name}?", abort=True)
+    if len(found) > MANY and not dry_run:
+        ask(yes, as_json, f"fetch {len(found)} studies from {archive.name}?")
     rows, faults = [], []
     with Store.open(StoreSettings(settings.store_url)) as record:
         for one in found:

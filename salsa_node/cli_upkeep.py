@@ -69,6 +69,7 @@ def backup(
 ) -> None:
     """Save the record, results, masks and images with their digests; beside a running node."""
     settings = config.load(config_file)
+    from salsa_node import audit
     from salsa_node import backup as saving
 
     file = config.source(config_file)
@@ -82,6 +83,10 @@ def backup(
         console.put(f"{len(made.digests)} files ({made.size_bytes / 2**20:.1f} MiB) saved to {made.folder}")
         if made.gone:
             console.put(f"{len(made.gone)} files that the record names are not there: salsa-node verify says which")
+    try:
+        audit.Trail(settings.node.data_dir).accessed("backup", None, datetime.now(UTC), f"{len(made.digests)} files")
+    except errors.ConfigError as error:  # a full disk is a reason to save what it holds
+        console.note(f"this backup is not in the audit trail: {error}")
 
 
 def restore(

@@ -212,7 +212,7 @@ def _told(config: Config) -> Iterator[Check]:
         places.append(("notify.webhook", webhook.hostname, webhook.port or (443 if webhook.scheme == "https" else 80)))
     if notify.email_to:
         places.append(("notify.smtp_host", notify.smtp_host, notify.smtp_port))
-    if syslog.scheme == "tcp" and syslog.hostname and syslog.port:
+    if syslog.scheme in ("tcp", "tls") and syslog.hostname and syslog.port:
         places.append(("audit.syslog", syslog.hostname, syslog.port))
     for name, host, port in places:
         try:

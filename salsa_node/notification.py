@@ -17,12 +17,11 @@ from urllib import request
 
 from salsa_node import durable
 from salsa_node.errors import DeliveryError, SalsaNodeError
-from salsa_node.settings import NotifySettings
+from salsa_node.settings import FIELDS, NotifySettings
 from salsa_node.store import Event, Store
 
 log = logging.getLogger(__name__)
 
-FIELDS = ("at", "event", "study", "subject", "number", "detail", "node")  #: what a template may name
 _TOGETHER = 50  # events in one message at most
 _WAIT = timedelta(minutes=1)  # after a failure, doubled each time ...
 _MAX_WAIT = timedelta(hours=1)  # ... up to this

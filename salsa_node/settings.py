@@ -14,6 +14,7 @@ SEG_KINDS: Final[Mapping[str, str]] = {"binary": "SEG", "labelmap": "LABELMAP"}
 SENDER = "sender"  #: in `DeliverySettings.to`: the destination whose AE title sent the study
 
 _TIME = r"([01]\d|2[0-3]):[0-5]\d"
+FIELDS: Final = ("at", "event", "study", "subject", "number", "detail", "node")  #: what a notification's template names
 DEVICE = r"auto|cpu|cuda(:\d+)?"
 AUTO = "auto"  #: `PipelineChoice.name`: the best pipeline whose models are installed
 
@@ -331,7 +332,7 @@ class NotifySettings:
 
 def invalid_template(settings: NotifySettings) -> str | None:
     """What is wrong with the first template that cannot be filled in; None where all can."""
-    fields = dict.fromkeys(("at", "event", "study", "subject", "number", "detail", "node"), "")
+    fields = dict.fromkeys(FIELDS, "")
     for key in ("subject", "text"):
         try:
             string.Template(getattr(settings, key)).substitute(fields)

@@ -218,6 +218,7 @@ def an_entry(action: str, who: str = "CT1") -> Entry:
         ("delivery.sent", "110104", "R", "0"),
         ("delivery.gave_up", "110104", "R", "4"),
         ("access.show", "110103", "R", "0"),
+        ("access.export", "110106", "R", "0"),
         ("command.purge", "110103", "U", "0"),
         ("study.purged", "110105", "D", "0"),
         ("node.started", "110100", "E", "0"),

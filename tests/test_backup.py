@@ -63,6 +63,15 @@ def test_what_is_saved_comes_back(data, tmp_path):
         assert [event.name for event in store.find_events(subject="node")] == ["node.restored"]
 
 
+def test_what_lies_in_the_log_of_a_running_node_alone_is_saved_too(data, tmp_path):
+    with Store.open(StoreSettings(url_of(data))) as store:
+        store.add_event("node", "here", "node.tested", "in the log alone", T0)
+        assert b"in the log alone" not in (data / "salsa_node.sqlite").read_bytes()
+        saved(data, tmp_path / "saved")
+    with Store.open(StoreSettings(f"sqlite:///{tmp_path / 'saved' / 'record.sqlite'}")) as store:
+        assert [event.detail for event in store.find_events(name="node.tested")] == ["in the log alone"]
+
+
 def test_the_audit_trail_comes_back_and_goes_on(data, tmp_path):
     with Store.open(StoreSettings(url_of(data))) as store:
         audit.Trail(data).take(store, T0)
@@ -211,6 +220,7 @@ def test_the_commands(data, cli, tmp_path):
     assert (told.returncode, json.loads(told.stdout)["files"]) == (0, 5)
     assert (folder / "config.toml").read_text() == (tmp_path / "site.toml").read_text()
     assert cli("backup", folder).returncode == 3
+    assert [(entry.action, entry.detail) for entry in audit.Trail(data).entries()] == [("access.backup", "5 files")]
     assert "is whole: 5 files" in cli("restore", folder, "--check").stdout
     assert cli("restore", folder).returncode == 1  # nobody said yes
     told = cli("restore", folder, "--yes")

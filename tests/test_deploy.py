@@ -56,6 +56,54 @@ def test_the_units_are_hardened(analyze, name, most):
     assert told.returncode == 0, told.stdout[-200:]
 
 
+#: what keeps the node from the rest of its machine: systemd's own score passes over some of it
+PROTECTION = {
+    "User": "salsa-node",
+    "UMask": "0077",
+    "NoNewPrivileges": "yes",
+    "CapabilityBoundingSet": "",
+    "ProtectSystem": "strict",
+    "ProtectHome": "yes",
+    "PrivateTmp": "yes",
+    "ProtectKernelTunables": "yes",
+    "ProtectKernelModules": "yes",
+    "ProtectControlGroups": "yes",
+    "RestrictAddressFamilies": "AF_INET AF_INET6 AF_UNIX",
+    "RestrictNamespaces": "yes",
+    "RestrictSUIDSGID": "yes",
+    "LockPersonality": "yes",
+}
+#: and what the long-running unit has beside that
+MORE_PROTECTION = {
+    "StateDirectoryMode": "0700",
+    "AmbientCapabilities": "",
+    "PrivateMounts": "yes",
+    "ProtectProc": "invisible",
+    "ProtectClock": "yes",
+    "ProtectHostname": "yes",
+    "ProtectKernelLogs": "yes",
+    "RestrictRealtime": "yes",
+    "RemoveIPC": "yes",
+    "KeyringMode": "private",
+    "SystemCallArchitectures": "native",
+    "SystemCallFilter": "@system-service\n~@privileged @obsolete",
+    "DevicePolicy": "closed",
+    "Restart": "always",  # it comes back by itself,
+    "RestartPreventExitStatus": "3",  # save where a person must mend the config
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "protection"),
+    [("salsa-node.service", PROTECTION | MORE_PROTECTION), ("salsa-node-selftest.service", PROTECTION)],
+)
+def test_no_line_that_protects_is_lost(name, protection):
+    lines: dict[str, str] = {}
+    for key, value in re.findall(r"^(\w+)=(.*)$", (DEPLOY / name).read_text(), re.MULTILINE):
+        lines[key] = f"{lines[key]}\n{value}" if key in lines else value
+    assert {key: lines.get(key) for key in protection} == protection
+
+
 def test_the_unit_s_commands_exist():
     for unit in UNITS:
         for words in re.findall(r"^Exec\w+=\S+/salsa-node (.*)$", unit.read_text(), re.MULTILINE):

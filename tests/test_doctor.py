@@ -156,9 +156,9 @@ def test_the_port_of_the_figures(config, free_port):
 
 
 def test_who_is_told_of_faults_and_accesses(config, free_port):
-    def settings(port: int) -> Config:
+    def settings(port: int, by: str = "tcp") -> Config:
         notify = NotifySettings(webhook=f"http://127.0.0.1:{port}/x", email_to=("it@example.org",), smtp_port=port)
-        return replace(config, notify=notify, audit=AuditSettings(syslog=f"tcp://127.0.0.1:{port}"))
+        return replace(config, notify=notify, audit=AuditSettings(syslog=f"{by}://127.0.0.1:{port}"))
 
     names = ("notify.webhook", "notify.smtp_host", "audit.syslog")
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -167,6 +167,7 @@ def test_who_is_told_of_faults_and_accesses(config, free_port):
     for name in names:
         check = found(up, name)
         assert (check.ok, "does not answer" in check.detail) == (False, True)
+    assert not found(settings(up.notify.smtp_port, "tls"), "audit.syslog").ok
     assert not {check.name for check in doctor.examine(config, NOW)} & set(names), "none is configured"
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import orthanc as orthanc_peer
 import pydicom
 import pytest
+import typer
 from made_series import HEADER, made
 from orthanc import Pacs
 from pydicom.uid import (
@@ -26,14 +27,14 @@ from pydicom.uid import (
 )
 from pynetdicom import AE, build_context, evt
 
-from salsa_node import fetch, loopback, way_web
+from salsa_node import cli_fetch, fetch, loopback, way_web
 from salsa_node.errors import DeliveryError, DestinationRefused
 from salsa_node.fetch import Brought, Wanted
 from salsa_node.intake import Intake
 from salsa_node.listener import Listener
 from salsa_node.notes import Notes
 from salsa_node.settings import Destination, ListenerSettings
-from salsa_node.store import Store
+from salsa_node.store import Store, StoreSettings
 from salsa_node.way_dicom import FIND
 
 T0 = datetime(2026, 11, 21, 12, 0, tzinfo=UTC)
@@ -314,6 +315,24 @@ def test_what_an_archive_names_unasked_is_left_there(way: str) -> None:
         with pytest.raises(DestinationRefused, match="named 3 studies and none that was asked for") as refused:
             fetch.find(source, Wanted(patient_id="P"), 10)
     assert "P1" not in str(refused.value)
+
+
+def test_many_studies_are_asked_about_and_a_machine_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = tuple(fetch.Found(f"1.2.{n}", "", "", 1) for n in range(cli_fetch.MANY + 1))
+    monkeypatch.setattr(fetch, "find", lambda *_: found)
+    (tmp_path / "node.toml").write_text(f'[node]\ndata_dir = "{tmp_path}"\n[query]\nae_title = "X"\n')
+    Store.open(StoreSettings(f"sqlite:///{tmp_path / 'salsa_node.sqlite'}"), create=True).close()
+    with pytest.raises(typer.BadParameter, match="add --yes"):
+        cli_fetch.fetch(patient="P", config_file=tmp_path / "node.toml", as_json=True)
+    asked: list[str] = []
+    monkeypatch.setattr(typer, "confirm", lambda question, **_: asked.append(question))
+    monkeypatch.setattr(cli_fetch, "bring", lambda *_: Brought("C-GET", 1, 0))
+    cli_fetch.fetch(patient="P", config_file=tmp_path / "node.toml")
+    assert asked == ["fetch 11 studies from query?"]
+    cli_fetch.fetch(patient="P", config_file=tmp_path / "node.toml", dry_run=True)
+    monkeypatch.setattr(fetch, "find", lambda *_: found[1:])
+    cli_fetch.fetch(patient="P", config_file=tmp_path / "node.toml")
+    assert len(asked) == 1
 
 
 def test_a_series_of_another_study_is_left_there(intake: Intake) -> None:

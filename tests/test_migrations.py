@@ -118,6 +118,17 @@ OLD_ROWS = {
                    "last_error": "nobody listens"},
     "events": {"id": 1, "at": AT, "study_uid": "1.2", "subject": "study", "subject_id": "1.2", "name": "study.new",
                "detail": "from CT1"},
+    "looks": {"id": 1, "study_uid": "1.2", "run_id": 1, "at": AT, "scores": "[]", "evidence": "[]"},
+    "quarantine": {"id": 1, "study_uid": "1.2", "series_uid": "1.2.1", "sop_instance_uid": "1.2.1.1",
+                   "sop_class_uid": "1.3", "transfer_syntax_uid": "1.4", "path": "quarantine/1.dcm", "sha256": "e" * 64,
+                   "digest": "f" * 32, "size_bytes": 5, "calling_ae": "CT1", "reason": "other content", "times": 1,
+                   "received_at": AT},
+    "commitments": {"id": 1, "transaction_uid": "2.25.9", "calling_ae": "CT1", "requested": '[["1.3", "1.2.1.1"]]',
+                    "asked_at": AT, "not_before": AT, "attempt": 2, "last_error": "nobody listens"},
+    "switches": {"name": "paused", "reason": "new driver", "at": AT},
+    "reviews": {"study_uid": "1.2", "held": 1, "released_run_id": None},
+    "pixel_phases": {"series_uid": "1.2.1", "part": "", "study_uid": "1.2", "run_id": 1, "source_digest": "d",
+                     "phase": "arterial", "certainty": 0.9, "after_injection_s": 30.0, "at": AT, "considered": 1},
 }  # fmt: skip
 
 
@@ -126,7 +137,10 @@ def test_the_data_of_every_older_version_is_there_after_an_upgrade(tmp_path: Pat
     engine = connect(StoreSettings(url_of(tmp_path)), create=True)
     with transaction(writer(engine)) as t:
         migrations.upgrade(t.connection, released)
+        tables = set(sa.inspect(t.connection).get_table_names())
         for table, row in OLD_ROWS.items():
+            if table not in tables:
+                continue
             there = {column["name"] for column in sa.inspect(t.connection).get_columns(table)}
             known = {name: value for name, value in row.items() if name in there}
             names = ", ".join(known)
@@ -137,6 +151,8 @@ def test_the_data_of_every_older_version_is_there_after_an_upgrade(tmp_path: Pat
     with Store.open(StoreSettings(url_of(tmp_path)), create=True) as store, transaction(store._engine) as t:
         assert compare_metadata(MigrationContext.configure(t.connection), METADATA) == []
         assert t.connection.exec_driver_sql("PRAGMA foreign_key_check").fetchall() == []
+        for table in tables - {"alembic_version"}:
+            assert t.connection.execute(sa.text(f"SELECT count(*) FROM {table}")).scalar() == 1, table
     with Store.open(StoreSettings(url_of(tmp_path))) as store:
         study = store.study("A7")
         assert (study.study_uid, study.instances, study.first_at.isoformat()) == ("1.2", 1, "2026-11-20T12:00:00+00:00")

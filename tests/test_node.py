@@ -14,7 +14,7 @@ from salsa_node import node
 from salsa_node.config import Config, parse
 from salsa_node.errors import ConfigError, StoreError
 from salsa_node.settings import NodeSettings, WorkerSettings
-from salsa_node.store import Store, StoreSettings
+from salsa_node.store import NewInstance, Store, StoreSettings
 
 T0 = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
 
@@ -45,6 +45,23 @@ def test_a_folder_that_cannot_be_made_is_a_config_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"node\.data_dir"), node.only_node(tmp_path / "file" / "data"):
         pass
+
+
+def test_a_start_frees_what_a_dead_node_leased_and_lifts_no_pause(config):
+    with node._record(config) as store:
+        store.add_instance(NewInstance("1.2.3.1", "1.2.3", "1.2", "1.5", "1.6", "p", "0" * 32, 9, "CT1"), T0)
+        store.complete_series(T0, T0)
+        store.study_assembled(store.study("1.2"), "looked at", T0)
+        run = store.queue_run("1.2", "demo", "d", T0)
+        assert store.claim_run("dead", 10**6, T0) is not None
+        pause = store.pause("new driver", T0)
+    with node._record(config) as store:
+        assert store.paused() == pause
+        assert store.claim_run("worker", 60.0, T0) is None
+        store.resume(T0)
+        claimed = store.claim_run("worker", 60.0, T0)
+        assert claimed is not None
+        assert claimed.id == run.id
 
 
 def test_a_loop_goes_on_after_what_nobody_foresaw_and_ends_when_asked():

@@ -309,6 +309,17 @@ def test_a_stat_study_goes_first_and_the_rest_in_the_order_of_their_waiting(stor
     assert [run and run.study_uid for run in claimed] == ["7.3", "7.1", "7.2", None]
 
 
+def test_what_was_queued_in_the_same_moment_goes_in_the_order_of_queueing(store: Store) -> None:
+    for study in ("7.1", "7.2", "7.3"):
+        image = an_instance(study_uid=study, series_uid=f"{study}.1", sop_instance_uid=f"{study}.1.1")
+        store.add_instance(image, T0)
+        looked_at(store, study)
+        store.queue_run(study, "demo", "d", T0)
+    first = store.claim_run("dead", 5, T0)
+    claimed = [store.claim_run("w", 60, after(9)) for _ in range(3)]
+    assert [run and run.study_uid for run in (first, *claimed)] == ["7.1", "7.1", "7.2", "7.3"]
+
+
 def test_a_newer_run_cancels_what_waits_and_what_runs(store: Store) -> None:
     arrived(store)
     waiting = queued(store, "d1")

@@ -21,8 +21,8 @@ from salsa_node import monitoring
 from salsa_node.config import parse
 from salsa_node.errors import ConfigError, DeliveryError, StoreError
 from salsa_node.node import Loop
-from salsa_node.notification import FIELDS, Notifier
-from salsa_node.settings import NotifySettings, WebSettings
+from salsa_node.notification import Notifier
+from salsa_node.settings import FIELDS, NotifySettings, WebSettings
 from salsa_node.store import Store, StoreSettings
 from salsa_node.web import Health, Metric, Web, text
 

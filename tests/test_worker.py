@@ -429,6 +429,21 @@ def test_studies_off_peak_wait_for_their_hours_unless_a_person_asks(store, confi
     assert patient.step(T0).id == forced.id
 
 
+def test_off_peak_is_by_the_machines_own_clock(store, config, study, monkeypatch):
+    queue(store, study, study.truth_labels)
+    monkeypatch.setenv("TZ", "XYZ-9")  # nine hours ahead of UTC
+    time.tzset()
+    try:
+        hours = f"{T0 + timedelta(hours=8):%H:%M}-{T0 + timedelta(hours=10):%H:%M}"
+        settings = replace(config.worker, off_peak_ae_titles=("CT",), off_peak=hours)
+        worker = Worker(store, replace(config, worker=settings), "worker", clock=lambda: T0)
+        assert worker.step(T0 + timedelta(hours=9)) is None
+        assert worker.step(T0) is not None
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
 def test_exhausted_memory_lets_every_warm_pipeline_go(store, config, study, monkeypatch):
     from salsa_node.errors import DeviceExhausted
 
