@@ -121,7 +121,8 @@ room imports exactly what stands right of its arrow):
     preflight              <- config errors model_fetch models pipelines settings
     overview               <- failures store
     selftest               <- config durable errors loopback overview phantom settings store
-    doctor                 <- config errors loopback overview preflight settings store ways
+    node_lock              <- config errors store
+    doctor                 <- config errors loopback node_lock overview preflight settings store ways
     audit                  <- errors store
     backup                 <- audit durable errors store
     retention              <- durable errors overview settings store
@@ -130,7 +131,7 @@ room imports exactly what stands right of its arrow):
     web                    <- errors settings
     monitoring             <- errors overview store web
     notification           <- durable errors settings store
-    node                   <- assembly audit audit_message commitment config delivery disk_trouble durable errors failures integrity listener log monitoring notification pacs_count preflight retention store supervisor verification web
+    node                   <- assembly audit audit_message commitment config delivery disk_trouble durable errors failures integrity listener log monitoring node_lock notification pacs_count preflight retention store supervisor verification web
     console                <-
     dicom_ct               <- errors uids volume
     offline                <- analysis candidate config criteria dicom_ct dicom_result errors findings log nifti picture pipelines selection series stacks uids upright volume
@@ -149,7 +150,7 @@ room imports exactly what stands right of its arrow):
     cli_review             <- audit config console options store
     cli_queue              <- audit config console options store
     cli_series             <- assembly audit candidate config console errors nifti options preflight series series_rules stacks store upright
-    cli_upkeep             <- audit backup config console doctor errors integrity options preflight selftest store
+    cli_upkeep             <- audit backup config console doctor errors integrity node_lock options preflight selftest store
     cli_studies            <- audit config console durable errors options overview store
     cli_quarantine         <- config console options overview store
     cli_models             <- config console errors model_cards model_fetch model_import model_manifest models options

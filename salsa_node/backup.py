@@ -198,7 +198,10 @@ def file_of(store_url: str) -> Path:
     """The SQLite file behind that url. Raises ConfigError where it is another database."""
     url = sa.make_url(store_url)
     if url.get_backend_name() != "sqlite" or not url.database:
-        raise ConfigError("only a record in an SQLite file is saved so; use the database's own tools for another")
+        raise ConfigError(
+            "only a record in an SQLite file is saved or upgraded so; a PostgreSQL is saved by pg_dump, then a copy of "
+            "node.data_dir, and a start of the node upgrades it"
+        )
     return Path(url.database)
 
 

@@ -128,7 +128,7 @@ def selftest(
     settings = config.load(config_file)
     if running and pipeline:
         raise typer.BadParameter("--pipeline: the node that runs has its own; name none with --running")
-    from salsa_node import preflight
+    from salsa_node import node_lock, preflight
     from salsa_node import selftest as trial
     from salsa_node.store import Store, StoreSettings
 
@@ -138,7 +138,7 @@ def selftest(
             outcome = trial.through_the_door(settings, record, limit_s, lambda: datetime.now(UTC), told)
     else:
         outcome = trial.run(preflight.ready(settings, pipeline), limit_s, told)
-    if (settings.node.data_dir / "node.lock").exists():  # a node has run here, so there is a record to tell
+    if node_lock.lock_file(settings).exists():  # a node has run here, so there is a record to tell
         with Store.open(StoreSettings(settings.store_url)) as record:
             record.add_event("node", "selftest", "node.selftest", outcome.told, datetime.now(UTC))
     if as_json:
@@ -169,8 +169,7 @@ def db_upgrade(config_file: ConfigFile = None, as_json: AsJson = False) -> None:
 def audit_verify(config_file: ConfigFile = None, as_json: AsJson = False) -> None:
     """Say whether the audit trail is whole, and tells what the record tells."""
     settings = config.load(config_file)
-    from salsa_node import audit
-    from salsa_node import doctor as surroundings
+    from salsa_node import audit, node_lock
     from salsa_node.store import Store, StoreSettings
 
     trail = audit.Trail(settings.node.data_dir)
@@ -191,7 +190,7 @@ def audit_verify(config_file: ConfigFile = None, as_json: AsJson = False) -> Non
             f"{chain.untold} events of the record are missing at its end: lines were cut off, or the node has not run "
             "since, whose start writes them down"
         )
-    if chain.broken or (chain.untold and surroundings.is_running(settings.node.data_dir)):
+    if chain.broken or (chain.untold and node_lock.is_running(settings)):
         raise SystemExit(EXIT_NO)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import shutil
 import socket
 import sqlite3
@@ -17,6 +16,7 @@ import sqlalchemy as sa
 from salsa_node import loopback, overview, preflight, ways
 from salsa_node.config import Config
 from salsa_node.errors import SalsaNodeError
+from salsa_node.node_lock import is_running
 from salsa_node.overview import Standing
 from salsa_node.preflight import Check
 from salsa_node.settings import Destination
@@ -47,21 +47,9 @@ def examine(config: Config, now: datetime) -> tuple[Check, ...]:
     )
 
 
-def is_running(data_dir: Path) -> bool:
-    """Whether a node holds that data folder."""
-    try:
-        with (data_dir / "node.lock").open("rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
-    return False
-
-
 def _door(config: Config) -> Iterator[Check]:
     """Whether our own node answers, or its ports are there for it."""
-    running = is_running(config.node.data_dir)
+    running = is_running(config)
     listener = config.listener
     doors = [("listener.port", listener.host, listener.port)]
     if listener.tls.port:
@@ -116,7 +104,7 @@ def _record(config: Config, now: datetime) -> Iterator[Check]:
         with Store.open(settings) as store:
             if settings.is_shared:
                 yield Check("record", ok=True, detail="the database answers; its own tools say whether it is sound")
-                yield from _waiting(store, is_running(config.node.data_dir), now)
+                yield from _waiting(store, is_running(config), now)
                 yield _time(store, now)
                 return
             with sqlite3.connect(f"file:{file}?mode=ro", uri=True) as raw:
@@ -127,7 +115,7 @@ def _record(config: Config, now: datetime) -> Iterator[Check]:
                 yield Check("record", ok=False, detail=detail)
                 return
             yield Check("record", ok=True, detail=f"{file} is sound")
-            yield from _waiting(store, is_running(config.node.data_dir), now)
+            yield from _waiting(store, is_running(config), now)
             yield _time(store, now)
     except sqlite3.Error as error:
         yield Check(

@@ -7,7 +7,6 @@ themselves when the node is gone (their standard input closes).
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import signal
@@ -31,6 +30,7 @@ from salsa_node import (
     failures,
     integrity,
     monitoring,
+    node_lock,
     notification,
     preflight,
     retention,
@@ -110,8 +110,8 @@ def _record(config: Config) -> Iterator[Store]:
     """
     settings, data_dir = StoreSettings(config.store_url), config.node.data_dir
     with ExitStack() as stack:
+        stack.enter_context(node_lock.only_node(config))
         if not settings.is_shared:
-            stack.enter_context(only_node(data_dir))
             stack.enter_context(hold(settings))
         store = stack.enter_context(Store.open(settings, create=True))
         if settings.is_shared:
@@ -203,26 +203,6 @@ def _web(store: Store, config: Config, loops: Sequence[Loop], workers: Sequence[
         lambda: monitoring.measure(store, data_dir, _now()),
         lambda: monitoring.examine(store, data_dir, config.listener.min_free_gib, loops, workers),
     )
-
-
-@contextmanager
-def only_node(data_dir: Path) -> Iterator[None]:
-    """Hold the data folder for this node alone. Raises ConfigError where it is not writable or held."""
-    try:
-        data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = (data_dir / "node.lock").open("a")
-    except OSError as exc:
-        raise ConfigError(
-            f"node.data_dir: {data_dir} cannot be written ({exc.strerror}); choose a folder that this user may write"
-        ) from exc
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as exc:
-            raise ConfigError(
-                f"node.data_dir: {data_dir} is in use by another node; stop it or choose another folder"
-            ) from exc
-        yield
 
 
 class Loop(threading.Thread):

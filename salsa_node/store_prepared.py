@@ -17,13 +17,21 @@ from sqlalchemy.sql.compiler import SQLCompiler
 
 from salsa_node.errors import StoreError
 
-_REMEDIES = {  # words of SQLite: what a person does then
+_REMEDIES = {  # words of SQLite and PostgreSQL: what a person does then
     "disk I/O error": "is the disk full, or failing? salsa-node doctor says how much is left",
     "database or disk is full": "make room on the disk",
     "readonly database": "its file and its folder must be writable for this user",
     "unable to open database": "its file must be readable and its folder writable for this user",
     "is malformed": "stop the node, then salsa-node restore",
     "not a database": "stop the node, then salsa-node restore",
+    "Connection refused": "is PostgreSQL up there, and node.store_url right?",
+    "failed to resolve host": "is node.store_url right, and its host known to the name server?",
+    "timeout expired": "is PostgreSQL up there, and the port open from here?",
+    "the database system is": "PostgreSQL is starting or stopping; it is tried again",
+    "no pg_hba.conf entry": "allow this machine and user there, in pg_hba.conf",
+    "password": "correct the password, in ~/.pgpass or PGPASSWORD, or let the user in there",
+    'FATAL:  database "': "make it there (createdb --owner=USER DATABASE), or correct node.store_url",
+    'FATAL:  role "': "make it there (createuser USER), or correct node.store_url",
 }
 _AT_ONCE = (1, 8, 64)  # how many keys one question asks for
 

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from xml.etree import ElementTree as ET
@@ -25,9 +25,10 @@ from test_retention import arrive, finish
 
 from salsa_node import audit_message
 from salsa_node.audit import AUDITED, FILE, NOBODY_BEFORE, Chain, Entry, Trail, _digest
+from salsa_node.config import Config
 from salsa_node.errors import ConfigError, DeliveryError
-from salsa_node.node import only_node
-from salsa_node.settings import AuditSettings
+from salsa_node.node_lock import only_node
+from salsa_node.settings import AuditSettings, NodeSettings
 from salsa_node.store import DeliveryState, RunState, Store, StoreSettings
 
 T0 = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
@@ -330,7 +331,7 @@ def test_through_the_real_process(trail, tmp_path):
     (tmp_path / FILE).write_text("".join(whole.splitlines(keepends=True)[:3]))
     told = cli("audit", "verify")
     assert (told.returncode, "2 events of the record are missing at its end" in told.stdout) == (0, True)
-    with only_node(tmp_path):
+    with only_node(replace(Config(), node=NodeSettings(data_dir=tmp_path))):
         assert cli("audit", "verify").returncode == 1, "a running node would have written them down"
     (tmp_path / FILE).write_text(whole)
     (tmp_path / FILE).write_text((tmp_path / FILE).read_text().replace("CT1", "CT2"))

@@ -18,7 +18,7 @@ from test_retention import arrive, finish
 
 from salsa_node import doctor
 from salsa_node.config import Config
-from salsa_node.node import only_node
+from salsa_node.node_lock import only_node
 from salsa_node.preflight import Check
 from salsa_node.settings import (
     AuditSettings,
@@ -63,9 +63,9 @@ def test_a_port_that_somebody_else_has(config):
     with socket.create_server(("127.0.0.1", config.listener.port)):
         check = found(config, "listener.port")
         assert (check.ok, "another program" in check.detail) == (False, True)
-        with only_node(config.node.data_dir):
+        with only_node(config):
             assert found(config, "listener.port").ok
-    with only_node(config.node.data_dir):
+    with only_node(config):
         check = found(config, "listener.port")
         assert (check.ok, "restart the node" in check.detail) == (False, True)
     check = found(config, "listener.port")

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from salsa_node import node
+from salsa_node import node, node_lock
 from salsa_node.config import Config, parse
 from salsa_node.errors import ConfigError, StoreError
-from salsa_node.settings import NodeSettings, WorkerSettings
+from salsa_node.settings import ListenerSettings, NodeSettings, WorkerSettings
 from salsa_node.store import NewInstance, Store, StoreSettings
 
 T0 = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
@@ -33,17 +33,19 @@ def store(config: Config) -> Iterator[Store]:
 
 def test_a_folder_has_one_node(tmp_path):
     folder = tmp_path / "data"
-    with node.only_node(folder):
+    config = replace(Config(), node=NodeSettings(data_dir=folder))
+    with node_lock.only_node(config):
         assert folder.stat().st_mode & 0o077 == 0
-        with pytest.raises(ConfigError, match="in use by another node"), node.only_node(folder):
+        with pytest.raises(ConfigError, match="in use by another node"), node_lock.only_node(config):
             pass
-    with node.only_node(folder):
+    with node_lock.only_node(config):
         pass
 
 
 def test_a_folder_that_cannot_be_made_is_a_config_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"node\.data_dir"), node.only_node(tmp_path / "file" / "data"):
+    config = replace(Config(), node=NodeSettings(data_dir=tmp_path / "file" / "data"))
+    with pytest.raises(ConfigError, match=r"node\.data_dir"), node_lock.only_node(config):
         pass
 
 
@@ -62,6 +64,22 @@ def test_a_start_frees_what_a_dead_node_leased_and_lifts_no_pause(config):
         claimed = store.claim_run("worker", 60.0, T0)
         assert claimed is not None
         assert claimed.id == run.id
+
+
+def test_each_node_of_a_shared_record_is_seen_by_the_commands_beside_it_and_no_other(tmp_path):
+    one = replace(
+        Config(),
+        node=NodeSettings(data_dir=tmp_path, store_url="postgresql://u@h/d"),
+        listener=ListenerSettings(port=1),
+    )
+    other = replace(one, listener=ListenerSettings(port=2))
+    with node_lock.only_node(one):
+        assert (node_lock.is_running(one), node_lock.is_running(other)) == (True, False)
+        with node_lock.only_node(other):
+            assert node_lock.is_running(other)
+        with pytest.raises(ConfigError, match="in use by another node"), node_lock.only_node(one):
+            pass
+    assert not node_lock.is_running(one)
 
 
 def test_a_loop_goes_on_after_what_nobody_foresaw_and_ends_when_asked():

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from postgres import a_database
 from test_store import T0, an_instance, arrived, looked_at
 
-from salsa_node import store_prepared
+from salsa_node import loopback, store_prepared
 from salsa_node.errors import ConfigError, StoreError
 from salsa_node.store import RunState, SeriesState, Store, StoreSettings, hold
 from salsa_node.store_connection import writer
@@ -189,3 +189,14 @@ def test_psycopg_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=r"salsa_node\[postgresql\]"):
         Store.open(StoreSettings("postgresql://db/salsa"))
+
+
+def test_a_postgresql_that_cannot_be_reached_is_told_with_what_to_do(request: pytest.FixtureRequest) -> None:
+    server, _, _ = a_database(request).rpartition("/")
+    for url, words in (
+        (f"{server}/nosuch", "createdb --owner=USER DATABASE"),
+        (f"{server.replace('postgres@', 'nobody_here@')}/nosuch", "createuser USER"),
+        (f"postgresql://postgres@127.0.0.1:{loopback.free_port()}/salsa", "is PostgreSQL up there"),
+    ):
+        with pytest.raises(StoreError, match=words):
+            Store.open(StoreSettings(url))
