@@ -383,8 +383,9 @@ def work(config: Config, owner: str, pulse: int = -1) -> None:
     signal.signal(signal.SIGTERM, _leave)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the node decides what an interrupt means
     signal.signal(signal.SIGUSR1, _let_go)
+    this_thread = threading.get_ident()  # which a signal to the heartbeat's would not wake from a wait
     with Store.open(StoreSettings(config.store_url)) as store:
-        worker = Worker(store, config, owner, on_lost=lambda: signal.raise_signal(signal.SIGUSR1))
+        worker = Worker(store, config, owner, on_lost=lambda: signal.pthread_kill(this_thread, signal.SIGUSR1))
         if pulse >= 0:
             os.set_blocking(pulse, False)
         while True:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -273,15 +275,67 @@ def test_the_heartbeat_prolongs_the_lease_while_the_work_goes_on(store, config, 
     analysed = worker_module.analyse
 
     def slow(*arguments: object, **more: object) -> object:
-        until = store.run(run.id).lease_until
-        deadline = time.monotonic() + 30
-        while store.run(run.id).lease_until == until:
-            assert time.monotonic() < deadline, "no heartbeat"
-            time.sleep(0.01)
+        wait_for_a_heartbeat(store, run)
         return analysed(*arguments, **more)
 
     monkeypatch.setattr("salsa_node.worker.analyse", slow)
     assert beating.step(T0).state is RunState.PRODUCED
+
+
+def wait_for_a_heartbeat(store: Store, run: Run) -> None:
+    until = store.run(run.id).lease_until
+    deadline = time.monotonic() + 30
+    while store.run(run.id).lease_until == until:
+        assert time.monotonic() < deadline, "no heartbeat"
+        time.sleep(0.01)
+
+
+def test_the_heartbeat_goes_on_while_a_network_is_loaded(store, config, study, monkeypatch):
+    run = queue(store, study)
+    ticks = iter(range(1, 10**6))
+    quick = replace(config, worker=replace(config.worker, heartbeat_s=0.01))
+    beating = Worker(store, quick, "worker", clock=lambda: T0 + timedelta(seconds=next(ticks)))
+
+    def slow(*_: object) -> None:
+        wait_for_a_heartbeat(store, run)
+        raise WeightsMissing("loaded, as far as this test goes")
+
+    monkeypatch.setattr("salsa_node.pipelines.load", slow)
+    assert "as far as this test goes" in beating.step(T0).error
+
+
+CARRIES_FOR_EVER = """
+import sys, time
+from pathlib import Path
+from salsa_node import config, worker
+
+worker.Worker._carry = lambda self, run: time.sleep(600)
+worker.work(config.load(Path(sys.argv[1])), "owner")
+"""
+
+
+def test_what_is_computed_for_a_cancelled_run_is_broken_off(store, config, study, tmp_path):
+    """In the process that the node starts, by a signal to itself: the next run begins at once."""
+    first = queue(store, study)
+    file = tmp_path / "site.toml"
+    file.write_text(f'[node]\ndata_dir = "{tmp_path}"\n[worker]\nheartbeat_s = 0.05\npoll_s = 0.05\n')
+    command = [sys.executable, "-c", CARRIES_FOR_EVER, str(file)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
+        try:
+            wait_for_state(store, first, RunState.RUNNING)
+            store.cancel(study.study_uid, datetime.now(UTC))
+            following = store.queue_run(study.study_uid, "demo", "other", datetime.now(UTC), force=True)
+            wait_for_state(store, following, RunState.RUNNING)
+        finally:
+            process.kill()
+    assert store.run(first.id).state is RunState.CANCELLED
+
+
+def wait_for_state(store: Store, run: Run, state: RunState) -> None:
+    deadline = time.monotonic() + 120
+    while store.run(run.id).state is not state:
+        assert time.monotonic() < deadline, store.run(run.id).state
+        time.sleep(0.02)
 
 
 def test_a_cancelled_run_is_let_go_and_leaves_no_file(store, config, study, monkeypatch):
@@ -291,13 +345,16 @@ def test_a_cancelled_run_is_let_go_and_leaves_no_file(store, config, study, monk
     beating = Worker(store, quick, "worker", clock=lambda: T0, on_lost=told.set)
     analysed = worker_module.analyse
 
+    heard = []
+
     def cancelled_meanwhile(*arguments: object, **more: object) -> object:
         rerun(store, study, study.truth_labels, T0)
-        assert told.wait(30), "the worker did not hear of it"
+        heard.append(told.wait(30))  # an assertion here would be one more failure of the run
         return analysed(*arguments, **more)
 
     monkeypatch.setattr("salsa_node.worker.analyse", cancelled_meanwhile)
     done = beating.step(T0)
+    assert heard == [True], "the worker did not hear of it"
     assert (done.id, done.state) == (run.id, RunState.CANCELLED)
     assert not list((config.node.data_dir).glob("results/**/*.dcm"))
     monkeypatch.undo()
