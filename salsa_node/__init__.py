@@ -104,9 +104,10 @@ room imports exactly what stands right of its arrow):
     way_folder             <- durable errors outgoing settings
     way_web                <- errors outgoing settings tls
     ways                   <- errors outgoing settings way_dicom way_folder way_web
-    delivery               <- destinations errors log outgoing settings store ways
+    claimed                <- errors settings store
+    delivery               <- claimed destinations errors log outgoing settings store ways
     fetch                  <- errors instance_header intake outgoing requestor settings way_dicom way_web
-    verification           <- commitment destinations errors log outgoing requestor settings store ways
+    verification           <- claimed commitment destinations errors log outgoing requestor settings store ways
 
   where they meet
     evidence               <- candidate pacs_count store

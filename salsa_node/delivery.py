@@ -12,13 +12,13 @@ from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+from salsa_node.claimed import Claimed
 from salsa_node.destinations import resolve
 from salsa_node.errors import (
     DeliveryError,
     DestinationRefused,
     FormRefused,
     IllegalTransition,
-    LeaseLost,
     SalsaNodeError,
 )
 from salsa_node.log import unforeseen
@@ -128,23 +128,8 @@ def _unwanted(kind: str, states: Mapping[str, DeliveryState], destination: Desti
     return f"not sent: {destination.name} gets {better} instead{because}"
 
 
-class _Outbox:
-    """Writes down what became of each claimed delivery, once, as soon as it is known."""
-
-    def __init__(
-        self,
-        store: Store,
-        settings: DeliverySettings,
-        owner: str,
-        claimed: Sequence[Delivery],
-        clock: Callable[[], datetime],
-    ) -> None:
-        self._store = store
-        self._settings = settings
-        self._owner = owner
-        self._clock = clock
-        self._open = {delivery.id for delivery in claimed}
-        self.done: dict[int, Delivery] = {}
+class _Outbox(Claimed):
+    """What becomes of objects on their way out."""
 
     def may_try(self, delivery: Delivery) -> bool:
         """Whether this attempt is one of those allowed; gives up a delivery whose last one came to no end."""
@@ -237,15 +222,6 @@ class _Outbox:
             return self._store.delivery_failed(delivery.id, self._owner, error.status, text, now + wait, now)
 
         self._settle(delivery, write)
-
-    def _settle(self, delivery: Delivery, write: Callable[[datetime], Delivery]) -> bool:
-        """Write it down; False where somebody else has the delivery by now, whose word then counts."""
-        try:
-            self.done[delivery.id] = write(self._clock())
-        except LeaseLost:
-            log.warning("delivery taken over", extra={"event": "delivery.lease_lost", "delivery": delivery.id})
-        self._open.discard(delivery.id)
-        return delivery.id in self.done
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, generate
 from pynetdicom import evt
 
 from salsa_node import commitment, ways
+from salsa_node.claimed import Claimed
 from salsa_node.destinations import resolve
 from salsa_node.errors import DeliveryError, DestinationRefused, LeaseLost, SalsaNodeError, StoreError
 from salsa_node.log import unforeseen
@@ -95,27 +96,8 @@ def _look(store: Store, settings: DeliverySettings, destination: Destination, da
     checks.absent(destination)
 
 
-class _Checks:
-    """Writes down what became of each claimed check, once, as soon as it is known."""
-
-    def __init__(
-        self,
-        store: Store,
-        settings: DeliverySettings,
-        owner: str,
-        claimed: Sequence[Delivery],
-        clock: Callable[[], datetime],
-    ) -> None:
-        self._store = store
-        self._settings = settings
-        self._owner = owner
-        self._clock = clock
-        self._open = {delivery.id: delivery for delivery in claimed}
-
-    @property
-    def open(self) -> tuple[Delivery, ...]:
-        """What is not settled."""
-        return tuple(self._open.values())
+class _Checks(Claimed):
+    """What a destination says of objects that it took."""
 
     @property
     def first(self) -> bool:
@@ -194,12 +176,6 @@ class _Checks:
         log.error(why, extra={"event": "delivery.lost", "delivery": delivery.id})
         wait = timedelta(seconds=self._settings.wait_s(delivery.attempt + 1))
         self._settle(delivery, lambda now: self._store.lost(delivery.id, self._owner, why, now + wait, now))
-
-    def _settle(self, delivery: Delivery, write: Callable[[datetime], Delivery]) -> None:
-        """Write it down, unless a report was quicker."""
-        with suppress(LeaseLost):
-            write(self._clock())
-        self._open.pop(delivery.id, None)
 
 
 # ---- storage commitment -----------------------------------------------------------------------------
