@@ -45,6 +45,7 @@ class Claimed:
         try:
             self.done[delivery.id] = write(self._clock())
         except LeaseLost:
-            log.info("delivery settled by somebody else", extra={"event": "delivery.lease_lost", "delivery": delivery.id})
+            told = {"event": "delivery.lease_lost", "delivery": delivery.id}
+            log.info("delivery settled by somebody else", extra=told)
         self._open.pop(delivery.id, None)
         return delivery.id in self.done
