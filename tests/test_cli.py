@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pydicom
@@ -13,14 +15,18 @@ import pytest
 import typer
 from pynetdicom import AE
 from typer.core import TyperGroup
+from typer.testing import CliRunner
 
-from salsa_node import cli_queue, console, phantom
+from salsa_node import cli as command_line
+from salsa_node import cli_queue, console, errors, phantom
 from salsa_node.cli import _with_command, app
 from salsa_node.nifti import read_labels, write_labels
+from salsa_node.store import NewInstance, Store, StoreSettings
 from salsa_node.volume import LabelVolume
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 ROOT = Path(__file__).parents[1]
+T0 = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +53,71 @@ def test_version_and_help_need_no_config():
     told = subprocess.run([sys.executable, "-m", "salsa_node", "--help"], capture_output=True, text=True, check=True)
     for command in ("serve", "studies", "show", "rerun", "resend", "echo", "config", "run", "demo"):
         assert command in told.stdout
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (errors.ConfigError, 3),
+        (errors.UnknownStudy, 4),
+        (errors.IllegalTransition, 4),
+        (errors.StoreError, 5),
+        (errors.LeaseLost, 5),
+        (errors.DeliveryError, 6),
+        (errors.DestinationRefused, 6),
+        (errors.PipelineError, 7),
+        (errors.WeightsMissing, 7),
+        (errors.SeriesRejected, 7),
+    ],
+)
+def test_each_error_has_the_exit_code_of_the_readme(monkeypatch, capsys, error, code):
+    def fail(_: object) -> None:
+        raise error("what was found and what to do")
+
+    monkeypatch.setattr(command_line, "_with_command", fail)
+    with pytest.raises(SystemExit) as ended:
+        command_line.main()
+    assert ended.value.code == code
+    assert capsys.readouterr() == ("", "salsa-node: what was found and what to do\n")
+    codes = re.findall(r"^\| (\d) \|", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert str(code) in codes
+
+
+@pytest.mark.parametrize(
+    ("words", "empty"),
+    [
+        (("studies",), []),
+        (("quarantine",), []),
+        (("retry", "--all"), []),
+        (("verify",), {"checked": 0, "read_bytes": 0, "unknown": 0, "faults": [], "set_aside": 0}),
+        (("resume",), {"paused": False, "was_paused": False}),
+        (("audit", "verify"), {"lines": 0, "last": "0" * 64, "broken": None, "untold": 0}),
+        (("cancel", "1.2", "--yes"), []),
+        (("hold", "1.2"), {"study_uid": "1.2", "held": []}),
+        (("retry", "1.2"), []),
+        (("purge", "1.2", "--yes"), [{"study_uid": "1.2", "files": 0, "image_bytes": 0}]),
+    ],
+)
+def test_json_is_json_where_there_is_nothing(tmp_path, words, empty):
+    """A study without images where the command wants one; no line of words beside the document."""
+    with Store.open(StoreSettings(f"sqlite:///{tmp_path / 'salsa_node.sqlite'}"), create=True) as record:
+        if "1.2" in words:
+            record.add_instance(NewInstance("1.2.1.1", "1.2.1", "1.2", "1.5", "1.6", "p", "0" * 32, 9, "CT1"), T0)
+            record.complete_series(T0, T0)
+            record.study_assembled(record.study("1.2"), "", T0)
+            record.purge("1.2", "gone", T0, lambda _: None)
+    (tmp_path / "site.toml").write_text(f'[node]\ndata_dir = "{tmp_path}"\n')
+    told = CliRunner().invoke(command_line.app, [*words, "--json", "--config", str(tmp_path / "site.toml")])
+    assert told.exception is None or isinstance(told.exception, SystemExit), told.exception
+    assert json.loads(told.stdout) == empty
+
+
+@pytest.mark.parametrize("words", [("logs",), ("audit", "show")])
+def test_json_lines_of_nothing_are_none(tmp_path, words):
+    Store.open(StoreSettings(f"sqlite:///{tmp_path / 'salsa_node.sqlite'}"), create=True).close()
+    (tmp_path / "site.toml").write_text(f'[node]\ndata_dir = "{tmp_path}"\n')
+    told = CliRunner().invoke(command_line.app, [*words, "--json", "--config", str(tmp_path / "site.toml")])
+    assert (told.exit_code, told.stdout) == (0, "")
 
 
 def test_a_command_is_read_alone_and_a_wrong_one_among_all():
@@ -142,7 +213,6 @@ def test_a_store_that_is_not_there_yet_says_what_to_do(cli):
 
 
 def test_an_unknown_study_has_its_own_exit_code(cli, tmp_path):
-    from salsa_node.store import Store, StoreSettings
 
     (tmp_path / "data").mkdir()
     Store.open(StoreSettings(f"sqlite:///{tmp_path / 'data' / 'salsa_node.sqlite'}"), create=True).close()
@@ -270,8 +340,6 @@ def test_a_resend_says_whose_result_it_sends(cli, tmp_path):
 
     from test_store import STUDY, arrived, produced, queued
 
-    from salsa_node.store import Store, StoreSettings
-
     (tmp_path / "data").mkdir()
     now = datetime.now(UTC)
     with Store.open(StoreSettings(f"sqlite:///{tmp_path / 'data' / 'salsa_node.sqlite'}"), create=True) as store:
@@ -302,7 +370,7 @@ def test_a_rerun_that_cannot_work_queues_nothing_and_cancels_nothing(cli, tmp_pa
 
     from test_store import STUDY, an_instance
 
-    from salsa_node.store import RunState, Store, StoreSettings
+    from salsa_node.store import RunState
 
     (tmp_path / "data").mkdir()
     (tmp_path / "masks.nii.gz").write_bytes(b"")

@@ -239,6 +239,18 @@ def test_the_wait_doubles_up_to_its_limit_and_ends_after_the_last_attempt(
     assert states(store) == [SENT, SENT]
 
 
+@unreachable
+def test_the_last_attempt_is_made(step: Step, produced: Produced, store: Store) -> None:
+    produced("pacs")
+    nobody = Destination("pacs", "PACS", "127.0.0.1", 9)
+    for attempt in range(1, SETTINGS.max_attempts):
+        step(after(1000 * attempt), nobody)
+    assert states(store) == [PENDING, PENDING]
+    with a_pacs() as pacs:
+        step(after(9000), pacs.destination)
+    assert states(store) == [SENT, SENT]
+
+
 def test_a_wait_never_overflows() -> None:
     assert replace(SETTINGS, max_retry_s=3600).wait_s(10_000) == 3600
 
