@@ -8,6 +8,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 PART = ".part"  # what a file is called while it is written; such files mean nothing and may be removed
@@ -125,6 +126,16 @@ def remove(folder: Path, paths: Iterable[str]) -> None:
         if root not in file.resolve().parents:
             raise PermissionError(f"{path} does not lie in the folder whose files may be removed")
         file.unlink(missing_ok=True)
+
+
+def remove_empty(folder: Path) -> None:
+    """Take `folder` and what lies below it away, as far as that holds no file; none of it needs to be there.
+
+    For a folder into which nobody is about to put a file: whoever does so hears that it is gone, and tries again.
+    """
+    for parent, _, _ in os.walk(folder, topdown=False):
+        with suppress(OSError):  # it holds a file
+            Path(parent).rmdir()
 
 
 def sweep(folder: Path, older_than_s: float = 60.0) -> int:

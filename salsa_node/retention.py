@@ -64,6 +64,8 @@ def _forget(store: Store, data_dir: Path, until: datetime, now: datetime) -> str
             store.forget(uid, now, lambda paths: durable.remove(data_dir, paths))
         except IllegalTransition:
             continue  # its images are expected, something of it did not arrive, or it has the newest number
+        for kind in ("studies", "results"):
+            durable.remove_empty(data_dir / kind / uid)
         log.info("study forgotten", extra={"event": "study.forgotten"})
         store.forget_own(until)
         return uid

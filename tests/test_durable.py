@@ -112,6 +112,18 @@ def test_sweep_removes_only_parts_that_nobody_writes_any_more(tmp_path):
     assert durable.sweep(tmp_path / "absent") == 0
 
 
+def test_only_folders_without_a_file_go(tmp_path):
+    (tmp_path / "study" / "empty" / "deeper").mkdir(parents=True)
+    (tmp_path / "study" / "series").mkdir()
+    (tmp_path / "study" / "series" / "1.dcm").write_bytes(b"x")
+    durable.remove_empty(tmp_path / "study")
+    assert [path.name for path in tmp_path.rglob("*")] == ["study", "series", "1.dcm"]
+    (tmp_path / "study" / "series" / "1.dcm").unlink()
+    durable.remove_empty(tmp_path / "study")
+    durable.remove_empty(tmp_path / "study")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_staged_file_gets_the_name_that_nothing_has(tmp_path: Path) -> None:
     first, second = durable.Staged(tmp_path / "in"), durable.Staged(tmp_path / "in")
     for staged, content in ((first, b"first"), (second, b"second")):

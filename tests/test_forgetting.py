@@ -73,6 +73,9 @@ def test_the_rule_waits_for_its_days_and_for_the_files_to_be_gone(store, tmp_pat
     assert store.study("1.2").study_uid == "1.2"
     assert retention.step(store, tmp_path, ENDED, days(31)) == (None if files_stay else "1.2")
     assert {study.study_uid for study in store.studies(10)} == ({"1.2", "1.3"} if files_stay else {"1.3"})
+    assert sorted(path.name for path in tmp_path.glob("studies/*")) == (["1.2", "1.3"] if files_stay else ["1.3"])
+    if not files_stay:
+        assert not (tmp_path / "results" / "1.2").exists()
     assert retention.step(store, tmp_path, ENDED, days(31)) is None
 
 
