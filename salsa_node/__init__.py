@@ -152,7 +152,7 @@ room imports exactly what stands right of its arrow):
     cli_queue              <- audit config console options store
     cli_series             <- assembly audit candidate config console errors nifti options preflight series series_rules stacks store upright
     cli_upkeep             <- audit backup config console doctor errors integrity node_lock options preflight selftest store
-    cli_studies            <- audit config console durable errors options overview store
+    cli_studies            <- audit config console durable errors options overview retention store
     cli_quarantine         <- config console options overview store
     cli_models             <- config console errors model_cards model_fetch model_import model_manifest models options
     cases                  <- candidate errors nifti selection selection_rules series series_rules stacks volume

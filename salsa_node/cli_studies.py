@@ -211,6 +211,9 @@ def purge(
     as_json: AsJson = False,
     yes: Yes = False,
     results: Annotated[bool, typer.Option("--results", help="The result files too.")] = False,
+    forget: Annotated[
+        bool, typer.Option("--forget", help="The result files and the record of them too; the audit trail stays.")
+    ] = False,
 ) -> None:
     """Let the images of studies go; what came and what was found stays in the record."""
     data_dir = config.load(config_file).node.data_dir
@@ -220,12 +223,17 @@ def purge(
 
     with _store(config_file) as record:
         wanted = [record.study(name).study_uid for name in study]
-        what = "images and results" if results else "images"
+        what = "images, results and record" if forget else "images and results" if results else "images"
         ask(yes, as_json, f"remove the {what} of {len(wanted)} studies from this machine for good?")
         _trail(config_file).ordered("purge", wanted, datetime.now(UTC), what)
         told = []
         for uid in wanted:
-            files, size = record.purge(uid, "by hand", datetime.now(UTC), let_go, results=results)
+            files, size = record.purge(uid, "by hand", datetime.now(UTC), let_go, results=results or forget)
+            if forget:
+                from salsa_node import retention
+
+                record.forget(uid, datetime.now(UTC), let_go)
+                retention.remove_folders(data_dir, uid)
             told.append({"study_uid": uid, "files": files, "image_bytes": size})
     if as_json:
         console.put_json(told)

@@ -54,6 +54,12 @@ def step(
     return None
 
 
+def remove_folders(data_dir: Path, study_uid: str) -> None:
+    """Take the folders of a study away that is forgotten: their names tell which it was."""
+    for kind in ("studies", "results"):
+        durable.remove_empty(data_dir / kind / study_uid)
+
+
 def _forget(store: Store, data_dir: Path, until: datetime, now: datetime) -> str | None:
     """Take the first study without files whose last image came before `until` out of the record; its UID.
 
@@ -63,9 +69,8 @@ def _forget(store: Store, data_dir: Path, until: datetime, now: datetime) -> str
         try:
             store.forget(uid, now, lambda paths: durable.remove(data_dir, paths))
         except IllegalTransition:
-            continue  # its images are expected, something of it did not arrive, or it has the newest number
-        for kind in ("studies", "results"):
-            durable.remove_empty(data_dir / kind / uid)
+            continue  # its images are expected, or something of it did not arrive
+        remove_folders(data_dir, uid)
         log.info("study forgotten", extra={"event": "study.forgotten"})
         store.forget_own(until)
         return uid

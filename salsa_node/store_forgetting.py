@@ -27,8 +27,6 @@ from salsa_node.store_rows import (
 )
 from salsa_node.store_transaction import Transaction, transaction
 
-_NUMBERED = (RUNS, OBJECTS, DELIVERIES, EVENTS)  # a number that was given once is not given again
-
 
 class Forgetting(Queries):
     """The end of a study's rows; each method is one transaction."""
@@ -64,15 +62,14 @@ class Forgetting(Queries):
 
         remove: called once with the paths, relative to the data folder, of masks that no other study uses, before the
         rows go. Raises IllegalTransition, and changes nothing, where something of the study is under way or has not
-        arrived, where files of it are kept, and where it has the newest number of the record: that would be given
-        again. Raises UnknownStudy.
+        arrived, and where files of it are kept. Raises UnknownStudy. The number of its last run may be given again;
+        that of an event is not.
         """
         with transaction(self._writer) as t:
             require_idle(t, study_uid, results=True)
             _require_no_files(t, study_uid)
             runs = sa.select(RUNS.c.id).where(RUNS.c.study_uid == study_uid)
             t.event(now, None, "node", "record", "node.forgot", "a study, with all that the record told of it")
-            _require_older_numbers(t, study_uid, runs)
             remove(_masks_of_it_alone(t, study_uid))
             for table, theirs in (
                 (PIXEL_PHASES, PIXEL_PHASES.c.study_uid == study_uid),
@@ -115,21 +112,6 @@ def _require_no_files(t: Transaction, study_uid: str) -> None:
             f"files of study {study_uid} are kept here, and a record without them would make them nobody's; "
             "first: salsa-node purge --results, and see salsa-node quarantine"
         )
-
-
-def _require_older_numbers(t: Transaction, study_uid: str, runs: sa.Select[tuple[int]]) -> None:
-    """Raises IllegalTransition where the newest run, object, delivery or event of the record is of this study."""
-    for table in _NUMBERED:
-        theirs = table.c.run_id.in_(runs) if "run_id" in table.c else table.c.study_uid == study_uid
-        newest = t.connection.execute(sa.select(sa.func.max(table.c.id))).scalar()
-        if (
-            newest is not None
-            and t.connection.execute(sa.select(table.c.id).where(table.c.id == newest, theirs)).first()
-        ):
-            raise IllegalTransition(
-                f"study {study_uid} has the newest of the record's {table.name}, whose number would be given again; "
-                "it can go once another study was analysed"
-            )
 
 
 def _masks_of_it_alone(t: Transaction, study_uid: str) -> tuple[str, ...]:

@@ -244,6 +244,19 @@ def test_purge_lets_images_go_and_keeps_what_is_needed(store, cli, tmp_path):
         assert len(list((data / "studies" / needed).rglob("*.dcm"))) == 3
 
 
+def test_purge_forgets_a_study_wholly_when_told_to(store, cli, tmp_path):
+    data = tmp_path / "data"
+    assert cli("purge", QUEUED, "--yes", "--forget").returncode == 4
+    told = cli("purge", DONE, "--yes", "--forget", "--json")
+    assert (told.returncode, json.loads(told.stdout)[0]["files"]) == (0, 5)
+    assert cli("show", DONE).returncode == 4
+    assert store.events_of(DONE) == ()
+    assert not (data / "studies" / DONE).exists()
+    assert not (data / "results" / DONE).exists()
+    assert store.study(QUEUED).instances == 3
+    assert (data / "studies" / QUEUED).exists()
+
+
 def test_images_that_come_again_after_a_purge_are_kept_and_looked_at(store, tmp_path):
     data = tmp_path / "data"
     store.purge(DONE, "by hand", NOW, lambda paths: None)
