@@ -175,6 +175,27 @@ def test_the_dockerfile_copies_what_is_there_and_starts_what_exists():
         assert not (line.endswith("\\") and text.splitlines()[number + 1].lstrip().startswith("#"))
 
 
+def test_the_paths_within_the_containers_fit(compose):
+    text = (DEPLOY / "Dockerfile").read_text(encoding="utf-8")
+    settings = config.load(DEPLOY / "compose" / "salsa_node.toml")
+    pacs = json.loads((DEPLOY / "compose" / "orthanc.json").read_text())
+    (named,) = re.findall(r"SALSA_NODE_CONFIG=(\S+)", text)
+    (environment,) = re.findall(r"^COPY --from=build (\S+) \1$", text, re.MULTILINE)
+    assert f"COPY deploy/compose/salsa_node.toml {named}\n" in text
+    assert f"python -m venv {environment}\n" in text
+    assert text.count(f"PATH={environment}/bin:$PATH") == 2
+    for name in ("node", "node-gpu"):
+        service = compose["services"][name]
+        assert {volume.split(":")[1] for volume in service["volumes"]} == {named, str(settings.node.data_dir)}
+        built = DEPLOY / service["build"]["context"] / service["build"]["dockerfile"]
+        assert built.samefile(DEPLOY / "Dockerfile")
+        assert all(f"ARG {argument}=" in text for argument in service["build"]["args"])
+        assert (service["read_only"], service["cap_drop"]) == (True, ["ALL"])
+        assert service["security_opt"] == ["no-new-privileges:true"]
+    of_pacs = {volume.split(":")[1] for volume in compose["services"]["orthanc"]["volumes"]}
+    assert {*pacs["LuaScripts"], "/etc/orthanc/orthanc.json"} < of_pacs
+
+
 def test_the_same_wiring_brings_results_back_into_orthanc(tool, tmp_path):
     port = loopback.free_port()
     pacs = json.loads((DEPLOY / "compose" / "orthanc.json").read_text())

@@ -169,6 +169,13 @@ def test_in_the_shadow_a_sender_that_is_for_research_gets_its_results(store: Sto
         assert step(replace(SETTINGS, shadow=True, research=("lab",)), known) == [DeliveryState.SENT] * 2
 
 
+def test_in_the_shadow_without_research_nothing_is_sent(store: Store, tmp_path: Path, step: Step) -> None:
+    produce(store, tmp_path, ["pacs"])
+    with an_archive() as pacs:
+        assert step(replace(SETTINGS, shadow=True), pacs.destination()) == [DeliveryState.LEFT_OUT] * 2
+        assert pacs.taken == []
+
+
 def test_in_the_shadow_research_gets_what_goes_elsewhere_by_light() -> None:
     text = "[delivery]\nto = ['pacs']\nresearch = ['lab']\nshadow = {}\n" + "".join(
         f"[[destination]]\nname = '{name}'\nae_title = 'A'\nhost = 'h'\nport = 1\n" for name in ("pacs", "lab")
