@@ -6,15 +6,14 @@ import json
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pydicom
+from hearing import hearing
 from pydicom.dataset import Dataset
 from pynetdicom import AE, evt
 
@@ -41,31 +40,6 @@ def plant(path: Path, **more: str) -> None:
         setattr(ds, keyword, value)
     ds.add_new(0x00091001, "LO", "plantedprivate")
     ds.save_as(path)
-
-
-@contextmanager
-def hearing() -> Iterator[tuple[str, bytearray]]:
-    """A webhook that keeps every byte."""
-    heard = bytearray()
-
-    class Hear(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            heard.extend(self.rfile.read(int(self.headers["Content-Length"])))
-            self.send_response(200)
-            self.end_headers()
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Hear)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}/", heard
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 @contextmanager
@@ -118,7 +92,7 @@ def test_no_byte_that_leaves_names_the_patient(tmp_path):
     ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = f"{ds.SOPInstanceUID[:50]}.99"
     ds.save_as(other)
     with (
-        hearing() as (hook, heard),
+        hearing(bytes) as (hook, heard),
         indiscreet_archive() as archive_port,
         socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as syslog,
     ):
@@ -196,8 +170,8 @@ verify = "off"
     assert names == {PLANTED["PatientName"]}  # DICOM itself does name the patient
     clean("standard output or error of serve", node_log.read_bytes())
     assert b"run.produced" in node_log.read_bytes()
-    clean("the webhook", bytes(heard))
-    assert b"delivery.gave_up" in heard
+    clean("the webhook", b"".join(heard))
+    assert b"delivery.gave_up" in b"".join(heard)
     clean("syslog", bytes(datagrams))
     assert b"AuditMessage" in datagrams
     clean("the audit trail", (tmp_path / "data" / "audit" / "audit.jsonl").read_bytes())

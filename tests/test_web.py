@@ -8,12 +8,11 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+from hearing import hearing
 from prometheus_client.parser import text_string_to_metric_families
 from test_retention import arrive, finish
 
@@ -138,32 +137,8 @@ def test_figures_that_cannot_be_had_are_an_answer(tmp_path):
 # ---- notifications ----------------------------------------------------------------------------------
 
 
-@contextmanager
-def webhook(status: int = 200) -> Iterator[tuple[str, list[dict[str, str]]]]:
-    told: list[dict[str, str]] = []
-
-    class Hear(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            told.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response(status)
-            self.end_headers()
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Hear)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}/hook", told
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
-
-
 def test_people_are_told_of_what_needs_them_once(store, tmp_path):
-    with webhook() as (url, told):
+    with hearing(json.loads) as (url, told):
         notifier = Notifier(NotifySettings(webhook=url), tmp_path, "node1")
         assert notifier.step(store, NOW) is None  # the past is not told
         store.add_event("run", "7", "run.failed", "no memory", NOW, "1.2")
@@ -179,7 +154,7 @@ def test_people_are_told_of_what_needs_them_once(store, tmp_path):
 
 
 def test_templates_are_the_site_s(store, tmp_path):
-    with webhook() as (url, told):
+    with hearing(json.loads) as (url, told):
         words = " ".join(f"${name}" for name in FIELDS)
         notifier = Notifier(NotifySettings(events=("node",), webhook=url, subject="!", text=words), tmp_path, "node1")
         notifier.step(store, NOW)
@@ -200,14 +175,14 @@ def test_who_cannot_be_told_is_told_later_and_less_often(store, tmp_path, free_p
     with pytest.raises(DeliveryError):
         notifier.step(store, NOW + timedelta(seconds=61))
     assert notifier.step(store, NOW + timedelta(seconds=120)) is None
-    with webhook() as (url, told):
+    with hearing(json.loads) as (url, told):
         notifier.settings = NotifySettings(webhook=url)
         assert notifier.step(store, NOW + timedelta(seconds=200)) == 1
     assert len(told) == 1
 
 
 def test_a_webhook_is_not_told_again_because_the_e_mail_fails(store, tmp_path, free_port):
-    with webhook() as (url, told):
+    with hearing(json.loads) as (url, told):
         settings = NotifySettings(webhook=url, email_to=("admin@hospital.example",), smtp_port=free_port)
         notifier = Notifier(settings, tmp_path, "node1")
         notifier.step(store, NOW)
@@ -246,7 +221,7 @@ def test_what_is_no_http_is_a_failure(store, tmp_path):
 
 
 def test_a_webhook_that_refuses_is_a_failure(store, tmp_path):
-    with webhook(500) as (url, _):
+    with hearing(json.loads, 500) as (url, _):
         notifier = Notifier(NotifySettings(webhook=url), tmp_path, "node1")
         notifier.step(store, NOW)
         store.add_event("run", "7", "run.failed", "no memory", NOW, "1.2")
