@@ -14,6 +14,7 @@ import SimpleITK
 from typer.testing import CliRunner
 
 from salsa_node import assembly, nifti, phantom
+from salsa_node.audit import Trail
 from salsa_node.cli import app
 from salsa_node.errors import SalsaNodeError
 from salsa_node.series import inspect, read_volume
@@ -93,6 +94,7 @@ def test_select_queues_a_run_only_where_the_rules_lead_to_another_series(config:
         assert [run.series_uid for run in record.runs_of(study.study_uid)] == ["2.25.5.2", "2.25.5.3"]
         looks = record.looks_of(study.study_uid)
     assert [look.run_id for look in looks] == [1, 1, 2]
+    assert [entry.action for entry in Trail(config.parent / "data").entries()] == ["command.select"] * 2
     assert [look.scores[0]["series_number"] for look in looks] == [2, 2, 3]
 
 
@@ -120,6 +122,8 @@ def test_export_writes_the_analysed_series_voxel_for_voxel_and_nobodys_name(
     file = tmp_path / "out" / "ct.nii.gz"
     told = json.loads(_called("export", study.study_uid, "--config", config, "--output", file, "--json"))
     assert (told["series_uid"], told["resampled"]) == ("2.25.5.2", False)
+    (entry,) = Trail(tmp_path / "data").entries()
+    assert (entry.action, entry.study_uid, entry.detail) == ("access.export", study.study_uid, "series 2.25.5.2")
     expected = read_volume(inspect(sorted((tmp_path / "data").glob("2-*"))))
     written = nifti.read_ct(file)
     assert written.grid.matches(expected.grid)

@@ -28,6 +28,7 @@ from pydicom.uid import (
 from pynetdicom import AE, build_context, evt
 
 from salsa_node import cli_fetch, fetch, loopback, way_web
+from salsa_node.audit import Trail
 from salsa_node.errors import DeliveryError, DestinationRefused
 from salsa_node.fetch import Brought, Wanted
 from salsa_node.intake import Intake
@@ -228,6 +229,9 @@ port = {pacs.dicom_port}
     assert "they are fetched from query" in again.stderr
     assert kept(store, data_dir) == {uid: data_set(content) for uid, content in sent.items()}
     assert "study.fetched" in [event.name for event in store.events_of(STUDY)]
+    assert [(entry.action, entry.study_uid) for entry in Trail(data_dir).entries()] == [
+        (f"command.{word}", STUDY) for word in ("fetch", "purge", "fetch", "rerun")
+    ]
 
 
 def test_an_archive_that_offers_nothing_says_what_to_allow(intake: Intake) -> None:

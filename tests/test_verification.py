@@ -120,9 +120,11 @@ def test_an_archive_that_indexes_late_gets_nothing_twice(store: Store, tmp_path:
     with an_archive() as pacs:
         node(T0, pacs.destination())
         pacs.held.clear()
-        node(after(10), pacs.destination())
+        for at in (10, 30):  # absent twice is not lost yet
+            node(after(at), pacs.destination())
         pacs.held = {SEG, SR}
-        node(after(30), pacs.destination())
+        node(after(70), pacs.destination())
+    assert pacs.found == 6
     assert standing(store) == [(VERIFIED, "C-FIND")] * 2
     assert pacs.uids == [SEG, SR]
 
