@@ -123,16 +123,17 @@ room imports exactly what stands right of its arrow):
     overview               <- failures store
     selftest               <- config durable errors loopback overview phantom settings store
     node_lock              <- config errors store
-    doctor                 <- config errors loopback node_lock overview preflight settings store ways
+    reserve                <-
+    doctor                 <- config errors loopback node_lock overview preflight reserve settings store ways
     audit                  <- errors store
     backup                 <- audit durable errors store
     retention              <- durable errors overview settings store
     integrity              <- durable store
     audit_message          <- audit durable errors settings tls
     web                    <- errors settings
-    monitoring             <- errors overview store web
+    monitoring             <- errors overview reserve store web
     notification           <- durable errors settings store
-    node                   <- assembly audit audit_message commitment config delivery disk_trouble durable errors failures integrity listener log monitoring node_lock notification pacs_count preflight retention store supervisor verification web
+    node                   <- assembly audit audit_message commitment config delivery disk_trouble durable errors failures integrity listener log monitoring node_lock notification pacs_count preflight reserve retention store supervisor verification web
     console                <-
     dicom_ct               <- errors uids volume
     offline                <- analysis candidate config criteria dicom_ct dicom_result errors findings log nifti picture pipelines selection series stacks uids upright volume
@@ -152,7 +153,7 @@ room imports exactly what stands right of its arrow):
     cli_queue              <- audit config console options store
     cli_series             <- assembly audit candidate config console errors nifti options preflight series series_rules stacks store upright
     cli_upkeep             <- audit backup config console doctor errors integrity node_lock options preflight selftest store
-    cli_studies            <- audit config console durable errors options overview retention store
+    cli_studies            <- audit config console durable errors options overview reserve retention store
     cli_quarantine         <- config console options overview store
     cli_models             <- config console errors model_cards model_fetch model_import model_manifest models options
     cases                  <- candidate errors nifti selection selection_rules series series_rules stacks volume

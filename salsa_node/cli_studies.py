@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from salsa_node import config, console, durable
+from salsa_node import config, console, durable, reserve
 from salsa_node.errors import ConfigError
 from salsa_node.options import EXIT_NO, AsJson, ConfigFile, Since, StudyName, Until, Yes, ask, moment
 
@@ -221,6 +221,8 @@ def purge(
     def let_go(paths: Sequence[str]) -> None:
         durable.remove(data_dir, paths)
 
+    if reserve.give_back(data_dir):
+        console.note("the disk is full: the room that was kept for this is given back, the node keeps some again later")
     with _store(config_file) as record:
         wanted = [record.study(name).study_uid for name in study]
         what = "images, results and record" if forget else "images and results" if results else "images"

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import sqlalchemy as sa
 
-from salsa_node import loopback, overview, preflight, ways
+from salsa_node import loopback, overview, preflight, reserve, ways
 from salsa_node.config import Config
 from salsa_node.errors import SalsaNodeError
 from salsa_node.node_lock import is_running
@@ -25,7 +25,6 @@ from salsa_node.store import Sought, Store, StoreSettings
 _GIB = 2**30
 _CLOCK_SLACK = timedelta(minutes=2)
 _STUCK_AFTER = timedelta(hours=1)
-_LEAST_GIB = 0.05  # the record's own files grow by so much between two looks
 _ECHO_S = 5.0  # nobody waits longer for a doctor
 
 
@@ -81,9 +80,10 @@ def _disk(config: Config, free_bytes: Callable[[Path], int]) -> Check:
     there = next(folder for folder in (data_dir, *data_dir.parents) if folder.exists())
     free, least = free_bytes(there) / _GIB, config.listener.min_free_gib
     detail = f"{free:.1f} GiB left for {data_dir}"
-    if free < _LEAST_GIB:
-        then = "nothing can be kept, the record cannot be written: make room outside the data folder first"
-        return Check("disk", ok=False, detail=f"{detail}; {then}")
+    if free < reserve.NOTHING_BYTES / _GIB:
+        then = "nothing can be kept, the record cannot be written: "
+        kept = "room is laid by for salsa-node purge" if reserve.is_laid_by(data_dir) else ""
+        return Check("disk", ok=False, detail=f"{detail}; {then}{kept or 'make room outside the data folder first'}")
     if free < least:
         then = "salsa-node purge, [retention], or a larger disk"
         return Check("disk", ok=False, detail=f"{detail}; below {least:g} GiB images are refused: {then}")

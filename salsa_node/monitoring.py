@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Protocol
 
-from salsa_node import __version__
+from salsa_node import __version__, reserve
 from salsa_node.errors import StoreError
 from salsa_node.overview import statistics
 from salsa_node.store import DeliveryState, RunState, Store
@@ -95,7 +95,7 @@ def examine(
     except OSError as error:
         faults.append(f"node.data_dir cannot be read ({error.strerror}); is its disk mounted?")
         return Health(tuple(faults))
-    if free < min_free_gib * _GIB:
+    if free < max(min_free_gib * _GIB, reserve.NOTHING_BYTES):
         faults.append(f"{free / _GIB:.1f} GiB left: images are refused; salsa-node purge, or see [retention]")
     return Health(tuple(faults))
 

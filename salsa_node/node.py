@@ -33,6 +33,7 @@ from salsa_node import (
     node_lock,
     notification,
     preflight,
+    reserve,
     retention,
     verification,
 )
@@ -90,15 +91,24 @@ def serve(config: Config, config_path: Path | None) -> None:
             loop.ask_to_stop()
         for loop, worker in zip(loops, workers, strict=False):
             loop.join()  # before its worker goes, or it would be started again
-            worker.stop()
+            with _left_to_the_next_start("run not returned"):
+                worker.stop()
         for loop in loops:
             loop.join(config.worker.stop_grace_s)  # a silent peer may hold a delivery longer; its lease runs out
-        store.add_event("node", host, "node.stopped", "", _now())
-        try:
+        with _left_to_the_next_start("stop not noted"):
+            store.add_event("node", host, "node.stopped", "", _now())
+        with _left_to_the_next_start("audit trail not complete"):
             audit.Trail(config.node.data_dir).take(store, _now())
-        except ConfigError as error:  # the next start does it
-            log.error("audit trail not complete", extra={"event": "audit.failed", "error": str(error)})
         log.info("stopped", extra={"event": "node.stopped"})
+
+
+@contextmanager
+def _left_to_the_next_start(what: str) -> Iterator[None]:
+    """A record or a disk that cannot be written keeps no node from stopping."""
+    try:
+        yield
+    except SalsaNodeError as error:
+        log.error(what, extra={"event": "node.stop_failed", "error": str(error)})
 
 
 @contextmanager
@@ -120,6 +130,7 @@ def _record(config: Config) -> Iterator[Store]:
             store.release_owner(None, _now())
             left = durable.sweep(data_dir / INCOMING, older_than_s=0.0)  # the door's alone, and it is shut
             left += durable.sweep(data_dir)
+        reserve.lay_by(data_dir)
         log.info("record open", extra={"event": "node.record", "interrupted_writes_removed": left})
         yield store
 
@@ -128,8 +139,15 @@ def _own_copy(config: Config, config_path: Path | None) -> Path | None:
     """The config as it is now, for the worker process: an edit counts from the next start on, for both alike."""
     if config_path is None:
         return None
-    copy = config.node.data_dir / f"running-{config.listener.port}-{socket.gethostname()}.toml"
-    durable.write(copy, [config_path.read_bytes()])
+    data_dir = config.node.data_dir
+    copy = data_dir / f"running-{config.listener.port}-{socket.gethostname()}.toml"
+    try:
+        durable.write(copy, [config_path.read_bytes()])
+    except OSError as error:
+        raise ConfigError(
+            f"node.data_dir: {data_dir} cannot be written ({error.strerror}); is its disk full or read-only? "
+            "salsa-node doctor tells, salsa-node purge makes room"
+        ) from error
     return copy
 
 
@@ -154,6 +172,9 @@ def _loops(store: Store, config: Config, workers: Sequence[WorkerProcess]) -> tu
         return commitment.step(store, config.delivery, config.destination, data_dir, now)
 
     def let_go(now: datetime) -> object | None:
+        if config.retention.min_free_gib > 0 and reserve.give_back(data_dir):
+            log.warning("the disk is full: the reserve is given back", extra={"event": "node.reserve"})
+        reserve.lay_by(data_dir)
         return retention.step(store, data_dir, config.retention, now)
 
     def compare(now: datetime) -> object | None:
