@@ -88,9 +88,19 @@ def forged(line: str) -> str:
     return json.dumps(asdict(entry) | {"sha256": _digest(entry)})
 
 
+def linked(line: str, to: str) -> str:
+    """Hung by hand onto another line before it, its own digest left as it was."""
+    return json.dumps(json.loads(line) | {"before": json.loads(to)["sha256"]})
+
+
 @pytest.mark.parametrize(
     ("spoil", "told", "good"),
     [
+        (
+            lambda lines: [*lines[:2], forged(lines[2]), linked(lines[3], forged(lines[2])), *lines[4:]],
+            "line 4 has been changed",
+            3,
+        ),
         (lambda lines: [*lines[:2], forged(lines[2]), *lines[3:]], "before line 4", 3),
         (lambda lines: [*lines[:2], changed(lines[2]), *lines[3:]], "line 3 has been changed", 2),
         (lambda lines: [*lines[:2], *lines[3:]], "before line 3", 2),

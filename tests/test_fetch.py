@@ -20,6 +20,8 @@ import typer
 from made_series import HEADER, made
 from orthanc import Pacs
 from pydicom.uid import (
+    CTImageStorage,
+    ExplicitVRLittleEndian,
     KeyObjectSelectionDocumentStorage,
     RawDataStorage,
     XRayRadiationDoseSRStorage,
@@ -337,6 +339,54 @@ def test_many_studies_are_asked_about_and_a_machine_is_not(tmp_path: Path, monke
     monkeypatch.setattr(fetch, "find", lambda *_: found[1:])
     cli_fetch.fetch(patient="P", config_file=tmp_path / "node.toml")
     assert len(asked) == 1
+    monkeypatch.setattr(cli_fetch, "bring", lambda *_: Brought("C-GET", 5, 1))
+    with pytest.raises(SystemExit) as ended:
+        cli_fetch.fetch(patient="P", config_file=tmp_path / "node.toml")
+    assert ended.value.code == 1, "not all of it came"
+
+
+def test_what_an_archive_could_not_send_is_counted() -> None:
+    def ask(_: pydicom.Dataset) -> Iterator[tuple[pydicom.Dataset, None]]:
+        for status, went, missed in ((0xFF00, 3, 0), (0xFF00, 3, 1), (0xB000, 4, 2)):
+            told = pydicom.Dataset()
+            told.Status = status
+            told.NumberOfCompletedSuboperations, told.NumberOfFailedSuboperations = went, missed
+            yield told, None
+
+    series = [fetch._CtSeries("1.1", 6), fetch._CtSeries("1.2", 6)]
+    source = Destination("archive", "ARCHIVE", "127.0.0.1", 104)
+    assert fetch._retrieved(source, "C-MOVE", STUDY, series, ask) == (8, 4)
+
+
+def test_what_we_did_not_keep_is_counted_though_the_archive_does_not_say_so(
+    intake: Intake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By C-GET: an archive's own count may pass over what it was refused."""
+    ae = AE("ARCHIVE")
+    ae.add_supported_context(fetch.GET)
+    ae.add_supported_context(CTImageStorage, ExplicitVRLittleEndian, scu_role=True, scp_role=True)
+
+    def send(_: evt.Event) -> Iterator[object]:
+        yield 1
+        ds = pydicom.Dataset()
+        ds.file_meta = pydicom.dataset.FileMetaDataset()
+        ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        ds.SOPClassUID, ds.SOPInstanceUID = CTImageStorage, "1.2.3"  # of no study
+        yield 0xFF00, ds
+
+    server = ae.start_server(("127.0.0.1", 0), block=False, evt_handlers=[(evt.EVT_C_GET, send)])  # type: ignore[arg-type]
+    assert server is not None
+    source = Destination("archive", "ARCHIVE", "127.0.0.1", server.server_address[1])
+
+    def careless_count(*words: object) -> tuple[int, int]:
+        ds = pydicom.Dataset()
+        ds.QueryRetrieveLevel, ds.StudyInstanceUID = "STUDY", STUDY
+        return len(list(words[-1](ds))), 0  # type: ignore[operator]
+
+    monkeypatch.setattr(fetch, "_retrieved", careless_count)
+    brought = fetch._by_get(source, STUDY, [fetch._CtSeries("1.1", 1)], intake, "SALSA_NODE", 10)
+    ae.shutdown()
+    assert brought == Brought("C-GET", 0, 1)
 
 
 def test_a_series_of_another_study_is_left_there(intake: Intake) -> None:
