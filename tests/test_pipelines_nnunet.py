@@ -122,6 +122,22 @@ def test_the_way_a_volume_is_stored_changes_nothing(
     assert np.array_equal(found.labels, turned(axial))
 
 
+def test_the_spacing_is_turned_as_the_voxels_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sagittal series: its slices lie along the axis that is a column of what nnU-Net sees."""
+    affine = np.array([[2.0, 0, 0, 0], [0, 0, 0.7, 0], [0, -1.5, 0, 0], [0, 0, 0, 1]])
+    grid = Grid((4, 6, 8), affine)
+    assert grid.spacing_mm == (2.0, 1.5, 0.7)
+    lowres, seen = network("lowres"), []
+
+    def noted(_: Network, image: Any, spacing_mm: list[float], __: Any) -> Any:
+        seen.append((image.shape, spacing_mm))
+        return np.zeros(image.shape[1:], dtype=np.uint8)
+
+    monkeypatch.setattr(Network, "predict_array", noted)
+    assert lowres.predict(CtVolume(np.zeros(grid.shape, dtype=np.int16), grid)).labels.shape == grid.shape
+    assert seen == [((1, 6, 8, 4), [1.5, 0.7, 2.0])]
+
+
 def test_a_cascade_needs_the_stage_before_and_nothing_else_takes_one(phantom: Phantom) -> None:
     with pytest.raises(PipelineError, match="a previous stage is needed by a cascade"):
         network("cascade").predict(phantom.ct)
@@ -506,6 +522,33 @@ def test_the_highest_logit_names_the_label_as_in_nnunets_export(finer: float) ->
     )
     assert len(np.unique(expected)) == heads
     np.testing.assert_array_equal(lowres._labels(logits, properties), expected)
+
+
+@pytest.mark.parametrize("regions", [False, True])
+def test_labels_lie_where_nnunets_export_puts_them(regions: bool) -> None:
+    """With plans that turn the axes, three different spacings and a black border that nnU-Net cuts off first."""
+    from nnunetv2.inference import export_prediction
+    from nnunetv2.utilities.label_handling.label_handling import LabelManager
+
+    lowres = network("lowres")
+    predictor = lowres._predictor
+    predictor.plans_manager.plans |= {"transpose_forward": [1, 2, 0], "transpose_backward": [2, 0, 1]}
+    if regions:
+        predictor.label_manager = LabelManager({"background": 0, "liver": [1, 2], "lesion": 2}, [1, 2])
+    rng = np.random.default_rng(5)
+    image = rng.normal(size=(1, 12, 14, 16)).astype(np.float32)
+    image[:, :3], image[:, :, :1], image[:, :, :, 10:] = 0, 0, 0
+    spacing_mm = [mm * finer for mm, finer in zip(lowres.spacing_mm, (0.6, 0.8, 1.3), strict=True)]
+    channels, _, properties = lowres.preprocess(image, None, spacing_mm)
+    assert properties["bbox_used_for_cropping"] == [[1, 14], [0, 10], [3, 12]], "in the order of the plans"
+    logits = torch.from_numpy(rng.normal(size=(2, *channels.shape[1:])).astype(np.float16))
+    expected = export_prediction.convert_predicted_logits_to_segmentation_with_correct_shape(
+        logits.float(), predictor.plans_manager, predictor.configuration_manager, predictor.label_manager, properties
+    )
+    assert expected.shape == image.shape[1:]
+    assert np.unique(expected).tolist() == ([0, 1, 2] if regions else [0, 1])
+    found = lowres._labels(logits, properties)
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_numbers_that_are_not_finite_are_refused() -> None:
