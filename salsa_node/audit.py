@@ -28,7 +28,7 @@ from salsa_node.store import Event, Store
 log = logging.getLogger(__name__)
 
 FILE = Path("audit") / "audit.jsonl"
-SENT = FILE.with_name("sent")  #: up to which line a collector has it
+SENT = FILE.with_name("sent")  #: number and digest of the last line that a collector has
 NOBODY_BEFORE = "0" * 64  #: what the first line holds in place of the digest before it
 #: events of the record that are an access to a study, a transfer of one, or the node's own life
 AUDITED: Final = (

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import socket
 import ssl
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,28 +127,42 @@ def _secured(plain: socket.socket, settings: AuditSettings, host: str) -> ssl.SS
 
 @dataclass(slots=True)
 class Collector:
-    """Sends the trail on, each line once; remembers in the data folder how far it has sent."""
+    """Sends the trail on, each line once; all again where lines were cut off, for what stands in their place is new.
+
+    Remembers in the data folder which line it sent last. read_bytes, last: how far it has read, and that line's digest.
+    """
 
     settings: AuditSettings
     data_dir: Path
     read_bytes: int = 0
+    last: str = ""
 
     def step(self, trail: Trail) -> int | None:
         """Send what is new; the number of the last line, None where there is nothing. Raises DeliveryError."""
-        if not self.settings.syslog or trail.size_bytes == self.read_bytes:
+        size = trail.size_bytes
+        if not self.settings.syslog or size == self.read_bytes:
             return None
-        if trail.size_bytes < self.read_bytes:  # it was cut: begin again
-            self.read_bytes = 0
-        file = self.data_dir / SENT
-        sent = int(file.read_text()) if file.exists() else 0
         lines, read_bytes = trail.read(self.read_bytes)
-        new = [entry for entry in lines if entry.number > sent]
-        last = send(new, self.settings) if new else 0
+        hangs_on = lines[0].before if lines else None
+        if size < self.read_bytes or (self.read_bytes and read_bytes > self.read_bytes and hangs_on != self.last):
+            lines, read_bytes = trail.read()
+        new = self._unsent(lines)
+        if new:
+            send(new, self.settings)
+            durable.write(self.data_dir / SENT, [f"{new[-1].number} {new[-1].sha256}".encode()])
         self.read_bytes = read_bytes
-        if not last:
-            return None
-        durable.write(file, [str(last).encode()])
-        return last
+        if lines:
+            self.last = lines[-1].sha256
+        return new[-1].number if new else None
+
+    def _unsent(self, lines: Sequence[Entry]) -> Sequence[Entry]:
+        """Those behind the last that was sent; all where that is not among them: they come after it, or it was cut."""
+        file = self.data_dir / SENT
+        number, _, digest = (file.read_text() if file.exists() else "0").partition(" ")
+        for at, entry in enumerate(lines):
+            if entry.number == int(number) and digest in ("", entry.sha256):  # "": as 0.1 wrote it at first
+                return lines[at + 1 :]
+        return lines
 
 
 def _coded(parent: ET.Element, tag: str, code: str, meaning: str) -> None:

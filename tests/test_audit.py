@@ -315,6 +315,36 @@ def test_a_collector_over_tls_must_show_a_good_certificate(trail, tmp_path, show
     assert b"".join(taken).count(b"<AuditMessage>") == (6 if shown == "server" else 0)
 
 
+@pytest.mark.parametrize("restarted", [False, True])
+@pytest.mark.parametrize("left", [3, 4, 5])
+def test_what_stands_in_the_place_of_lines_that_were_cut_off_is_sent_too(trail, store, tmp_path, left, restarted):
+    """Nobody hides from the collector what he cut off: it hears of the cut, whatever number that line has now."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind(("127.0.0.1", 0))
+        settings = AuditSettings(syslog=f"udp://127.0.0.1:{sock.getsockname()[1]}")
+        collector = audit_message.Collector(settings, tmp_path)
+        assert collector.step(trail) == 6
+        file = tmp_path / FILE
+        file.write_text("".join(file.read_text().splitlines(keepends=True)[:left]))
+        trail.take(store, T0)
+        if restarted:
+            collector = audit_message.Collector(settings, tmp_path)
+        for _ in range(2):
+            assert collector.step(trail) == len(trail.entries())
+            assert collector.step(trail) is None
+            trail.accessed("show", "1.2", T0)
+        sock.setblocking(False)
+        heard = []
+        with suppress(BlockingIOError):
+            while True:
+                heard.append(sock.recv(65536))
+    *told, _ = [audit_message.message(entry, "SALSA_NODE").encode() for entry in trail.entries()]
+    assert [line for line in told if not any(line in one for one in heard)] == []
+    assert b"audit.cut: " in b"".join(told)
+    assert heard[-1].endswith(told[-1])
+    assert len(heard) == (8 if left == 5 else 13)  # the sixth of the first time was written again as it was
+
+
 def test_a_collector_that_is_down_gets_all_of_it_later(trail, tmp_path, free_port):
     settings = AuditSettings(syslog=f"tcp://127.0.0.1:{free_port}")
     collector = audit_message.Collector(settings, tmp_path)
