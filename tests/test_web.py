@@ -181,6 +181,35 @@ def test_who_cannot_be_told_is_told_later_and_less_often(store, tmp_path, free_p
     assert len(told) == 1
 
 
+def test_the_wait_of_who_cannot_be_told_ends_at_an_hour(store, tmp_path, free_port):
+    notifier = Notifier(NotifySettings(webhook=f"http://127.0.0.1:{free_port}/"), tmp_path, "node1")
+    notifier.step(store, NOW)
+    store.add_event("run", "7", "run.failed", "no memory", NOW, "1.2")
+    now = NOW
+    waits = []
+    for _ in range(9):
+        with pytest.raises(DeliveryError):
+            notifier.step(store, now)
+        waits.append(round((notifier.not_before - now).total_seconds() / 60))
+        now = notifier.not_before
+    assert waits == [1, 2, 4, 8, 16, 32, 60, 60, 60]
+    assert notifier.step(store, now - timedelta(minutes=1)) is None
+
+
+def test_many_events_are_told_in_several_messages_and_none_is_left_out(store, tmp_path):
+    with hearing(json.loads) as (url, told):
+        notifier = Notifier(NotifySettings(webhook=url, subject="!", text="$number"), tmp_path, "node1")
+        notifier.step(store, NOW)
+        for n in range(120):
+            store.add_event("run", str(n), "run.failed", "no memory", NOW, "1.2")
+        store.add_event("node", "here", "node.tested", "nobody's concern", NOW)
+        counts = [notifier.step(store, NOW) for _ in range(4)]
+    assert counts == [50, 50, 20, None]
+    assert " ".join(one["text"] for one in told).replace("(and 49 more)", "").replace("(and 19 more)", "").split() == [
+        word for start in (0, 50, 100) for word in ("!", *(str(n) for n in range(start, min(start + 50, 120))))
+    ]
+
+
 def test_a_webhook_is_not_told_again_because_the_e_mail_fails(store, tmp_path, free_port):
     with hearing(json.loads) as (url, told):
         settings = NotifySettings(webhook=url, email_to=("admin@hospital.example",), smtp_port=free_port)
