@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,14 @@ import raw_scu
 from postgres import a_database
 from pydicom.uid import ExplicitVRLittleEndian
 
-from salsa_node import loopback, overview, phantom
+from salsa_node import loopback, node, overview, phantom
+from salsa_node.config import Config
 from salsa_node.instance_header import CONTENT_CONFLICT, SUCCESS
 from salsa_node.intake import Incoming, Intake, Request
+from salsa_node.listener import INCOMING
 from salsa_node.notes import Notes
 from salsa_node.overview import Standing
+from salsa_node.settings import NodeSettings
 from salsa_node.store import RunState, Store, StoreSettings
 
 WAIT_S = 240.0
@@ -69,6 +74,28 @@ def test_a_zero_byte_in_a_header_is_no_reason_to_refuse_an_image_for_ever(
         come.write([raw_scu.image("2.25.4", SERIES, uid, 1, 8, patient_id="MA\0DE").content])
         assert door.take(come) == (SUCCESS, "")
         assert store.study("2.25.4").patient_id == "MA DE"
+
+
+def test_a_node_that_starts_leaves_alone_what_another_machine_is_at(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Its leases, and the files that it is writing; what lies half written since days goes."""
+    settings = replace(Config(), node=NodeSettings(tmp_path / "data", a_database(request)))
+    writing, left = (tmp_path / "data" / INCOMING / f"{name}.part" for name in ("writing", "left"))
+    writing.parent.mkdir(parents=True)
+    for file in (writing, left):
+        file.write_bytes(b"half")
+    os.utime(left, (0, 0))
+    with Store.open(StoreSettings(settings.store_url)) as store:
+        door = Intake(store, tmp_path / "data", Notes(store, clock), clock)
+        assert door.take(incoming(door, 8))[0] == SUCCESS
+        store.complete_series(clock(), clock())
+        store.study_assembled(store.study("2.25.4"), "", clock())
+        run = store.queue_run("2.25.4", "demo", "d", clock())
+        assert store.claim_run("another machine", 60, clock()) is not None
+        with node._record(settings):
+            assert (writing.exists(), left.exists()) == (True, False)
+        assert (store.run(run.id).state, store.run(run.id).lease_owner) == (RunState.RUNNING, "another machine")
 
 
 def clock() -> datetime:
