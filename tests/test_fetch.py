@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from io import BytesIO
@@ -31,13 +32,14 @@ from pynetdicom import AE, build_context, evt
 
 from salsa_node import cli_fetch, fetch, loopback, way_web
 from salsa_node.audit import Trail
-from salsa_node.errors import DeliveryError, DestinationRefused
+from salsa_node.config import Config
+from salsa_node.errors import ConfigError, DeliveryError, DestinationRefused
 from salsa_node.fetch import Brought, Wanted
 from salsa_node.intake import Intake
 from salsa_node.listener import Listener
 from salsa_node.notes import Notes
-from salsa_node.settings import Destination, ListenerSettings
-from salsa_node.store import Store, StoreSettings
+from salsa_node.settings import Destination, ListenerSettings, NodeSettings, QuerySettings
+from salsa_node.store import NewInstance, Store, StoreSettings
 from salsa_node.way_dicom import FIND
 
 T0 = datetime(2026, 11, 21, 12, 0, tzinfo=UTC)
@@ -343,6 +345,31 @@ def test_many_studies_are_asked_about_and_a_machine_is_not(tmp_path: Path, monke
     with pytest.raises(SystemExit) as ended:
         cli_fetch.fetch(patient="P", config_file=tmp_path / "node.toml")
     assert ended.value.code == 1, "not all of it came"
+
+
+def test_a_rerun_fetches_what_is_gone_and_does_with_what_is_left_where_there_is_no_archive(
+    store: Store, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.add_instance(NewInstance("1.2.1.1", "1.2.1", "1.2", "1.5", "1.6", "kept.dcm", "0" * 32, 4, "CT1"), T0)
+    study = store.study("1.2")
+    alone = replace(Config(), node=NodeSettings(data_dir))
+    beside_an_archive = replace(alone, query=QuerySettings("ARCHIVE"))
+    asked: list[str] = []
+    monkeypatch.setattr(cli_fetch, "bring", lambda settings, record, archive, uid: asked.append(uid))
+    data_dir.mkdir(exist_ok=True)
+    (data_dir / "kept.dcm").write_bytes(b"here")
+    assert cli_fetch.brought_back(beside_an_archive, store, study) == study
+    assert asked == []
+    (data_dir / "kept.dcm").unlink()
+    assert cli_fetch.brought_back(alone, store, study) == study
+    assert asked == []
+    assert cli_fetch.brought_back(beside_an_archive, store, study) == study
+    assert asked == ["1.2"]
+    store.complete_series(LATER, LATER)
+    store.study_assembled(study, "", LATER)
+    store.purge("1.2", "by hand", LATER, lambda _: None)
+    with pytest.raises(ConfigError, match=r"were purged here; no archive to fetch from: configure \[query\]"):
+        cli_fetch.brought_back(alone, store, store.study("1.2"))
 
 
 def test_what_an_archive_could_not_send_is_counted() -> None:
