@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from salsa_node import config, console, durable, reserve
-from salsa_node.errors import ConfigError
+from salsa_node.errors import ConfigError, StoreError
 from salsa_node.options import EXIT_NO, AsJson, ConfigFile, Since, StudyName, Until, Yes, ask, moment
+
+_GIVEN_BACK = "the disk is full: the room that was laid by for this is given back; make more by salsa-node purge"
 
 if TYPE_CHECKING:  # the record's rooms take longer to import than most commands to answer
     from salsa_node.audit import Trail
@@ -222,7 +224,7 @@ def purge(
         durable.remove(data_dir, paths)
 
     if reserve.give_back(data_dir):
-        console.note("the disk is full: the room that was kept for this is given back, the node keeps some again later")
+        console.note(_GIVEN_BACK)
     with _store(config_file) as record:
         wanted = [record.study(name).study_uid for name in study]
         what = "images, results and record" if forget else "images and results" if results else "images"
@@ -247,7 +249,15 @@ def purge(
 def _store(config_file: Path | None) -> Store:
     from salsa_node.store import Store, StoreSettings
 
-    return Store.open(StoreSettings(config.load(config_file).store_url))
+    loaded = config.load(config_file)
+    settings = StoreSettings(loaded.store_url)
+    try:
+        return Store.open(settings)
+    except StoreError:  # on a full disk SQLite cannot even be read where no node runs
+        if not reserve.give_back(loaded.node.data_dir):
+            raise
+        console.note(_GIVEN_BACK)
+        return Store.open(settings)
 
 
 def _trail(config_file: Path | None) -> Trail:

@@ -51,19 +51,28 @@ log = logging.getLogger(__name__)
 
 _SAY_AGAIN_S = 60.0
 CLOCK_S = 30.0  # how often it is looked whether the clock was set back
+SECOND_SIGNAL_S = 1.0  # signals closer together count as one: a terminal and a wrapper may both send it
 SHARED_SWEEP_S = 86400.0  # another machine may be writing what is younger
 
 
 def serve(config: Config, config_path: Path | None) -> None:
-    """Run a node until SIGTERM or SIGINT; what is unfinished goes on at the next start.
+    """Run a node until SIGTERM or SIGINT, a second one ends it at once; what is unfinished goes on at the next start.
 
     config_path: the file that `config` came from; None for the defaults.
-    Raises ConfigError where the node cannot start: folder not writable or in use, port taken, weights missing.
+    Raises ConfigError where the node cannot start: folder not writable or in use, port taken, weights missing, its
+    record lost.
     """
     stop = threading.Event()
+    asked_s: list[float] = []
 
     def ask_to_stop(signum: int, _: FrameType | None) -> None:
-        log.info("stopping", extra={"event": "node.stopping", "signal": signal.Signals(signum).name})
+        name = signal.Signals(signum).name
+        asked_s.append(time.monotonic())
+        if asked_s[-1] - asked_s[0] > SECOND_SIGNAL_S:
+            log.warning("ended at once; what was under way goes on at the next start", extra={"event": "node.ended"})
+            os._exit(128 + signum)
+        told = f"stopping; what is being sent is finished first, {name} again ends it at once"
+        log.info(told, extra={"event": "node.stopping", "signal": name})
         stop.set()
 
     for signum in (signal.SIGTERM, signal.SIGINT):
@@ -123,6 +132,7 @@ def _record(config: Config) -> Iterator[Store]:
         stack.enter_context(node_lock.only_node(config))
         if not settings.is_shared:
             stack.enter_context(hold(settings))
+            _require_no_lost_record(settings, data_dir)
         store = stack.enter_context(Store.open(settings, create=True))
         if settings.is_shared:
             left = durable.sweep(data_dir, SHARED_SWEEP_S)
@@ -133,6 +143,20 @@ def _record(config: Config) -> Iterator[Store]:
         reserve.lay_by(data_dir)
         log.info("record open", extra={"event": "node.record", "interrupted_writes_removed": left})
         yield store
+
+
+def _require_no_lost_record(settings: StoreSettings, data_dir: Path) -> None:
+    """Raises ConfigError where images or results lie in the data folder and the record that would name them is gone."""
+    file = settings.file
+    if file.is_file() and file.stat().st_size:
+        return
+    kept = [name for name in ("studies", "results") if (data_dir / name).is_dir() and any((data_dir / name).iterdir())]
+    if kept:
+        found = "empty" if file.is_file() else "not there"
+        raise ConfigError(
+            f"the record {file} is {found}, and {' and '.join(kept)} in {data_dir} hold what it named: "
+            "bring it back (salsa-node restore), correct node.store_url, or move them away to begin anew"
+        )
 
 
 def _own_copy(config: Config, config_path: Path | None) -> Path | None:

@@ -46,6 +46,11 @@ class StoreSettings:
         """Whether nodes on several machines may hold it at once; their leases then run out by themselves alone."""
         return _parsed(self.url).get_backend_name() == "postgresql"
 
+    @property
+    def file(self) -> Path:
+        """Where a record in SQLite lies. Raises ConfigError where the url names no file."""
+        return _file(self.url)
+
 
 def connect(settings: StoreSettings, *, create: bool) -> sa.Engine:
     """The database behind those settings. Raises ConfigError for an unusable url, StoreError where no file is.

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
-from salsa_node import node, node_lock
+from salsa_node import loopback, node, node_lock
 from salsa_node.config import Config, parse
 from salsa_node.errors import ConfigError, StoreError
 from salsa_node.settings import ListenerSettings, NodeSettings, WorkerSettings
@@ -64,6 +70,53 @@ def test_a_start_frees_what_a_dead_node_leased_and_lifts_no_pause(config):
         claimed = store.claim_run("worker", 60.0, T0)
         assert claimed is not None
         assert claimed.id == run.id
+
+
+@pytest.mark.parametrize("left", ["nothing", "an empty file"])
+def test_a_node_does_not_begin_anew_beside_images_whose_record_is_lost(config, left):
+    with node._record(config):
+        pass
+    record = config.node.data_dir / "salsa_node.sqlite"
+    for file in record.parent.glob(f"{record.name}*"):
+        file.unlink()
+    (config.node.data_dir / "studies" / "1.2").mkdir(parents=True)
+    if left == "an empty file":
+        record.touch()
+    with pytest.raises(ConfigError, match="salsa-node restore"), node._record(config):
+        pass
+    (config.node.data_dir / "studies").rename(config.node.data_dir / "away")
+    with node._record(config):
+        pass
+
+
+def test_a_second_signal_ends_a_node_that_is_held_up_and_two_at_once_are_one(tmp_path):
+    """A worker that stands still holds up the first."""
+    file, log, port = tmp_path / "site.toml", tmp_path / "log", loopback.free_port()
+    file.write_text(
+        f'[node]\ndata_dir = "{tmp_path / "data"}"\n[listener]\nport = {port}\nmin_free_gib = 0.0\n'
+        '[pipeline]\nname = "demo"\n[worker]\nstop_grace_s = 600.0\n'
+    )
+    command = [sys.executable, "-m", "salsa_node", "serve", "--config", str(file)]
+    with log.open("w") as sink, subprocess.Popen(command, stdout=sink, stderr=sink) as process:
+        children: list[str] = []
+        while not (children and loopback.echoes(port)):
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.2)
+            tasks = Path(f"/proc/{process.pid}/task").glob("*/children")
+            children = [child for task in tasks for child in task.read_text().split()]
+        for child in children:
+            os.kill(int(child), signal.SIGSTOP)  # it will not end when it is asked to
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGINT)
+        time.sleep(2.0)
+        assert process.poll() is None, "two at once are one"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 128 + signal.SIGINT
+        for child in children:
+            with suppress(ProcessLookupError):
+                os.kill(int(child), signal.SIGKILL)
+    assert "SIGINT again ends it at once" in log.read_text()
+    assert "goes on at the next start" in log.read_text()
 
 
 def test_each_node_of_a_shared_record_is_seen_by_the_commands_beside_it_and_no_other(tmp_path):

@@ -60,6 +60,8 @@ def test_nothing_can_be_purged_on_a_full_disk_without_it_and_with_it_the_images_
     (data_dir / reserve.NAME).rename(disk / "elsewhere")
     assert salsa_node(site, "purge", "--yes", STUDY).returncode == 5, "the very thing it is for"
     (disk / "elsewhere").rename(data_dir / reserve.NAME)
+    listed = salsa_node(site, "studies", "--state", "done", "--uids")
+    assert (listed.returncode, listed.stdout.split()) == (0, [STUDY]), listed.stderr
     told = salsa_node(site, "purge", "--yes", STUDY)
     assert (told.returncode, "files removed" in told.stdout) == (0, True), told.stderr
     assert not reserve.is_laid_by(data_dir)
