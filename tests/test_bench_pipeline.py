@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
 
+import psutil
 import pytest
 
 BENCH = Path(__file__).parents[1] / "scripts" / "bench_pipeline"
@@ -34,3 +37,20 @@ def test_our_way_is_measured_stage_by_stage(bench: ModuleType, tmp_path: Path) -
     (tmp_path / "upstream_warm").mkdir()
     (tmp_path / "ours_cold" / "lesions.nii.gz").rename(tmp_path / "upstream_warm" / "scan_SALSA.nii.gz")
     assert bench.agreement(tmp_path) == 1.0
+
+
+def test_what_is_measured_ends_with_an_interrupted_bench(
+    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[int] = []
+
+    @contextmanager
+    def interrupted(pid: int) -> Iterator[list[float]]:
+        started.append(pid)
+        raise KeyboardInterrupt
+        yield [0.0]
+
+    monkeypatch.setattr(bench.chain, "watched", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        bench.in_a_process("ours", tmp_path, mirroring=False)
+    assert not psutil.pid_exists(started[0])

@@ -25,7 +25,7 @@ from salsa_node.errors import ConfigError, DeviceExhausted, PipelineError
 from salsa_node.models import CHECKPOINT, ModelFolder, demo_models_dir
 from salsa_node.models import DEMO_STAGES as STAGES
 from salsa_node.phantom import Phantom, Recipe, make
-from salsa_node.pipelines import nnunet, sliding_window
+from salsa_node.pipelines import device, nnunet, sliding_window
 from salsa_node.pipelines.device import (
     Placement,
     choose_device,
@@ -400,6 +400,34 @@ def test_a_gpu_steps_down_to_results_beside_it_then_to_the_cpu() -> None:
 
 
 @pytest.mark.parametrize(
+    ("quota", "expected"),
+    [("max 100000", 8), ("150000 100000", 2), ("50000 100000", 1), ("1600000 100000", 8), ("", 8)],
+)
+def test_the_cores_are_those_that_a_container_may_use(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, quota: str, expected: int
+) -> None:
+    """Bound to eight; the quota is in microseconds of them."""
+    file = tmp_path / "cpu.max"
+    if quota:
+        file.write_text(f"{quota}\n")
+    monkeypatch.setattr(device, "_QUOTA", file)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    assert device.cores() == expected
+
+
+def test_torch_starts_no_more_threads_than_there_are_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    try:
+        for asked, cores, expected in ((4, 2, 2), (1, 2, 1)):
+            torch.set_num_threads(asked)
+            monkeypatch.setattr(device, "cores", lambda cores=cores: cores)
+            network("lowres")
+            assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
     ("axes", "shape"), [((), (20, 40, 70)), ((), (50, 30, 64)), ((0, 2), (20, 30, 40)), ((1,), (20, 40, 70))]
 )
 def test_the_window_slides_as_nnunets_does_bit_for_bit(axes: tuple[int, ...], shape: tuple[int, int, int]) -> None:
@@ -526,7 +554,7 @@ def test_the_highest_logit_names_the_label_as_in_nnunets_export(finer: float) ->
 
 @pytest.mark.parametrize("regions", [False, True])
 def test_labels_lie_where_nnunets_export_puts_them(regions: bool) -> None:
-    """With plans that turn the axes, three different spacings and a black border that nnU-Net cuts off first."""
+    """Plans that turn the axes, slices so thick that each is resampled by itself, and a black border that is cut off."""
     from nnunetv2.inference import export_prediction
     from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
@@ -538,7 +566,7 @@ def test_labels_lie_where_nnunets_export_puts_them(regions: bool) -> None:
     rng = np.random.default_rng(5)
     image = rng.normal(size=(1, 12, 14, 16)).astype(np.float32)
     image[:, :3], image[:, :, :1], image[:, :, :, 10:] = 0, 0, 0
-    spacing_mm = [mm * finer for mm, finer in zip(lowres.spacing_mm, (0.6, 0.8, 1.3), strict=True)]
+    spacing_mm = [mm * finer for mm, finer in zip(lowres.spacing_mm, (0.6, 0.8, 4.0), strict=True)]
     channels, _, properties = lowres.preprocess(image, None, spacing_mm)
     assert properties["bbox_used_for_cropping"] == [[1, 14], [0, 10], [3, 12]], "in the order of the plans"
     logits = torch.from_numpy(rng.normal(size=(2, *channels.shape[1:])).astype(np.float16))

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 
 from salsa_node.errors import ConfigError
 
-os.environ.setdefault("nnUNet_def_n_proc", str(max(1, min(8, os.cpu_count() or 1))))  # nnU-Net reads it at import
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of processors in each so many, or "max"
+
+
+def cores() -> int:
+    """Processors that this process may keep busy: those it is bound to, or a container's quota where that is less."""
+    bound = len(os.sched_getaffinity(0))
+    try:
+        quota, period = _QUOTA.read_text().split()
+    except (OSError, ValueError):
+        return bound
+    return bound if quota == "max" else max(1, min(bound, math.ceil(int(quota) / int(period))))
+
+
+os.environ.setdefault("nnUNet_def_n_proc", str(min(8, cores())))  # nnU-Net reads it at import
 
 _EXHAUSTED = (  # of torch's CPU allocator and of the libraries below it, which have no type of their own for it
     "out of memory",
@@ -62,6 +77,14 @@ def placements(device: torch.device) -> tuple[Placement, ...]:
 def all_places(*places: str) -> str:
     """Where the networks of one run were computed, each place once, in words."""
     return "; ".join(dict.fromkeys(places))
+
+
+def use_no_more_than_cores() -> None:
+    """Let torch start no more threads than `cores`: of a container's quota it knows nothing, and would wait for them.
+
+    Fewer, as `OMP_NUM_THREADS` may have asked for, stay fewer.
+    """
+    torch.set_num_threads(min(torch.get_num_threads(), cores()))
 
 
 def cpu_has_bfloat16() -> bool:

@@ -32,7 +32,14 @@ from salsa_node.errors import ConfigError, DeviceExhausted, PipelineError
 from salsa_node.models import ModelFolder
 from salsa_node.pipelines import Flag, sliding_window
 from salsa_node.pipelines import plans as plans_file
-from salsa_node.pipelines.device import Placement, cpu_has_bfloat16, is_exhaustion, placements, release
+from salsa_node.pipelines.device import (
+    Placement,
+    cpu_has_bfloat16,
+    is_exhaustion,
+    placements,
+    release,
+    use_no_more_than_cores,
+)
 from salsa_node.volume import CtVolume, Grid, LabelVolume
 
 log = logging.getLogger(__name__)
@@ -126,6 +133,7 @@ class Network:
         self.forget()
         self._engine = engine
         self._compiled: torch.nn.Module | None = None
+        use_no_more_than_cores()
         with _quiet():
             _define_missing_torchvision_operators()
             try:
