@@ -554,7 +554,7 @@ def test_the_highest_logit_names_the_label_as_in_nnunets_export(finer: float) ->
 
 @pytest.mark.parametrize("regions", [False, True])
 def test_labels_lie_where_nnunets_export_puts_them(regions: bool) -> None:
-    """Plans that turn the axes, slices so thick that each is resampled by itself, and a black border that is cut off."""
+    """Plans that turn the axes, slices so thick that each is resampled by itself, and a black border, cut off."""
     from nnunetv2.inference import export_prediction
     from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
