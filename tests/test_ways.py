@@ -73,12 +73,14 @@ class Web:
 
     code: of every answer where it is no 200; reasons: SOP Instance UID -> failure reason; warnings: the same.
     careless: QIDO-RS finds all that it holds, whatever was asked for.
+    elsewhere: where an answer that is no 200 says to go.
     """
 
     port: int = 0
     scheme: str = "http"
     code: int = 200
     careless: bool = False
+    elsewhere: str = ""
     wants: str = ""
     reasons: dict[str, int] = field(default_factory=dict)
     warnings: dict[str, int] = field(default_factory=dict)
@@ -118,6 +120,8 @@ def a_web(context: object = None) -> Iterator[Web]:
             self.send_response(code)
             self.send_header("Content-Type", "application/dicom+json")
             self.send_header("Content-Length", str(len(body)))
+            if web.elsewhere:
+                self.send_header("Location", web.elsewhere)
             self.end_headers()
             self.wfile.write(body)
 
@@ -234,6 +238,22 @@ def test_what_http_says_is_told_with_what_to_do(
     assert [row.state for row in rows] == [state, state]
     assert words in str(rows[0].last_error)
     assert SECRET not in f"{rows} {events(store)}"
+
+
+@pytest.mark.parametrize("code", [302, 307, 308])
+def test_nothing_goes_where_nobody_configured_it(
+    store: Store, tmp_path: Path, node: Turn, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """Neither where a service would send us on to, nor by way of a proxy of the environment."""
+    produce(store, tmp_path, ["pacs"])
+    with a_web() as web, a_web() as other:
+        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{other.port}")
+        monkeypatch.setenv("no_proxy", "")
+        web.code, web.elsewhere = code, f"{other.destination.url}studies"
+        rows = node(T0, web.destination)
+        assert [row.state for row in rows] == [PENDING, PENDING]
+        assert f"HTTP {code} without a word" in str(rows[0].last_error)
+        assert (len(web.seen), other.seen) == (2, [])
 
 
 @pytest.mark.parametrize("kind", ["basic", "bearer"])
