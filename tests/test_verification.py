@@ -160,6 +160,20 @@ def test_no_answer_is_asked_for_so_often_and_then_stays_unverified(
     assert pacs.found == (5 if mode == "find fails" else 0)
 
 
+def test_the_time_between_two_questions_doubles_up_to_its_limit(store: Store, tmp_path: Path, node: Turn) -> None:
+    produce(store, tmp_path, ["pacs"])
+    asked = []
+    with an_archive() as pacs:
+        node(T0, pacs.destination())
+        pacs.find_status = 0xC001
+        while (due := store.deliveries_of(1)[0].check_at) is not None:
+            asked.append((due - T0).total_seconds())
+            node(due - timedelta(seconds=1), pacs.destination())
+            node(due, pacs.destination())
+            assert pacs.found == len(asked)
+    assert asked == [10, 30, 70, 150, 250]
+
+
 def test_a_peer_that_refuses_the_query_for_now_is_asked_again(store: Store, tmp_path: Path, node: Turn) -> None:
     produce(store, tmp_path, ["pacs"])
     with an_archive() as pacs:
