@@ -7,6 +7,7 @@ import logging
 import smtplib
 import ssl
 import string
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -91,12 +92,18 @@ class Notifier:
             _mail(self.settings, *self._words(events))
 
     def _words(self, events: Sequence[Event]) -> tuple[str, str]:
-        """Subject and text."""
+        """Subject and text; what befell several objects alike is one line, at the time of the first."""
         subject = string.Template(self.settings.subject).substitute(self._values(events[0]))
-        if len(events) > 1:
-            subject += f" (and {len(events) - 1} more)"
-        body = "\n".join(string.Template(self.settings.text).substitute(self._values(event)) for event in events)
-        return subject, body
+        text, counts, lines = string.Template(self.settings.text), Counter[str](), dict[str, str]()
+        for event in events:
+            values = self._values(event)
+            alike = text.substitute(values | {"at": ""})
+            counts[alike] += 1
+            lines.setdefault(alike, text.substitute(values))
+        if len(lines) > 1:
+            subject += f" (and {len(lines) - 1} more)"
+        told = (f"{line}  ({counts[alike]} times)" if counts[alike] > 1 else line for alike, line in lines.items())
+        return subject, "\n".join(told)
 
     def _values(self, event: Event) -> dict[str, str]:
         values = (event.at.isoformat(timespec="seconds"), event.name, event.study_uid or "", event.subject,

@@ -18,6 +18,7 @@ from salsa_node.outgoing import PLAIN, Outgoing, Reference, in_syntax
 from salsa_node.requestor import accepts, associated
 from salsa_node.settings import Destination
 
+_LABEL_MAP: Final = "1.2.840.10008.5.1.4.1.1.66.7"  # Label Map Segmentation Storage (Supplement 243)
 FIND: Final = "1.2.840.10008.5.1.4.1.2.2.1"  # Study Root Query/Retrieve Information Model - FIND
 _SOP_CLASS_NOT_SUPPORTED = 0x0122  # PS3.7 C.5.6: the same answer tomorrow
 _ALREADY_THERE = 0x0111  # PS3.7 C.5.8, duplicate SOP instance: what an interrupted delivery meets the second time
@@ -46,9 +47,8 @@ class DicomWay:
         name, sop_class = self._destination.name, outgoing.sop_class_uid
         syntax = next((one for one in _syntaxes(outgoing) if accepts(self._assoc, sop_class, one)), None)
         if syntax is None:
-            raise FormRefused(
-                f"{name}: does not accept {sop_class.name} as {outgoing.syntax.name}; allow this SOP class there"
-            )
+            tried = ", ".join(one.name for one in _syntaxes(outgoing))
+            raise FormRefused(f"{name}: does not accept {_named(sop_class)} as {tried}; allow this SOP class there")
         what = outgoing.path if syntax == outgoing.syntax else in_syntax(outgoing, syntax)
         if not self._assoc.is_established:
             raise DeliveryError(f"{name}: the association ended before the object was sent")
@@ -61,6 +61,11 @@ class DicomWay:
             raise DeliveryError(f"{name}: the association ended without an answer to C-STORE")
         changed = f"sent as {syntax.name}" if syntax != outgoing.syntax else None
         return status, _note(name, status) or changed
+
+
+def _named(sop_class: UID) -> str:
+    """Its name; the library's dictionary has none for the youngest."""
+    return f"Label Map Segmentation Storage ({sop_class})" if sop_class == _LABEL_MAP else str(sop_class.name)
 
 
 def _note(name: str, status: int) -> str | None:

@@ -261,7 +261,8 @@ def test_a_refused_context_gives_up_in_words_and_sends_the_rest(step: Step, prod
         step(T0, pacs.destination)
     assert states(store) == [GAVE_UP, SENT]
     assert store.deliveries_of(1)[0].last_error == (
-        "pacs: does not accept Segmentation Storage as Explicit VR Little Endian; allow this SOP class there"
+        "pacs: does not accept Segmentation Storage as Explicit VR Little Endian, "
+        "Implicit VR Little Endian; allow this SOP class there"
     )
 
 
@@ -586,7 +587,7 @@ def test_a_crash_between_sending_and_noting_sends_the_same_object_again(
 def test_a_lease_lost_half_way_is_left_to_its_new_owner_and_told_once(
     step: Step, produced: Produced, store: Store, caplog: pytest.LogCaptureFixture, last: int | str
 ) -> None:
-    caplog.set_level(logging.INFO, "salsa_node.delivery")
+    caplog.set_level(logging.INFO, "salsa_node")
     produced("pacs")
     with a_pacs() as pacs:
         pacs.answers = {SR: last}

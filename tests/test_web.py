@@ -210,6 +210,23 @@ def test_many_events_are_told_in_several_messages_and_none_is_left_out(store, tm
     ]
 
 
+def test_what_befell_all_objects_of_a_study_alike_is_one_line(store, tmp_path):
+    with hearing(json.loads) as (url, told):
+        notifier = Notifier(NotifySettings(webhook=url), tmp_path, "node1")
+        notifier.step(store, NOW)
+        for n in range(9):
+            at = NOW + timedelta(seconds=n)
+            store.add_event("delivery", str(n), "delivery.gave_up", "nobody listens there", at, "1.2")
+        store.add_event("delivery", "9", "delivery.gave_up", "nobody listens there", NOW, "1.3")
+        assert notifier.step(store, NOW) == 10
+    at = NOW.isoformat(timespec="seconds")
+    assert told == [{
+        "text": "salsa-node: delivery.gave_up (and 1 more)\n"
+        f"{at}  delivery.gave_up  nobody listens there  study 1.2  (9 times)\n"
+        f"{at}  delivery.gave_up  nobody listens there  study 1.3"
+    }]  # fmt: skip
+
+
 def test_a_webhook_is_not_told_again_because_the_e_mail_fails(store, tmp_path, free_port):
     with hearing(json.loads) as (url, told):
         settings = NotifySettings(webhook=url, email_to=("admin@hospital.example",), smtp_port=free_port)
