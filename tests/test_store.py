@@ -529,6 +529,21 @@ def test_a_delivery_is_retried_given_up_and_sent_again_when_asked(store: Store) 
     assert len(store.claim_deliveries("d", 60, after(10000))) == 2
 
 
+def test_a_retry_has_all_its_attempts_again_and_goes_at_once(store: Store) -> None:
+    arrived(store)
+    queued(store)
+    produced(store)
+    for row in store.claim_deliveries("s", 60, T0):
+        store.delivery_failed(row.id, "s", None, "nobody listens", after(1000), T0)
+    for row in store.claim_deliveries("s", 60, after(1000)):
+        assert row.attempt == 2
+        store.give_up(row.id, "s", None, "nobody listens", after(1000))
+    assert store.claim_deliveries("s", 60, after(9999)) == ()
+    _, due = store.retry(STUDY, T0)
+    assert len(due) == len(OBJECTS)
+    assert [row.attempt for row in store.claim_deliveries("s", 60, T0)] == [1] * len(OBJECTS)
+
+
 def test_resend_reaches_a_destination_that_was_not_there_before(store: Store) -> None:
     arrived(store)
     queued(store)
