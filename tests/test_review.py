@@ -112,6 +112,15 @@ def test_a_person_holds_one_study_before_its_result_is_there(store: Store, tmp_p
         assert step(SETTINGS, pacs.destination()) == [DeliveryState.SENT] * 2
 
 
+def test_what_failed_before_it_was_held_goes_at_once_when_it_is_released(store: Store, tmp_path: Path) -> None:
+    produce(store, tmp_path, ["pacs"])
+    for row in store.claim_deliveries("s", 60, T0):
+        store.delivery_failed(row.id, "s", None, "nobody listens", T0 + timedelta(hours=1), T0)
+    store.hold_study(STUDY, T0)
+    assert len(store.release_study(STUDY, T0)) == 2
+    assert [row.attempt for row in store.claim_deliveries("s", 60, T0)] == [1, 1]
+
+
 def test_nothing_can_be_released_before_there_is_a_result(store: Store, tmp_path: Path) -> None:
     produce(store, tmp_path, ["pacs"])
     with pytest.raises(UnknownStudy):

@@ -396,6 +396,23 @@ def test_an_authority_that_is_no_file_is_named(store: Store, tmp_path: Path, nod
 # ---- a folder ---------------------------------------------------------------------------------------
 
 
+def test_what_a_folder_s_disk_does_not_take_wholly_is_not_there(
+    store: Store, tmp_path: Path, node: Turn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    produce(store, tmp_path, ["share"])
+    share = tmp_path / "share"
+    share.mkdir()
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    rows = node(T0, Destination("share", folder=str(share)))
+    assert [row.state for row in rows] == [PENDING, PENDING]
+    assert "No space left on device" in str(rows[0].last_error)
+    assert [path for path in share.rglob("*") if path.is_file()] == []
+
+
 def test_a_folder_gets_the_very_files(store: Store, tmp_path: Path, node: Turn) -> None:
     produce(store, tmp_path, ["share"])
     share = tmp_path / "share"
