@@ -20,6 +20,7 @@ from salsa_node import task_identity
 from salsa_node.errors import WeightsMissing
 
 CHECKPOINT = "checkpoint_final.pth"
+_WEIGHTS = f"fold_0/{CHECKPOINT}"
 MANIFEST: Final = "manifest.json"  #: of an installed model, beside the folders of its networks; see `model_manifest`
 DEMO_STAGES = {
     "liver": "liver/nnUNetTrainer__nnUNetPlans__3d_fullres",
@@ -47,37 +48,34 @@ OPTION_TASKS: Final[Mapping[str, Mapping[str, tuple[int, ...]]]] = {
 
 @dataclass(frozen=True, slots=True)
 class ModelFolder:
-    """One trained configuration: `dataset.json`, `plans.json` and `fold_N/checkpoint_final.pth`.
+    """One trained configuration: `dataset.json`, `plans.json` and `fold_0/checkpoint_final.pth`.
+
+    Of several folds the first alone decides, as SALSA and TotalSegmentator have it.
 
     Raises WeightsMissing where one of them is absent, empty, or, for the two JSON files, not JSON.
     """
 
     path: Path
-    folds: tuple[int, ...] = (0,)
 
     def __post_init__(self) -> None:
         missing = [file.relative_to(self.path).as_posix() for file in self.files if not _has_content(file)]
         if missing:
             raise WeightsMissing(
                 f"the model folder {self.path} lacks {', '.join(missing)}; an nnU-Net v2 model folder holds "
-                f"dataset.json, plans.json and {self._fold_file(self.folds[0])}"
+                f"dataset.json, plans.json and {_WEIGHTS}"
             )
         for name in ("dataset.json", "plans.json"):
             _read_json(self.path / name)
 
-    def _fold_file(self, fold: int) -> str:
-        return f"fold_{fold}/{CHECKPOINT}"
-
     @property
     def files(self) -> tuple[Path, ...]:
         """Every file that decides what the network answers."""
-        names = ("dataset.json", "plans.json", *(self._fold_file(fold) for fold in self.folds))
-        return tuple(self.path / name for name in names)
+        return tuple(self.path / name for name in ("dataset.json", "plans.json", _WEIGHTS))
 
     @property
-    def checkpoints(self) -> tuple[Path, ...]:
-        """The weights, one file a fold."""
-        return self.files[2:]
+    def checkpoint(self) -> Path:
+        """The weights."""
+        return self.path / _WEIGHTS
 
     @property
     def dataset(self) -> dict[str, object]:
@@ -277,14 +275,14 @@ def _salsa_folders(models_dir: Path | None) -> dict[str, ModelFolder]:
 
 
 def _whole(path: Path, mend: str) -> ModelFolder:
-    """The model folder, none of its checkpoints cut off. Raises WeightsMissing with what mends it."""
+    """The model folder, its checkpoint not cut off. Raises WeightsMissing with what mends it."""
     try:
         folder = ModelFolder(path)
     except WeightsMissing as exc:
         raise WeightsMissing(f"{exc}; {mend}") from exc
-    for file in folder.checkpoints:
-        if _is_cut_off(file):
-            raise WeightsMissing(f"{file} is cut off after {file.stat().st_size} bytes; {mend}")
+    file = folder.checkpoint
+    if _is_cut_off(file):
+        raise WeightsMissing(f"{file} is cut off after {file.stat().st_size} bytes; {mend}")
     return folder
 
 

@@ -32,7 +32,7 @@ def make_folder(path: Path, labels: str = '{"background": 0}') -> Path:
 def test_a_whole_folder_tells_its_files_and_hashes(tmp_path: Path) -> None:
     folder = ModelFolder(make_folder(tmp_path / "model"))
     assert folder.dataset == {"labels": {"background": 0}}
-    assert folder.checkpoints == (tmp_path / "model" / "fold_0" / "checkpoint_final.pth",)
+    assert folder.checkpoint == tmp_path / "model" / "fold_0" / "checkpoint_final.pth"
     assert folder.sha256() == {
         "dataset.json": hashlib.sha256(b'{"labels": {"background": 0}}').hexdigest(),
         "plans.json": hashlib.sha256(b"{}").hexdigest(),
@@ -45,7 +45,7 @@ def test_a_file_that_changed_after_the_model_was_installed_is_not_run(tmp_path: 
     recorded = {f"a__b__3d_lowres/{name}": sha for name, sha in folder.sha256().items()}
     (tmp_path / "salsa" / "manifest.json").write_text(json.dumps({"files": recorded}))
     assert len(folder.sha256()) == 3
-    folder.checkpoints[0].write_bytes(b"Weights")
+    folder.checkpoint.write_bytes(b"Weights")
     with pytest.raises(WeightsMissing, match=r"checkpoint_final\.pth changed since the model was installed"):
         folder.sha256()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import json
 import os
@@ -552,8 +553,8 @@ def test_the_highest_logit_names_the_label_as_in_nnunets_export(finer: float) ->
     np.testing.assert_array_equal(lowres._labels(logits, properties), expected)
 
 
-@pytest.mark.parametrize("regions", [False, True])
-def test_labels_lie_where_nnunets_export_puts_them(regions: bool) -> None:
+@pytest.mark.parametrize(("regions", "by_torch"), [(False, True), (False, False), (True, False)])
+def test_labels_lie_where_nnunets_export_puts_them(regions: bool, by_torch: bool) -> None:
     """Plans that turn the axes, slices so thick that each is resampled by itself, and a black border, cut off."""
     from nnunetv2.inference import export_prediction
     from nnunetv2.utilities.label_handling.label_handling import LabelManager
@@ -561,6 +562,11 @@ def test_labels_lie_where_nnunets_export_puts_them(regions: bool) -> None:
     lowres = network("lowres")
     predictor = lowres._predictor
     predictor.plans_manager.plans |= {"transpose_forward": [1, 2, 0], "transpose_backward": [2, 0, 1]}
+    if not by_torch:  # as nnU-Net plans it; the demo's plans ask for torch
+        predictor.configuration_manager.configuration |= {
+            "resampling_fn_probabilities": "resample_data_or_seg_to_shape",
+            "resampling_fn_probabilities_kwargs": {"is_seg": False, "order": 1, "order_z": 0, "force_separate_z": None},
+        }
     if regions:
         predictor.label_manager = LabelManager({"background": 0, "liver": [1, 2], "lesion": 2}, [1, 2])
     rng = np.random.default_rng(5)
@@ -583,6 +589,28 @@ def test_numbers_that_are_not_finite_are_refused() -> None:
     image = torch.full((1, 48, 48, 64), float("nan"))
     with pytest.raises(PipelineError, match="not finite"):
         network("lowres").logits(image)
+
+
+def test_the_weights_lie_in_memory_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the network; those that were read, mapped from the file, are let go of."""
+    read, kept = nnunet._read_checkpoint, []
+
+    def noted(file: Path) -> dict[str, Any]:
+        found = read(file)
+        kept.extend(weakref.ref(tensor) for tensor in found["network_weights"].values())
+        return found
+
+    monkeypatch.setattr(nnunet, "_read_checkpoint", noted)
+    lowres = network("lowres")
+    gc.collect()
+    assert len(kept) == len(lowres.module.state_dict()) > 0
+    assert not [ref for ref in kept if ref() is not None]
+
+
+def test_the_engine_is_what_the_settings_say_whatever_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("nnUNet_compile", "true")
+    monkeypatch.setattr(torch, "compile", lambda _: torch.nn.Identity())
+    assert isinstance(network("lowres").module, PlainConvUNet)
 
 
 def test_plans_of_the_old_format_load_too(liver_copy: Path) -> None:

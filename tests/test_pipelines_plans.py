@@ -137,7 +137,7 @@ def test_plans_in_the_old_format_are_read(changed: Callable[..., ModelFolder]) -
     layers = {"conv_op": torch.nn.Conv3d, "norm_op": torch.nn.InstanceNorm3d, "nonlin": torch.nn.LeakyReLU}
     new = PlainConvUNet(1, num_classes=2, **design["arch_kwargs"] | layers | {"deep_supervision": False})
     checkpoint = {"network_weights": new.state_dict(), "init_args": {"configuration": "3d_lowres"}}
-    torch.save(checkpoint, folder.checkpoints[0])
+    torch.save(checkpoint, folder.checkpoint)
     plans = folder.plans
     to_old_format(plans)
     (folder.path / "plans.json").write_text(json.dumps(plans))

@@ -382,11 +382,11 @@ def _build_predictor(folder: ModelFolder, device: torch.device, mirroring: bool,
     from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-    checkpoints = [_read_checkpoint(file) for file in folder.checkpoints]
+    checkpoint = _read_checkpoint(folder.checkpoint)
     dataset = folder.dataset
     try:
         plans = PlansManager(folder.plans)
-        configuration = plans.get_configuration(checkpoints[0]["init_args"]["configuration"])
+        configuration = plans.get_configuration(checkpoint["init_args"]["configuration"])
         plans_file.check(plans.plans, configuration.configuration, folder.path.name)
         if len(configuration.patch_size) != 3:
             raise PipelineError(f"{folder.path.name} is a {len(configuration.patch_size)}-D network; 3-D is expected")
@@ -399,8 +399,7 @@ def _build_predictor(folder: ModelFolder, device: torch.device, mirroring: bool,
             allow_init=False,
             deep_supervision=False,
         )
-        weights = [checkpoint["network_weights"] for checkpoint in checkpoints]
-        network.load_state_dict(weights[0])
+        network.load_state_dict(checkpoint["network_weights"])
     except MISFITS as exc:
         if isinstance(exc, RuntimeError) and is_exhaustion(exc):
             raise
@@ -415,11 +414,10 @@ def _build_predictor(folder: ModelFolder, device: torch.device, mirroring: bool,
         allow_tqdm=False,
     )
     torch.backends.cudnn.benchmark = benchmarks
-    axes = checkpoints[0].get("inference_allowed_mirroring_axes")
-    predictor.manual_initialization(
-        network, plans, configuration, weights, dataset, checkpoints[0].get("trainer_name", "nnUNetTrainer"), axes
-    )
-    network.to(device)
+    axes = checkpoint.get("inference_allowed_mirroring_axes")
+    trainer = checkpoint.get("trainer_name", "nnUNetTrainer")
+    predictor.manual_initialization(network, plans, configuration, None, dataset, trainer, axes)
+    predictor.network = network.to(device)  # as it is: what is compiled is said by `engine`, not by nnUNet_compile
     _use_all_threads(predictor.configuration_manager.configuration)
     return predictor
 
