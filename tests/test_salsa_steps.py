@@ -8,6 +8,7 @@ import made_findings as made
 import nibabel
 import numpy as np
 import pytest
+from scipy.spatial.transform import Rotation
 
 from salsa_node.criteria import Criteria, Rule
 from salsa_node.errors import OrganNotFound
@@ -203,3 +204,32 @@ def test_no_liver_is_a_verdict():
     grid = fine_grid(made.grid())
     with pytest.raises(OrganNotFound, match="no voxel"):
         clean_liver(LabelVolume(np.zeros(grid.shape, dtype=np.uint8), grid), UPSTREAM)
+
+
+# ---- between centres and beyond them -------------------------------------------------------------
+
+
+def test_beyond_the_outer_centres_their_values_hold():
+    grid = Grid((3, 2, 2), np.array([[0, 0, -1.0, 0], [0, -1.0, 0, 0], [1.4, 0, 0, 0], [0, 0, 0, 1]]))
+    ramp = np.broadcast_to(np.array([0, 140, 280], dtype=np.int16)[:, None, None], grid.shape)
+    fine = resample_ct(CtVolume(ramp.copy(), grid))
+    assert fine.grid.shape == (4, 2, 2)  # the last centre, at 3.0 mm, lies beyond 2.8 mm
+    np.testing.assert_allclose(fine.voxels_hu[:, 0, 0], [0, 100, 200, 280], rtol=1e-5)
+
+
+def test_a_tie_falls_to_the_same_side_however_the_scan_lies():
+    """Voxels of 2 mm: every other one at 1 mm lies half-way; an inexact origin must not decide."""
+    rng = np.random.default_rng(3)
+    labels = rng.integers(0, 2, size=(6, 5, 4)).astype(np.uint8)
+    upright = np.array([[0, 0, -2.0, 0], [0, -2.0, 0, 0], [2.0, 0, 0, 0], [0, 0, 0, 1]])
+    expected = resample_labels(LabelVolume(labels, Grid(labels.shape, upright))).labels
+    compared = 0
+    for turn, origin_mm in zip(Rotation.random(200, rng=3), rng.uniform(-900, 900, size=(200, 3)), strict=True):
+        affine = upright.copy()
+        affine[:3, :3] = Rotation.from_rotvec(turn.as_rotvec() / 20).as_matrix() @ upright[:3, :3]
+        affine[:3, 3] = origin_mm
+        grid = Grid(labels.shape, affine)
+        if grid.spacing_mm == (2.0, 2.0, 2.0):  # to the last digit, else there is no tie
+            compared += 1
+            np.testing.assert_array_equal(resample_labels(LabelVolume(labels, grid)).labels, expected)
+    assert compared > 5
