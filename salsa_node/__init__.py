@@ -39,7 +39,8 @@ room imports exactly what stands right of its arrow):
     pipelines.plans        <- errors
     pipelines.device       <- errors
     pipelines.sliding_window <- errors pipelines.device
-    pipelines.nnunet       <- errors models pipelines pipelines.device pipelines.plans pipelines.sliding_window volume
+    pipelines.resampling   <- pipelines.device
+    pipelines.nnunet       <- errors models pipelines pipelines.device pipelines.plans pipelines.resampling pipelines.sliding_window volume
     pipelines.demo         <- errors models pipelines pipelines.device pipelines.nnunet volume
     pipelines.salsa_steps  <- errors volume
     pipelines.salsa_upstream <- volume

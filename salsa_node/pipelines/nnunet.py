@@ -30,7 +30,7 @@ import torch
 
 from salsa_node.errors import ConfigError, DeviceExhausted, PipelineError
 from salsa_node.models import ModelFolder
-from salsa_node.pipelines import Flag, sliding_window
+from salsa_node.pipelines import Flag, resampling, sliding_window
 from salsa_node.pipelines import plans as plans_file
 from salsa_node.pipelines.device import (
     Placement,
@@ -40,6 +40,7 @@ from salsa_node.pipelines.device import (
     release,
     use_no_more_than_cores,
 )
+from salsa_node.pipelines.resampling import Interpolation, OnDevice
 from salsa_node.volume import CtVolume, Grid, LabelVolume
 
 log = logging.getLogger(__name__)
@@ -97,7 +98,8 @@ class Network:
     tile_step: overlap of the sliding window, as a share of the patch.
     precision: "auto" takes bfloat16 on CPUs that have it; "float32" never. A GPU always runs mixed precision.
     engine: one of `ENGINES`. "compiled" needs a C++ compiler here and up to half a minute for its first patch;
-    its logits differ by some 1e-5. "reference" is slower, its labels are those of "own".
+    its logits differ by some 1e-5. "reference", nnU-Net's own predictor and resampling, is slower; its labels are
+    those of "own", but where two classes score alike to the last digit.
 
     On a GPU cuDNN's `benchmark`, which nnU-Net switches on for the whole process, stays as it was: off, unless somebody
     else wants it, so that each run of a case multiplies by the same algorithms.
@@ -138,6 +140,9 @@ class Network:
             _define_missing_torchvision_operators()
             try:
                 self._built: Any = _build_predictor(folder, device, mirroring, tile_step)
+                if engine != "reference":
+                    ours = OnDevice(self._built.configuration_manager, device)
+                    self._built.configuration_manager = ours
             except (MemoryError, RuntimeError) as exc:
                 if not is_exhaustion(exc):
                     raise
@@ -272,7 +277,11 @@ class Network:
         inside = found[tuple(slice(*side) for side in properties["bbox_used_for_cropping"])]
         if tuple(logits.shape[1:]) == tuple(shape):  # nothing is to be resampled: the device looks for the highest
             for at in range(shape[0]):
-                inside[at] = logits[:, at].argmax(0).to(torch.int32).cpu().numpy()
+                inside[at] = logits[:, at].max(0).indices.to(torch.int32).cpu().numpy()
+            return found.transpose(plans.transpose_backward)
+        how = Interpolation.of(configuration.configuration, "probabilities", configuration.spacing, spacing_mm)
+        if how is not None and self._engine != "reference":
+            resampling.fill(inside, logits, how)
             return found.transpose(plans.transpose_backward)
         highest = np.full(shape, -np.inf, dtype=np.float32)
         for label, coarse in enumerate(logits):
