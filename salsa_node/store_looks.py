@@ -72,7 +72,8 @@ class Looks(Queries):
     def overdue_study(self, since: datetime, but: Collection[str] = ()) -> Study | None:
         """The study, waiting longest, with new images from `since` or before that nobody looked at; none of `but`."""
         new = sa.select(STUDIES).where(STUDIES.c.instances > STUDIES.c.assembled_instances, _waiting(since))
-        new = new.where(STUDIES.c.study_uid.not_in(but))
+        if but:
+            new = new.where(STUDIES.c.study_uid.not_in(but))
         with transaction(self._engine) as t:
             return t.one(Study, new.order_by(STUDIES.c.first_at, STUDIES.c.study_uid).limit(1))
 

@@ -147,12 +147,8 @@ class Queries:
         receiving = sa.exists().where(
             SERIES.c.study_uid == STUDIES.c.study_uid, SERIES.c.state == SeriesState.RECEIVING
         )
+        wanted = sa.select(STUDIES).where(STUDIES.c.instances > STUDIES.c.assembled_instances, ~receiving)
+        if but:
+            wanted = wanted.where(STUDIES.c.study_uid.not_in(but))
         with transaction(self._engine) as t:
-            return t.one(
-                Study,
-                sa.select(STUDIES)
-                .where(STUDIES.c.instances > STUDIES.c.assembled_instances, ~receiving)
-                .where(STUDIES.c.study_uid.not_in(but))
-                .order_by(STUDIES.c.last_at, STUDIES.c.study_uid)
-                .limit(1),
-            )
+            return t.one(Study, wanted.order_by(STUDIES.c.last_at, STUDIES.c.study_uid).limit(1))
