@@ -148,6 +148,27 @@ def test_where_the_device_has_no_room_the_cpu_resamples(monkeypatch: pytest.Monk
     assert found.shape == (1, *after)
 
 
+def test_where_the_device_has_no_room_the_cpu_looks_for_the_highest_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = torch.from_numpy(np.random.default_rng(6).normal(size=(2, 9, 20, 20)))
+    labels = np.full((12, 20, 20), 9, dtype=np.uint8)
+    plain = resampling.slabs
+
+    def full(volume: torch.Tensor, *more: Any) -> Any:
+        for number, one in enumerate(plain(volume, *more)):
+            if number and volume.device.type == "cuda":
+                raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+            yield one
+
+    monkeypatch.setattr(resampling, "slabs", full)
+    monkeypatch.setattr(resampling, "_SLAB_BYTES", 8 * 2 * 20 * 20 * 5)
+    expected = labels.copy()
+    fill(expected, scores, Interpolation(1, nearest=False))
+    with pretended_gpu(1):
+        fill(labels, scores.to(DEVICE), Interpolation(1, nearest=False))
+    np.testing.assert_array_equal(labels, expected)
+    assert set(np.unique(labels)) == {0, 1}
+
+
 @pytest.fixture
 def planned(tmp_path: Path) -> ModelFolder:
     """The demo's liver, with plans that resample as nnU-Net does by default."""
@@ -167,7 +188,6 @@ def test_a_network_finds_what_it_finds_by_nnunets_resampling(
     planned: ModelFolder, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ct = make(Recipe(50, (24, 48, 48), (8.0, 6.5, 6.5))).ct
-    expected = Network(planned, CPU, precision="float32", engine="reference").predict(ct).labels
     computed: list[torch.device] = []
     plain = resampling.slabs
 
@@ -176,6 +196,8 @@ def test_a_network_finds_what_it_finds_by_nnunets_resampling(
         return plain(volume, *more)
 
     monkeypatch.setattr(resampling, "slabs", noted)
+    expected = Network(planned, CPU, precision="float32", engine="reference").predict(ct).labels
+    assert computed == [], "the reference is nnU-Net's own, both ways"
     if device == CPU:
         found = Network(planned, CPU, precision="float32").predict(ct).labels
     else:
