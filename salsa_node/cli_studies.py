@@ -92,20 +92,35 @@ def show(study: StudyName, config_file: ConfigFile = None, as_json: AsJson = Fal
         console.note(f"this look is not in the audit trail: {error}")
 
 
-def cancel(study: StudyName, config_file: ConfigFile = None, as_json: AsJson = False, yes: Yes = False) -> None:
+def cancel(
+    study: StudyName,
+    config_file: ConfigFile = None,
+    as_json: AsJson = False,
+    yes: Yes = False,
+    deliveries: Annotated[
+        bool, typer.Option("--deliveries", help="Also what was given up: its destination is not to get it any more.")
+    ] = False,
+) -> None:
     """Stop the runs of a study that wait or run; the result that it has stays."""
     with _store(config_file) as record:
         wanted = record.study(study).study_uid
-        ask(yes, as_json, f"cancel what is under way for study {wanted}?")
-        _trail(config_file).ordered("cancel", [wanted], datetime.now(UTC))
+        what = "what is under way for" + (", and what was never taken of," if deliveries else "")
+        ask(yes, as_json, f"cancel {what} study {wanted}?")
+        _trail(config_file).ordered("cancel", [wanted], datetime.now(UTC), "deliveries" if deliveries else "")
         runs = record.cancel(wanted, datetime.now(UTC))
+        withdrawn = record.give_up_for_good(wanted, datetime.now(UTC)) if deliveries else ()
     if as_json:
-        console.put_json([{"run": run.id, "state": run.state.value} for run in runs])
+        told = [{"run": run.id, "state": run.state.value} for run in runs]
+        console.put_json([*told, *({"delivery": one.id, "state": one.state.value} for one in withdrawn)])
     else:
-        numbers = ", ".join(str(run.id) for run in runs)
-        told = f"cancelled: run {numbers}; salsa-node rerun {wanted} starts another" if runs else "nothing is under way"
-        console.put(told)
-    if not runs:
+        if runs:
+            numbers = ", ".join(str(run.id) for run in runs)
+            console.put(f"cancelled: run {numbers}; salsa-node rerun {wanted} starts another")
+        for one in withdrawn:
+            console.put(f"delivery {one.id} to {one.destination} is withdrawn")
+        if not runs and not withdrawn:
+            console.put("nothing is under way" + (", and nothing was given up" if deliveries else ""))
+    if not runs and not withdrawn:
         raise SystemExit(EXIT_NO)
 
 

@@ -16,7 +16,7 @@ States (a test holds this drawing against `store_rows.TRANSITIONS`)::
     Delivery  PENDING -> SENT | PENDING | GAVE_UP | WITHDRAWN | LEFT_OUT | HELD
               SENT -> VERIFIED | PENDING
               VERIFIED -> PENDING
-              GAVE_UP -> PENDING
+              GAVE_UP -> PENDING | WITHDRAWN
               LEFT_OUT -> PENDING
               HELD -> PENDING | WITHDRAWN
 

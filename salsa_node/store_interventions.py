@@ -67,21 +67,24 @@ class Interventions(Queries):
                 for newest in standing(runs)
                 if newest.state is RunState.FAILED
             )
-            given_up = (
-                sa.select(DELIVERIES)
-                .join(RUNS, RUNS.c.id == DELIVERIES.c.run_id)
-                .where(
-                    RUNS.c.study_uid == study_uid,
-                    RUNS.c.state == RunState.PRODUCED,
-                    DELIVERIES.c.state == DeliveryState.GAVE_UP,
-                )
-                .order_by(DELIVERIES.c.id)
-            )
+            given_up = t.all(Delivery, _given_up(study_uid))
             due = tuple(
                 t.become_delivery(delivery, DeliveryState.PENDING, now, "by hand", attempt=0, not_before=None)
-                for delivery in t.all(Delivery, given_up)
+                for delivery in given_up
             )
             return again, due
+
+    def give_up_for_good(self, study_uid: str, now: datetime) -> tuple[Delivery, ...]:
+        """What was given up of the study's results is not wanted at its destination any more: WITHDRAWN, as it then is.
+
+        Nothing of it keeps the study from being purged then. Raises UnknownStudy.
+        """
+        with transaction(self._writer) as t:
+            t.study(study_uid)
+            return tuple(
+                t.become_delivery(delivery, DeliveryState.WITHDRAWN, now, "by hand; it was never taken there")
+                for delivery in t.all(Delivery, _given_up(study_uid))
+            )
 
     def purge(
         self,
@@ -124,6 +127,20 @@ class Interventions(Queries):
             detail = f"{reason}: {len(instances)} images ({size} bytes), {len(objects)} result files"
             t.event(now, study_uid, "study", study_uid, "study.purged", detail)
             return len(paths), size
+
+
+def _given_up(study_uid: str) -> sa.Select[tuple[object, ...]]:
+    """The deliveries of the study's current results that were tried as often as they may be."""
+    return (
+        sa.select(DELIVERIES)
+        .join(RUNS, RUNS.c.id == DELIVERIES.c.run_id)
+        .where(
+            RUNS.c.study_uid == study_uid,
+            RUNS.c.state == RunState.PRODUCED,
+            DELIVERIES.c.state == DeliveryState.GAVE_UP,
+        )
+        .order_by(DELIVERIES.c.id)
+    )
 
 
 def require_idle(t: Transaction, study_uid: str, results: bool) -> None:

@@ -67,7 +67,7 @@ TRANSITIONS: Final[Mapping[State, frozenset[State]]] = {
     DeliveryState.HELD: frozenset({DeliveryState.PENDING, DeliveryState.WITHDRAWN}),
     DeliveryState.SENT: frozenset({DeliveryState.VERIFIED, DeliveryState.PENDING}),
     DeliveryState.VERIFIED: frozenset({DeliveryState.PENDING}),
-    DeliveryState.GAVE_UP: frozenset({DeliveryState.PENDING}),
+    DeliveryState.GAVE_UP: frozenset({DeliveryState.PENDING, DeliveryState.WITHDRAWN}),
     DeliveryState.WITHDRAWN: frozenset(),
     DeliveryState.LEFT_OUT: frozenset({DeliveryState.PENDING}),
 }

@@ -244,6 +244,20 @@ def test_purge_lets_images_go_and_keeps_what_is_needed(store, cli, tmp_path):
         assert len(list((data / "studies" / needed).rglob("*.dcm"))) == 3
 
 
+def test_what_a_destination_never_took_is_withdrawn_by_a_person_and_can_go(store, cli):
+    assert "not reached" in cli("purge", GIVEN_UP, "--yes").stderr
+    told = cli("cancel", GIVEN_UP, "--yes")
+    assert (told.returncode, told.stdout) == (1, "nothing is under way\n")
+    told = cli("cancel", GIVEN_UP, "--yes", "--deliveries")
+    assert told.returncode == 0
+    assert "is withdrawn" in told.stdout
+    assert "GAVE_UP" not in {one.state.name for run in store.runs_of(GIVEN_UP) for one in store.deliveries_of(run.id)}
+    assert json.loads(cli("show", GIVEN_UP, "--json").stdout)["standing"] == "done"
+    assert cli("purge", GIVEN_UP, "--yes").returncode == 0
+    told = cli("cancel", GIVEN_UP, "--yes", "--deliveries")
+    assert (told.returncode, told.stdout) == (1, "nothing is under way, and nothing was given up\n")
+
+
 def test_purge_forgets_a_study_wholly_when_told_to(store, cli, tmp_path):
     data = tmp_path / "data"
     assert cli("purge", QUEUED, "--yes", "--forget").returncode == 4
