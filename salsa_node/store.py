@@ -17,6 +17,7 @@ States (a test holds this drawing against `store_rows.TRANSITIONS`)::
               SENT -> VERIFIED | PENDING
               VERIFIED -> PENDING
               GAVE_UP -> PENDING | WITHDRAWN
+              WITHDRAWN -> PENDING
               LEFT_OUT -> PENDING
               HELD -> PENDING | WITHDRAWN
 

@@ -68,6 +68,6 @@ TRANSITIONS: Final[Mapping[State, frozenset[State]]] = {
     DeliveryState.SENT: frozenset({DeliveryState.VERIFIED, DeliveryState.PENDING}),
     DeliveryState.VERIFIED: frozenset({DeliveryState.PENDING}),
     DeliveryState.GAVE_UP: frozenset({DeliveryState.PENDING, DeliveryState.WITHDRAWN}),
-    DeliveryState.WITHDRAWN: frozenset(),
+    DeliveryState.WITHDRAWN: frozenset({DeliveryState.PENDING}),
     DeliveryState.LEFT_OUT: frozenset({DeliveryState.PENDING}),
 }

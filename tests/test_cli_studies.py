@@ -253,6 +253,11 @@ def test_what_a_destination_never_took_is_withdrawn_by_a_person_and_can_go(store
     assert "is withdrawn" in told.stdout
     assert "GAVE_UP" not in {one.state.name for run in store.runs_of(GIVEN_UP) for one in store.deliveries_of(run.id)}
     assert json.loads(cli("show", GIVEN_UP, "--json").stdout)["standing"] == "done"
+    assert cli("resend", GIVEN_UP).returncode == 0  # minds change
+    assert "is PENDING" in cli("purge", GIVEN_UP, "--yes").stderr
+    for due in store.claim_deliveries("s", 60, NOW + timedelta(days=1)):
+        store.give_up(due.id, "s", None, "never", NOW)
+    assert cli("cancel", GIVEN_UP, "--yes", "--deliveries").returncode == 0
     assert cli("purge", GIVEN_UP, "--yes").returncode == 0
     told = cli("cancel", GIVEN_UP, "--yes", "--deliveries")
     assert (told.returncode, told.stdout) == (1, "nothing is under way, and nothing was given up\n")
