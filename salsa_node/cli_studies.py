@@ -55,6 +55,8 @@ def studies(
         rows = [overview.row(seen) for seen in overview.search(record, sought, standings, limit)]
         any_at_all = bool(rows) or bool(record.studies(1))
         _put_studies(rows, as_json, uids, any_at_all)
+        if len(rows) == limit:
+            console.note(f"there may be more than these {limit}: --limit")
         with suppress(KeyboardInterrupt):
             while watch:
                 console.flush()

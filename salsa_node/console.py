@@ -59,7 +59,7 @@ def note(text: str) -> None:
 
 def put_table(columns: Mapping[str, str], rows: Sequence[Mapping[str, object]], title: str = "") -> None:
     """Rows under headings; columns: key -> heading, right-aligned where the heading starts with ">"."""
-    table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
     for heading in columns.values():
         right = heading.startswith(">")
         table.add_column(heading.lstrip(">"), justify="right" if right else "left", overflow="fold")

@@ -336,6 +336,12 @@ def test_a_command_that_nobody_reads_any_more_ends_quietly(store, command):
         assert unread.stderr.read() == b""
 
 
+def test_a_list_that_was_cut_short_says_so(store, cli):
+    told = cli("studies", "--uids", "--limit", "2")
+    assert (len(told.stdout.split()), told.stderr) == (2, "there may be more than these 2: --limit\n")
+    assert cli("studies", "--uids", "--limit", "5").stderr == ""
+
+
 def test_a_table_says_what_is_there_and_draws_nothing(capsys):
     console.put_table({"ae": "from"}, [{"ae": ":bell:"}, {"ae": "[red]"}])
     told = capsys.readouterr().out
