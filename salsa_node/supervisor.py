@@ -133,6 +133,10 @@ class WorkerProcess:
                 [*self._command, "--owner", self._owner, "--pulse", str(childs_end)],
                 stdin=subprocess.PIPE, start_new_session=True, pass_fds=[childs_end],
             )  # fmt: skip
+        except OSError:  # tried again at the next step, which opens another
+            os.close(self._pulse)
+            self._pulse = -1
+            raise
         finally:
             os.close(childs_end)
         os.set_blocking(self._pulse, False)

@@ -390,7 +390,7 @@ def work(config: Config, owner: str, pulse: int = -1) -> None:
             os.set_blocking(pulse, False)
         while True:
             if pulse >= 0:
-                with suppress(BlockingIOError):  # nobody reads it while a run goes on
+                with suppress(BlockingIOError, BrokenPipeError):  # unread while a run goes on; or the node is gone
                     os.write(pulse, b".")
             try:
                 idle = worker.step(datetime.now(UTC)) is None and not worker.prepare()

@@ -180,6 +180,16 @@ def test_a_worker_that_hangs_without_a_run_is_killed_and_started_again(store, co
     worker.stop()
 
 
+def test_a_worker_that_cannot_be_started_leaves_no_file_open(store, config):
+    worker = a_worker(store, config)
+    worker._command = ["/no/such/program"]
+    before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - as the system counts them
+    for _ in range(3):
+        with pytest.raises(FileNotFoundError):
+            worker.step(T0)
+    assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+
+
 @pytest.mark.parametrize("code", [PULSE + "while True: os.write(fd, b'.'); time.sleep(0.01)", ""])
 def test_a_worker_that_looks_for_work_lives_as_long_as_it_likes(store, config, code):
     clock = Clock()
@@ -267,16 +277,18 @@ def test_a_run_that_takes_too_much_memory_is_ended(store, config):
     assert "0.125 GiB are allowed (worker.memory_limit_gib)" in run.error
 
 
-def test_the_kernels_want_of_memory_is_told_from_a_crash(store, config, monkeypatch):
+@pytest.mark.parametrize(("by", "failure"), [(signal.SIGKILL, "memory"), (signal.SIGSEGV, "crashed")])
+def test_the_kernels_want_of_memory_is_told_from_a_crash(store, config, monkeypatch, by, failure):
+    """The kernel killed somebody for memory meanwhile; whoever crashed by himself was not it."""
     counts = iter([4, 5])
     monkeypatch.setattr(supervisor, "killed_for_memory", lambda: next(counts))
     run = a_run(store)
     worker = a_worker(store, config)
     worker.step(T0)
     store.claim_run(worker._owner, 60.0, T0)
-    os.kill(worker._child.pid, signal.SIGKILL)
+    os.kill(worker._child.pid, by)
     until_ended(worker, T0)
-    assert store.run(run.id).failure == "memory"
+    assert store.run(run.id).failure == failure
 
 
 def test_what_a_worker_prints_is_nothing_to_the_node(store, config, capfd):
@@ -355,18 +367,6 @@ def test_waits_double_within_the_jitter_and_never_pass_an_hour_by_more():
     by_chance = [failures.wait_s(Failure.CRASHED, 1, 9, 10.0) for _ in range(50)]
     assert len(set(by_chance)) > 40
     assert all(7.5 <= wait <= 12.5 for wait in by_chance if wait is not None)
-
-
-def test_a_crash_is_no_want_of_memory_though_the_kernel_killed_somebody_meanwhile(store, config, monkeypatch):
-    counts = iter([4, 5])
-    monkeypatch.setattr(supervisor, "killed_for_memory", lambda: next(counts))
-    run = a_run(store)
-    worker = a_worker(store, config)
-    worker.step(T0)
-    store.claim_run(worker._owner, 60.0, T0)
-    os.kill(worker._child.pid, signal.SIGSEGV)
-    until_ended(worker, T0)
-    assert store.run(run.id).failure == "crashed"
 
 
 def test_what_a_worker_carried_that_was_stopped_waits_again_at_once(store, config):
