@@ -135,7 +135,8 @@ room imports exactly what stands right of its arrow):
     monitoring             <- errors overview reserve store web
     notification           <- durable errors settings store
     node                   <- assembly audit audit_message commitment config delivery disk_trouble durable errors failures integrity listener log monitoring node_lock notification pacs_count preflight reserve retention store supervisor verification web
-    console                <-
+    table                  <-
+    console                <- table
     dicom_ct               <- errors uids volume
     offline                <- analysis candidate config criteria dicom_ct dicom_result errors findings log nifti picture pipelines selection series stacks uids upright volume
     anatomy                <- volume

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
+from salsa_node import table
 
+_PIPED_WIDTH = 160
 NEXT = {
     "failed": "salsa-node retry STUDY, once the cause is mended",
     "blocked": "look at the objects that salsa-node show STUDY names, then rerun with other settings or --masks",
@@ -59,15 +59,10 @@ def note(text: str) -> None:
 
 def put_table(columns: Mapping[str, str], rows: Sequence[Mapping[str, object]], title: str = "") -> None:
     """Rows under headings; columns: key -> heading, right-aligned where the heading starts with ">"."""
-    table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
-    for heading in columns.values():
-        right = heading.startswith(">")
-        table.add_column(heading.lstrip(">"), justify="right" if right else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(_cell(row.get(key)) for key in columns))
-    width = None if sys.stdout.isatty() else 160
-    console = Console(soft_wrap=False, width=width, highlight=False, markup=False, emoji=False)
-    console.print(table)
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else _PIPED_WIDTH
+    cells = [[_cell(row.get(key)) for key in columns] for row in rows]
+    for line in (*([title] if title else []), *table.drawn(list(columns.values()), cells, width), ""):
+        sys.stdout.write(line + "\n")
 
 
 def put_studies(rows: Sequence[Mapping[str, object]], none: str = "no study has arrived yet") -> None:

@@ -378,7 +378,7 @@ def test_the_time_line_tells_objects_that_went_together_in_one_line(store, cli):
     assert (shown.count("delivery.pending"), shown.count("delivery.sent")) == (3, 1)
     assert shown.count("nobody listens (2 objects)") == 2
     assert "pacs (3 objects); web (3 objects)" in shown
-    assert "pacs (3 objects); web " in shown.split("delivery.sent")[1]
+    assert "pacs (3 objects); web\n" in shown.split("delivery.sent")[1]
     assert shown.count("study.held") == 2
     events = json.loads(cli("show", QUEUED, "--json").stdout)["events"]
     assert [event["name"] for event in events].count("delivery.pending") == 10
