@@ -42,12 +42,14 @@ room imports exactly what stands right of its arrow):
     pipelines.resampling   <- pipelines.device
     pipelines.nnunet       <- errors models pipelines pipelines.device pipelines.plans pipelines.resampling pipelines.sliding_window volume
     pipelines.demo         <- errors models pipelines pipelines.device pipelines.nnunet volume
-    pipelines.salsa_steps  <- errors volume
+    pipelines.morphology   <-
+    pipelines.part         <- volume
+    pipelines.salsa_steps  <- errors pipelines.morphology pipelines.part volume
     pipelines.salsa_upstream <- volume
     pipelines.totalseg     <- errors models pipelines pipelines.device pipelines.nnunet volume
     pipelines.phase        <- contrast_phase errors
     pipelines.totalsegmentator <- errors models pipelines pipelines.device pipelines.nnunet pipelines.phase pipelines.totalseg volume
-    pipelines.salsa        <- errors models pipelines pipelines.device pipelines.nnunet pipelines.salsa_steps pipelines.salsa_upstream pipelines.totalseg regrid volume
+    pipelines.salsa        <- errors models pipelines pipelines.device pipelines.nnunet pipelines.part pipelines.salsa_steps pipelines.salsa_upstream pipelines.totalseg regrid volume
   pipelines.given_masks  <- errors nifti pipelines regrid volume
     upright                <- native_image pipelines volume
     findings               <- contrast_phase criteria errors pipelines uids volume

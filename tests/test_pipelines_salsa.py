@@ -193,6 +193,41 @@ def test_a_liver_at_the_edge_of_the_scan_keeps_its_lesion_in_the_last_slice(mode
         assert not found[39].any()  # its closing eats 10 mm of a liver that the scan cuts; 8 stay lost
 
 
+@pytest.mark.parametrize("answer", ["dark", "all", "nothing"])
+@pytest.mark.parametrize("preset", ["salsa", "salsa-2024"])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        Recipe(1, (40, 40, 44), (2.0, 2.5, 2.0)),
+        Recipe(1, (44, 40, 20), (1.9, 1.3, 4.0), "AIL", (5.0, -7.0, 11.0)),
+        Recipe(1, (60, 34, 36), (0.4, 2.2, 2.1), "IRA"),
+    ],
+)
+def test_what_nobody_watches_is_found_without_the_whole_scan(
+    models_dir: Path, recipe: Recipe, preset: str, answer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same masks to the last voxel, whatever the networks mark: also in the padding of their crop."""
+
+    def predict(_network: object, ct: CtVolume, previous: LabelVolume | None = None) -> LabelVolume:
+        marked = {"dark": ct.voxels_hu < 70, "all": ct.voxels_hu > -9999, "nothing": ct.voxels_hu > 9999}[answer]
+        return LabelVolume(marked.astype(np.uint8), ct.grid)
+
+    monkeypatch.setattr("salsa_node.pipelines.nnunet.Network.predict", predict)
+    middle = recipe.grid.to_lps_mm(tuple((n - 1) / 2 for n in recipe.shape))  # type: ignore[arg-type]
+    liver = tuple((m - 15.0, m + 90.0) for m in middle)
+    lesion = tuple((m - 9.0, m + 8.0) for m in middle)
+    ct, organ, _ = liver_block(recipe.grid, liver, lesion)
+    salsa = pipeline(models_dir, organ, preset=preset)
+    quick, watched = salsa.segment(ct), salsa.segment(ct, lambda _name, _volume: None)
+    for one, other in ((quick.organ, watched.organ), (quick.lesions, watched.lesions)):
+        assert one is not None
+        assert other is not None
+        assert one.labels.dtype == other.labels.dtype == np.uint8
+        assert one.labels.tobytes() == other.labels.tobytes()
+        assert one.grid is ct.grid
+    assert quick.lesions.labels.any() == (answer != "nothing")
+
+
 # ---- what it refuses, keeps and says --------------------------------------------------------------
 
 

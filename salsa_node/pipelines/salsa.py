@@ -28,7 +28,19 @@ from salsa_node.pipelines import (
 )
 from salsa_node.pipelines.device import all_places, choose_device, libraries
 from salsa_node.pipelines.nnunet import ENGINES, Network
-from salsa_node.pipelines.salsa_steps import PRESETS, Preset, clean_liver, crop, resample_crop
+from salsa_node.pipelines.part import Part, part_of
+from salsa_node.pipelines.salsa_steps import (
+    LIVER,
+    PRESETS,
+    Preset,
+    clean_liver,
+    clean_part,
+    crop,
+    found_part,
+    resample_crop,
+    resample_part,
+    restore_part,
+)
 from salsa_node.pipelines.totalseg import TotalSegmentatorLiver
 from salsa_node.regrid import onto
 from salsa_node.volume import CtVolume, Grid, LabelVolume
@@ -165,34 +177,48 @@ class SalsaPipeline:
         "liver_postprocessed", "scan_resampled", "cropped/scan_0000", "cropped/mask_0000", "mask_resampled".
         Raises OrganNotFound where there is no liver, SeriesRejected where a voxel is no number, DeviceExhausted.
         """
-        if not np.isfinite(ct.voxels_hu).all():
+        if ct.voxels_hu.dtype.kind == "f" and not np.isfinite(ct.voxels_hu).all():
             raise SeriesRejected("some voxels are not finite numbers; Hounsfield units were expected")
         liver = self._liver.liver(ct)
+        if observer is unobserved and not self._preset.by_monai:
+            found = self._near(ct, liver)
+        else:
+            found = self._step_by_step(ct, liver, observer)
+        organ = (liver.labels > 0).view(np.uint8)
+        organ[found.box] |= found.mask
+        ran_on = all_places(self._liver.ran_on, self._lowres.ran_on, self._cascade.ran_on)
+        return Masks(
+            LabelVolume(organ, ct.grid),
+            found.whole(),
+            replace(self._provenance, device=ran_on),
+            flags=once(*self._liver.flags, *self._lowres.flags, *self._cascade.flags),
+        )
+
+    def _near(self, ct: CtVolume, liver: LabelVolume) -> Part:
+        """The lesions, where nothing is made but what they can reach."""
+        cleaned = clean_part(resample_part(part_of(liver, LIVER)), self._preset)
+        found = self._look(resample_crop(ct, cleaned, self._preset))
+        return restore_part(found_part(found, cleaned, self._preset), ct.grid)
+
+    def _step_by_step(self, ct: CtVolume, liver: LabelVolume, observer: Observer) -> Part:
+        """The lesions by way of all that upstream keeps; the same voxels."""
         observer("liver", liver)
         liver_fine = self._resampler.resample_labels(liver)
         observer("liver_resampled", liver_fine)
         cleaned = clean_liver(liver_fine, self._preset)
         observer("liver_postprocessed", cleaned)
-        if observer is unobserved and not self._preset.by_monai:
-            seen = resample_crop(ct, cleaned, self._preset)
-        else:
-            fine = self._resampler.resample_ct(ct)
-            observer("scan_resampled", fine)
-            seen = crop(fine, cleaned, self._preset)
+        fine = self._resampler.resample_ct(ct)
+        observer("scan_resampled", fine)
+        seen = crop(fine, cleaned, self._preset)
         observer("cropped/scan_0000", seen)
-        found = self._cascade.predict(seen, previous=self._lowres.predict(seen))
+        found = self._look(seen)
         observer("cropped/mask_0000", found)
         whole = onto(found, cleaned.grid)
         observer("mask_resampled", whole)
-        lesions = (self._resampler.restore_labels(whole, ct.grid).labels > 0).astype(np.uint8)
-        organ = ((liver.labels > 0) | (lesions > 0)).astype(np.uint8)
-        ran_on = all_places(self._liver.ran_on, self._lowres.ran_on, self._cascade.ran_on)
-        return Masks(
-            LabelVolume(organ, ct.grid),
-            LabelVolume(lesions, ct.grid),
-            replace(self._provenance, device=ran_on),
-            flags=once(*self._liver.flags, *self._lowres.flags, *self._cascade.flags),
-        )
+        return part_of(self._resampler.restore_labels(whole, ct.grid))
+
+    def _look(self, seen: CtVolume) -> LabelVolume:
+        return self._cascade.predict(seen, previous=self._lowres.predict(seen))
 
     def unload(self) -> None:
         """Let go of the liver's networks and of both stages."""

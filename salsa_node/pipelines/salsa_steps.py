@@ -5,6 +5,9 @@ on a grid whose (slice, row, column) grow to the patient's superior, anterior an
 the last axis to the first - so that arrays are what upstream's networks see. Where a voxel centre lies exactly
 half-way between two others (with slices of 2 or 2.5 mm, say), upstream's nearest one is left to rounding errors; here
 it is the one with the even index. `salsa_upstream` has the steps for the preset that leaves nothing as it is here.
+
+Each step to 1 mm, on the liver and back is there twice: for whole volumes, all of which upstream keeps as files, and
+for a `Part`, where only the liver's surroundings are ever made. Both give the same voxels.
 """
 
 from __future__ import annotations
@@ -16,15 +19,16 @@ from typing import Final, Literal, TypeVar
 import cc3d
 import numpy as np
 import numpy.typing as npt
-from scipy import ndimage
 
 from salsa_node.errors import OrganNotFound
+from salsa_node.pipelines.morphology import Neighbours, closed, widened
+from salsa_node.pipelines.part import Box, Mask, Part, box_of, part_of
 from salsa_node.volume import CtVolume, Grid, LabelVolume
 
 _Voxel = TypeVar("_Voxel", bound=np.generic)
-Mask = npt.NDArray[np.bool_]
-Box = tuple[slice, slice, slice]
+_Places = list[npt.NDArray[np.float64]]
 
+LIVER: Final = 1  #: the label
 OUTSIDE_HU: Final = -1024
 MULTIPLE: Final = 64  #: of voxels that a crop's sides are padded to
 SPACING_MM: Final = 1.0
@@ -47,7 +51,7 @@ class Preset:
 
     closing: int
     dilation: int
-    neighbours: int
+    neighbours: Neighbours
     margin: int
     fill_holes: bool
     open_edge: bool
@@ -82,25 +86,35 @@ def resample_ct(ct: CtVolume) -> CtVolume:
     return CtVolume(_linear(_oriented(ct.voxels_hu, ct.grid), _places(_turned(ct.grid), fine)), fine)
 
 
-def _linear(voxels: npt.NDArray[_Voxel], places: list[npt.NDArray[np.float64]]) -> npt.NDArray[np.float32]:
+def _linear(voxels: npt.NDArray[_Voxel], places: _Places) -> npt.NDArray[np.float32]:
     """float32 values at those places along each axis; nothing is looked at that none of them needs."""
-    along = []
-    for axis, at in enumerate(places):
-        last = voxels.shape[axis] - 1
-        held = np.clip(at, 0, last)
-        low = np.minimum(np.floor(held).astype(np.intp), max(last - 1, 0))
-        high = np.minimum(low + 1, last)
-        part = np.expand_dims((held - low).astype(np.float32), tuple(n for n in range(3) if n != axis))
-        first = int(low.min())
-        along.append((slice(first, int(high.max()) + 1), low - first, high - first, part))
-    found = voxels[tuple(needed for needed, *_ in along)].astype(np.float32)
-    for axis, (_, low, high, part) in enumerate(along):
-        above = np.take(found, high, axis)
-        above *= part
-        found = np.take(found, low, axis)
-        found *= 1 - part
-        found += above
+    needed, lows, highs, shares = [], [], [], []
+    for count, at in zip(voxels.shape, places, strict=True):
+        held = np.clip(at, 0, count - 1)
+        low = np.minimum(np.floor(held).astype(np.intp), max(count - 2, 0))
+        high = np.minimum(low + 1, count - 1)
+        needed.append(slice(int(low.min()), int(high.max()) + 1))
+        lows.append(low - needed[-1].start)
+        highs.append(high - needed[-1].start)
+        shares.append((held - low).astype(np.float32))
+    near = np.ascontiguousarray(voxels[tuple(needed)])
+    found = np.empty([len(at) for at in places], dtype=np.float32)
+    for n in range(len(found)):  # slice by slice, as one fits into a processor's cache
+        below, above = (near[at[0][n]].astype(np.float32) for at in (lows, highs))
+        plane = _mixed(below, above, shares[0][n : n + 1])
+        plane = _mixed(plane[lows[1]], plane[highs[1]], shares[1][:, np.newaxis])
+        found[n] = _mixed(plane.take(lows[2], axis=1), plane.take(highs[2], axis=1), shares[2])
     return found
+
+
+def _mixed(
+    low: npt.NDArray[np.float32], high: npt.NDArray[np.float32], share: npt.NDArray[np.float32]
+) -> npt.NDArray[np.float32]:
+    """Between two, in their own memory. share: of `high`."""
+    high *= share
+    low *= 1 - share
+    low += high
+    return low
 
 
 def resample_labels(labels: LabelVolume) -> LabelVolume:
@@ -118,7 +132,33 @@ def restore_labels(labels: LabelVolume, grid: Grid) -> LabelVolume:
     return LabelVolume(np.ascontiguousarray(back), grid)
 
 
-def _places(source: Grid, target: Grid) -> list[npt.NDArray[np.float64]]:
+def resample_part(part: Part) -> Part:
+    """`resample_labels` of a part."""
+    fine, turned = fine_grid(part.grid), _turned(part.grid)
+    axes, flips = _way(part.grid)
+    box = _flipped((part.box[axes[0]], part.box[axes[1]], part.box[axes[2]]), flips, turned.shape)
+    return Part(*_nearest_within(_oriented(part.mask, part.grid), box, _places(turned, fine), turned.shape), fine)
+
+
+def restore_part(part: Part, grid: Grid) -> Part:
+    """`restore_labels` of a part."""
+    turned = _turned(grid)
+    mask, box = _nearest_within(part.mask, part.box, _places(part.grid, turned), part.grid.shape)
+    axes, flips = _way(grid)
+    back = np.argsort(axes)
+    mask = np.flip(mask, tuple(n for n in range(3) if flips[n])).transpose(back)
+    box = _flipped(box, flips, turned.shape)
+    return Part(mask, (box[back[0]], box[back[1]], box[back[2]]), grid)
+
+
+def _flipped(box: Box, flips: tuple[bool, bool, bool], shape: tuple[int, int, int]) -> Box:
+    sides = [
+        slice(n - side.stop, n - side.start) if flip else side for side, flip, n in zip(box, flips, shape, strict=True)
+    ]
+    return sides[0], sides[1], sides[2]
+
+
+def _places(source: Grid, target: Grid) -> _Places:
     """Where the target's voxels lie along each axis of the source, as indices of it; both have the same axes."""
     first = source.to_index(target.to_lps_mm((0, 0, 0)))
     steps = np.array(target.spacing_mm) / np.array(source.spacing_mm)
@@ -129,42 +169,68 @@ def _places(source: Grid, target: Grid) -> list[npt.NDArray[np.float64]]:
     ]
 
 
-def _nearest(voxels: npt.NDArray[_Voxel], places: list[npt.NDArray[np.float64]]) -> npt.NDArray[_Voxel]:
+def _nearest(voxels: npt.NDArray[_Voxel], places: _Places) -> npt.NDArray[_Voxel]:
     for axis, at in enumerate(places):
         voxels = np.take(voxels, np.clip(np.rint(at).astype(np.intp), 0, voxels.shape[axis] - 1), axis)
     return voxels
 
 
+def _nearest_within(mask: Mask, box: Box, places: _Places, shape: tuple[int, int, int]) -> tuple[Mask, Box]:
+    """What takes its nearest voxel from the box, and the box in which all of that lies.
+
+    shape: of the grid that `box` is of.
+    """
+    sides = []
+    for axis, (at, side) in enumerate(zip(places, box, strict=True)):
+        nearest = np.clip(np.rint(at).astype(np.intp), 0, shape[axis] - 1)  # rises
+        first, stop = (int(n) for n in np.searchsorted(nearest, (side.start, side.stop)))
+        mask = np.take(mask, nearest[first:stop] - side.start, axis)
+        sides.append(slice(first, stop))
+    return mask, (sides[0], sides[1], sides[2])
+
+
 def clean_liver(liver: LabelVolume, preset: Preset) -> LabelVolume:
     """The liver closed and widened, its largest part alone. Raises OrganNotFound where there is none."""
-    mask = liver.labels == 1
-    if not mask.any():
+    return clean_part(part_of(liver, LIVER), preset).whole()
+
+
+def clean_part(liver: Part, preset: Preset) -> Part:
+    """`clean_liver` of a part."""
+    liver = liver.tight()
+    if not liver.mask.any():
         raise OrganNotFound("no voxel was marked as liver; an abdominal CT that shows the liver is expected")
-    structure = ndimage.generate_binary_structure(3, {6: 1, 18: 2}[preset.neighbours])
-    reach = preset.closing + preset.dilation + 1
-    room = reach if preset.open_edge else 0
-    padded = np.pad(mask, room)
-    box = _box(padded, reach)  # outside of it nothing can change
-    part = padded[box]
+    reach = preset.closing + preset.dilation + 1  # nothing can change beyond it
+    shape = liver.grid.shape
+    wide = liver.tight(reach).box
+    box = liver.box
+    if preset.open_edge:
+        room = [(reach, reach)] * 3
+    else:
+        room = [(one.start - all_.start, all_.stop - one.stop) for one, all_ in zip(box, wide, strict=True)]
+    mask = np.pad(liver.mask, room)
     if preset.closing:
-        part = ndimage.binary_closing(part, structure, iterations=preset.closing)
+        mask = closed(mask, preset.neighbours, preset.closing)
     if preset.dilation:
-        part = ndimage.binary_dilation(part, structure, iterations=preset.dilation)
-    padded = np.zeros_like(padded)
-    padded[box] = part
-    within = tuple(slice(room, n - room) for n in padded.shape)
-    cleaned = largest(padded[within], preset.touching)
-    if preset.fill_holes and not cleaned.all():
-        cleaned = ~largest(~cleaned, preset.touching)
-    return LabelVolume(cleaned.astype(np.uint8), liver.grid)
+        mask = widened(mask, preset.neighbours, preset.dilation)
+    corner = [side.start - before for side, (before, _) in zip(box, room, strict=True)]
+    within = tuple(slice(all_.start - at, all_.stop - at) for all_, at in zip(wide, corner, strict=True))
+    cleaned = Part(largest(mask[within], preset.touching), wide, liver.grid)
+    if preset.fill_holes:
+        everything = slice(0, shape[0]), slice(0, shape[1]), slice(0, shape[2])
+        outside = cleaned.whole().labels == 0
+        if outside.any():
+            cleaned = Part(~largest(outside, preset.touching), everything, liver.grid)
+    return cleaned
 
 
 def largest(mask: Mask, touching: Literal[6, 26] = 6) -> Mask:
     """The largest connected part. Raises OrganNotFound where there is none."""
-    if not mask.any():
+    box = box_of(mask)
+    parts, count = cc3d.connected_components(np.ascontiguousarray(mask[box]), connectivity=touching, return_N=True)
+    if not count:
         raise OrganNotFound("nothing was left of the liver after closing and widening it")
-    box = _box(mask, 0)
-    parts = cc3d.connected_components(np.ascontiguousarray(mask[box]), connectivity=touching)
+    if count == 1:
+        return mask
     sizes = np.bincount(parts.ravel())
     sizes[0] = 0
     kept: Mask = np.zeros_like(mask)
@@ -177,34 +243,36 @@ def crop(ct: CtVolume, liver: LabelVolume, preset: Preset) -> CtVolume:
 
     ct, liver: at 1 mm, on one grid. The crop's grid says where it lies; upstream writes the uncropped affine.
     """
-    box = _box(liver.labels == 1, preset.margin)
-    return _seen(ct.voxels_hu[box], liver, box)
+    near = part_of(liver, LIVER).tight(preset.margin)
+    return _seen(ct.voxels_hu[near.box], near)
 
 
-def resample_crop(ct: CtVolume, liver: LabelVolume, preset: Preset) -> CtVolume:
+def resample_crop(ct: CtVolume, liver: LabelVolume | Part, preset: Preset) -> CtVolume:
     """`crop(resample_ct(ct), liver, preset)`, bit for bit, where only the liver's box is resampled."""
-    box = _box(liver.labels == 1, preset.margin)
-    places = _places(_turned(ct.grid), liver.grid)
-    near = [at[side] for at, side in zip(places, box, strict=True)]
-    return _seen(_linear(_oriented(ct.voxels_hu, ct.grid), near), liver, box)
+    near = (liver if isinstance(liver, Part) else part_of(liver, LIVER)).tight(preset.margin)
+    places = _places(_turned(ct.grid), near.grid)
+    needed = [at[side] for at, side in zip(places, near.box, strict=True)]
+    return _seen(_linear(_oriented(ct.voxels_hu, ct.grid), needed), near)
 
 
-def _seen(voxels_hu: npt.NDArray[_Voxel], liver: LabelVolume, box: Box) -> CtVolume:
-    """voxels_hu: those of the box."""
-    seen = np.where(liver.labels[box] == 1, voxels_hu, np.array(OUTSIDE_HU, dtype=voxels_hu.dtype))
-    padded = np.pad(seen, [(0, -n % MULTIPLE) for n in seen.shape], constant_values=OUTSIDE_HU)
-    affine = liver.grid.affine_lps_mm.copy()
-    affine[:3, 3] = liver.grid.to_lps_mm((box[0].start, box[1].start, box[2].start))
+def _seen(voxels_hu: npt.NDArray[_Voxel], near: Part) -> CtVolume:
+    """voxels_hu: those of the part's box."""
+    padded = np.full([n + -n % MULTIPLE for n in near.mask.shape], OUTSIDE_HU, dtype=voxels_hu.dtype)
+    np.copyto(padded[tuple(slice(0, n) for n in near.mask.shape)], voxels_hu, where=near.mask)
+    affine = near.grid.affine_lps_mm.copy()
+    affine[:3, 3] = near.grid.to_lps_mm((near.box[0].start, near.box[1].start, near.box[2].start))
     shape = (padded.shape[0], padded.shape[1], padded.shape[2])
-    return CtVolume(padded, Grid(shape, affine, liver.grid.frame_of_reference_uid))
+    return CtVolume(padded, Grid(shape, affine, near.grid.frame_of_reference_uid))
 
 
-def _box(mask: Mask, margin: int) -> Box:
-    bounds = []
-    for axis, count in enumerate(mask.shape):
-        inside = np.flatnonzero(mask.any(axis=tuple(n for n in range(3) if n != axis)))
-        bounds.append(slice(max(0, int(inside[0]) - margin), min(count, int(inside[-1]) + 1 + margin)))
-    return bounds[0], bounds[1], bounds[2]
+def found_part(labels: LabelVolume, liver: Part, preset: Preset) -> Part:
+    """Where the labels are any but 0, on the liver's grid; they lie on the crop that `resample_crop` made of it."""
+    corner = (side.start for side in liver.tight(preset.margin).box)
+    sides = [
+        slice(at, min(at + n, whole)) for at, n, whole in zip(corner, labels.grid.shape, liver.grid.shape, strict=True)
+    ]
+    held = tuple(slice(0, side.stop - side.start) for side in sides)
+    return Part(labels.labels[held] > 0, (sides[0], sides[1], sides[2]), liver.grid).tight()
 
 
 def _way(grid: Grid) -> tuple[tuple[int, int, int], tuple[bool, bool, bool]]:
