@@ -46,9 +46,10 @@ room imports exactly what stands right of its arrow):
     pipelines.part         <- volume
     pipelines.salsa_steps  <- errors pipelines.morphology pipelines.part volume
     pipelines.salsa_upstream <- volume
-    pipelines.totalseg     <- errors models pipelines pipelines.device pipelines.nnunet volume
+    pipelines.scan         <- errors pipelines.device volume
+    pipelines.totalseg     <- errors models pipelines pipelines.device pipelines.nnunet pipelines.scan volume
     pipelines.phase        <- contrast_phase errors
-    pipelines.totalsegmentator <- errors models pipelines pipelines.device pipelines.nnunet pipelines.phase pipelines.totalseg volume
+    pipelines.totalsegmentator <- errors models pipelines pipelines.device pipelines.nnunet pipelines.phase pipelines.scan pipelines.totalseg volume
     pipelines.salsa        <- errors models pipelines pipelines.device pipelines.nnunet pipelines.part pipelines.salsa_steps pipelines.salsa_upstream pipelines.totalseg regrid volume
   pipelines.given_masks  <- errors nifti pipelines regrid volume
     upright                <- native_image pipelines volume

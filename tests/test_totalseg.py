@@ -15,15 +15,15 @@ import numpy as np
 import pytest
 import torch
 from made_totalseg import SEGMENT, make_weights
-from scipy import ndimage
-from totalsegmentator.cropping import crop_to_mask
 
 from salsa_node import pipelines
 from salsa_node.models import DEMO_STAGES, SALSA, TOTALSEGMENTATOR, demo_models_dir
 from salsa_node.phantom import Phantom, Recipe, make
 from salsa_node.pipelines import PipelineSettings, totalseg
-from salsa_node.pipelines.totalseg import TotalSegmentatorLiver, image_of, nearest
+from salsa_node.pipelines.scan import image_of
+from salsa_node.pipelines.totalseg import TotalSegmentatorLiver
 from salsa_node.pipelines.totalsegmentator import LiverLesionsPipeline
+from salsa_node.volume import CtVolume, Grid
 
 HERE = Path(__file__).parent
 RECIPE = Recipe(11, (16, 64, 64), (6.0, 5.0, 5.0), orientation="IPL")
@@ -137,42 +137,10 @@ def test_nothing_of_the_process_is_changed(
     assert capfd.readouterr().out == ""
 
 
-@pytest.mark.parametrize("shape", [(7, 12, 30), (1, 5, 9), (24, 3, 1)])
-@pytest.mark.parametrize("wanted", [(20, 31, 17), (1, 2, 1), (9, 64, 50)])
-def test_labels_come_back_as_scipy_zooms_them(shape: tuple[int, int, int], wanted: tuple[int, int, int]) -> None:
-    labels = np.random.default_rng(1).integers(0, 200, shape).astype(np.uint8)
-    expected = ndimage.zoom(labels, np.array(wanted) / shape, order=0, mode="nearest")
-    assert np.array_equal(nearest(labels, wanted), expected)
-
-
-@pytest.mark.parametrize("spacing_mm", [0.8, 0.7, 3.0, 6.4])
-def test_the_box_around_the_liver_is_totalsegmentators(spacing_mm: float) -> None:
-    affine = np.diag([-spacing_mm, spacing_mm, 2.5, 1.0])
-    voxels = np.random.default_rng(1).normal(0, 300, (90, 80, 40)).astype(np.float32)
-    near = np.zeros(voxels.shape, dtype=np.uint8)
-    near[40:44, 30:50, 20] = 1
-    image = nib.Nifti1Image(voxels, affine)
-    expected, bounds = crop_to_mask(image, nib.Nifti1Image(near, affine), addon=[20] * 3, dtype=np.int32)
-    box = totalseg._box(near, image)
-    assert box is not None
-    ours = totalseg._cropped(image, box)
-    assert [[one.start, one.stop] for one in box] == bounds
-    assert np.array_equal(ours.affine, expected.affine)
-    assert np.array_equal(ours.dataobj, expected.dataobj)
-
-
 def test_each_task_slides_its_window_as_totalsegmentator_does() -> None:
     assert totalseg.task_of("total").tile_step == 0.8
     assert totalseg.task_of("total", "fast").tile_step == 0.8
     assert totalseg.task_of("liver_lesions").tile_step == 0.5
-
-
-def test_a_crop_is_in_whole_hounsfield_units() -> None:
-    voxels = np.array([[[10.7, -3.9]]], dtype=np.float32)
-    image = nib.nifti1.Nifti1Image(voxels, np.eye(4))
-    crop = np.asarray(totalseg._cropped(image, (slice(0, 1), slice(0, 1), slice(0, 2))).dataobj)
-    assert crop.dtype == np.int32
-    assert crop.tolist() == [[[10, -3]]]
 
 
 @pytest.mark.parametrize("bare", [True, False])
@@ -180,6 +148,8 @@ def test_a_case_without_a_place_to_look_at_tells_nothing_of_the_one_before(model
     network = totalseg.TaskNetwork(totalseg.task_of("liver_lesions"), models_dir, "cpu")
     network._network.flags = (pipelines.Flag("device_exhausted", "of the case before"),)
     network._network.ran_on = "cpu, of the case before"
-    image = nib.nifti1.Nifti1Image(np.zeros((4, 4, 4), np.int16), np.eye(4))
-    network.look(image, np.zeros((4, 4, 4), np.uint8) if bare else np.ones((4, 4, 4), np.uint8))
+    scan = network.scan(CtVolume(np.zeros((4, 4, 4), np.int16), Grid((4, 4, 4), np.eye(4))))
+    seen = network.look_near(scan, None if bare else (slice(0, 4),) * 3)
     assert (network.flags, network.ran_on) == ((), "cpu")
+    assert not seen.labels.labels.any() or not bare
+    assert seen.labels.labels.shape == (4, 4, 4)

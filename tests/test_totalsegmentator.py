@@ -24,7 +24,7 @@ from salsa_node.errors import ConfigError, OrganNotFound, PipelineError, SeriesR
 from salsa_node.findings import measure
 from salsa_node.models import TOTALSEGMENTATOR, ModelFolder
 from salsa_node.phantom import Recipe, make
-from salsa_node.pipelines import Flag, PipelineSettings, phase, totalseg
+from salsa_node.pipelines import Flag, PipelineSettings, phase, scan, totalseg
 from salsa_node.pipelines.totalsegmentator import NAME, LiverLesionsPipeline, field_of_view
 from salsa_node.settings import PipelineChoice
 from salsa_node.volume import CtVolume, Grid, LabelVolume
@@ -225,7 +225,7 @@ def test_the_phase_is_that_of_totalsegmentators_own_program(name: str) -> None:
             hu[n] = median + np.arange(-10, 11).reshape(3, 7)
     medians = zip(phase.ORGANS, MEDIANS[name], strict=True)
     stats = {organ: {"intensity": median, "volume": 0.0} for organ, median in medians}
-    image = totalseg.image_of(CtVolume(hu, Grid(hu.shape, np.eye(4))))
+    image = scan.image_of(CtVolume(hu, Grid(hu.shape, np.eye(4))))
     *_, last = get_ct_contrast_phase(image, quiet=True, existing_stats=stats)
     theirs = last["result"]
 

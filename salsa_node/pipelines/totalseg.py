@@ -1,12 +1,12 @@
 """TotalSegmentator's networks, resident and in memory: the steps of its `python_api` without its files and processes.
 
 After TotalSegmentator 2.18 (Wasserthal et al., Radiology: Artificial Intelligence 2023, e230024). Its own tables say
-which network a task takes, at what spacing and where its weights lie; its own functions crop and resample. What is
+which network a task takes, at what spacing and where its weights lie; `scan` crops and resamples as it does. What is
 left out is `totalsegmentator.nnunet`: importing that changes nnU-Net's functions for the whole process, writes every
 image to disk and loads every network anew. Nothing here reads or sets an environment variable, prints, ends the
 process or sends usage statistics.
 
-Images are NIfTI as TotalSegmentator's own: (x, y, z) in RAS; they are met here and nowhere else.
+Images are NIfTI as TotalSegmentator's own: (x, y, z) in RAS; they are met here and in `scan`, and nowhere else.
 """
 
 from __future__ import annotations
@@ -14,23 +14,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
 
-import nibabel as nib
 import numpy as np
 import numpy.typing as npt
-from nibabel.nifti1 import Nifti1Image
 
 from salsa_node.errors import SeriesRejected
 from salsa_node.models import task_model
 from salsa_node.pipelines import Flag, once
 from salsa_node.pipelines.device import all_places, choose_device
 from salsa_node.pipelines.nnunet import Network
+from salsa_node.pipelines.scan import CROP_MARGIN_MM, Box, Labels, Scan
 from salsa_node.volume import CtVolume, Grid, LabelVolume
-
-CROP_MARGIN_MM: Final = 20  # what its python_api takes wherever its own liver network finds the crop
-_RAS_TO_LPS: Final = np.diag([-1.0, -1.0, 1.0, 1.0])
-Labels = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,17 +72,31 @@ def task_of(name: str, mode: str = "default") -> Task:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Seen:
-    """What a network saw in an image.
+    """What a network saw in a scan, or in the box of it that it looked at.
 
-    labels: (x, y, z) on the image's voxels.
-    coarse_hu, coarse_labels: what the network looked at, at its own spacing, and what it found there; of the crop,
-        where it looked at one. coarse_spacing_mm: along (x, y, z).
+    coarse_hu, coarse_labels: (x, y, z) of the turned image at the network's own spacing: what it looked at, and what
+        it found there. coarse_spacing_mm: along (x, y, z).
     """
 
-    labels: Labels
+    scan: Scan
+    box: Box | None
     coarse_hu: npt.NDArray[np.float32]
     coarse_labels: Labels
     coarse_spacing_mm: tuple[float, float, float]
+
+    @property
+    def labels(self) -> LabelVolume:
+        """All that it found, on the grid of the CT; 0 beside the box."""
+        return self.scan.labelled(self.scan.brought_back(self.coarse_labels, self.box))
+
+    def mask(self, label: int) -> LabelVolume:
+        """1 where it found that label, on the grid of the CT."""
+        found = (self.coarse_labels == label).astype(np.uint8)
+        return self.scan.labelled(self.scan.brought_back(found, self.box))
+
+    def box_around(self, label: int) -> Box | None:
+        """Of the scan, where it looked at all of it: 20 mm wider than the label on each side; None where it is not."""
+        return self.scan.box_around(self.coarse_labels == label)
 
 
 class TaskNetwork:
@@ -104,9 +112,8 @@ class TaskNetwork:
         self.task = task
         folder = task_model(task.number, models_dir)
         self.weights_sha256 = {f"{task.folder.parts[0]}/{file}": sha for file, sha in folder.sha256().items()}
-        self._network = Network(
-            folder, choose_device(device), tile_step=task.tile_step, precision=precision, engine=engine
-        )
+        self._device = choose_device(device)
+        self._network = Network(folder, self._device, tile_step=task.tile_step, precision=precision, engine=engine)
 
     @property
     def flags(self) -> tuple[Flag, ...]:
@@ -132,35 +139,38 @@ class TaskNetwork:
         """Lets go of the network; it cannot be used again."""
         self._network.unload()
 
-    def look(self, image: Nifti1Image, near: Labels | None = None) -> Seen:
-        """What the network sees in the image.
+    def scan(self, ct: CtVolume) -> Scan:
+        """The CT where this network computes. Raises SeriesRejected where a voxel is no number."""
+        return Scan(ct, self._device)
 
-        near: (x, y, z); look only at the box around what is not 0, 20 mm wider on each side. Where all is 0, nothing
-            is seen and the network does not run.
-        Raises SeriesRejected where the image is too thin for the network's spacing, DeviceExhausted.
+    def look(self, scan: Scan) -> Seen:
+        """What the network sees in the scan.
+
+        Raises SeriesRejected where that is too thin for the network's spacing, DeviceExhausted.
         """
-        from totalsegmentator.alignment import undo_canonical
-        from totalsegmentator.resampling import change_spacing
+        return self._look(scan, None)
 
-        self._network.forget()
-        labels = np.zeros(image.shape, dtype=np.uint8, order="F")  # slices lie together, as in a CT of ours
-        box = (slice(None), slice(None), slice(None)) if near is None else _box(near, image)
+    def look_near(self, scan: Scan, box: Box | None) -> Seen:
+        """What the network sees in that box of the scan; nothing in none, and the network does not run then.
+
+        Raises as `look` does.
+        """
         if box is None:
-            nowhere = np.zeros((0, 0, 0), dtype=np.float32)
-            return Seen(labels, nowhere, nowhere.astype(np.uint8), self.task.spacing_mm)
-        crop = image if near is None else _cropped(image, box)
-        seen = nib.as_closest_canonical(crop)  # type: ignore[no-untyped-call]
-        self._check_size(seen)
-        coarse = change_spacing(seen, list(self.task.spacing_mm), order=1, dtype=np.int32)
-        coarse_hu = np.asarray(coarse.dataobj).astype(np.float32)
-        x_mm, y_mm, z_mm = (float(mm) for mm in coarse.header.get_zooms())
-        coarse_labels = self._predict(coarse_hu, (x_mm, y_mm, z_mm))
-        fine = Nifti1Image(nearest(coarse_labels, seen.shape), seen.affine)  # type: ignore[no-untyped-call]
-        labels[box] = np.asarray(undo_canonical(fine, image).dataobj)
-        return Seen(labels, coarse_hu, coarse_labels, (x_mm, y_mm, z_mm))
+            self._network.forget()
+            nowhere = np.zeros((1, 1, 1), dtype=np.float32)
+            return Seen(scan, (slice(0), slice(0), slice(0)), nowhere, nowhere.astype(np.uint8), self.task.spacing_mm)
+        return self._look(scan, box)
 
-    def _check_size(self, image: Any) -> None:
-        for count, mm, wanted_mm in zip(image.shape, image.header.get_zooms(), self.task.spacing_mm, strict=True):
+    def _look(self, scan: Scan, box: Box | None) -> Seen:
+        self._network.forget()
+        self._check_size(scan, box)
+        coarse_hu, spacing_mm = scan.at_spacing(self.task.spacing_mm, box)
+        return Seen(scan, box, coarse_hu, self._predict(coarse_hu, spacing_mm), spacing_mm)
+
+    def _check_size(self, scan: Scan, box: Box | None) -> None:
+        counts = scan.shape if box is None else tuple(side.stop - side.start for side in box)
+        seen = zip(scan.turned(counts), scan.turned(scan.spacing_mm), self.task.spacing_mm, strict=True)
+        for count, mm, wanted_mm in seen:
             if round(count * mm / wanted_mm) < 1:
                 raise SeriesRejected(
                     f"{count} voxels of {mm:.3g} mm in one direction: less than half of one voxel of "
@@ -175,38 +185,6 @@ class TaskNetwork:
         grid = Grid((voxels.shape[0], voxels.shape[1], voxels.shape[2]), affine)
         labels = self._network.predict(CtVolume(voxels, grid)).labels
         return labels.transpose(2, 1, 0).astype(np.uint8)
-
-
-def nearest(labels: Labels, shape: tuple[int, ...]) -> Labels:
-    """Labels on as many voxels as `shape` has, each the nearest one: the first and last centres fall together.
-
-    What `scipy.ndimage.zoom(order=0)` gives, axis by axis instead of voxel by voxel.
-    """
-    turned = labels.T  # whole slices are copied at a time
-    for axis, (count, wanted) in enumerate(zip(turned.shape, shape[::-1], strict=True)):
-        step = (count - 1) / (wanted - 1) if wanted > 1 else 1.0
-        at = np.floor(np.arange(wanted) * step + 0.5).astype(np.intp)
-        turned = np.take(turned, np.minimum(at, count - 1), axis)
-    return turned.T
-
-
-def _box(near: Labels, image: Nifti1Image) -> tuple[slice, slice, slice] | None:
-    """The box around what is not 0, 20 mm wider on each side, in whole voxels rounded down; None where all is 0."""
-    bounds = []
-    for axis, mm in enumerate(image.header.get_zooms()):  # type: ignore[no-untyped-call]
-        inside = np.flatnonzero(near.any(axis=tuple(n for n in range(3) if n != axis)))
-        if not inside.size:
-            return None
-        margin = int(CROP_MARGIN_MM / float(mm))  # in float64, as it divides: 0.8 mm gives 24 voxels, not 25
-        bounds.append(slice(max(0, int(inside[0]) - margin), min(near.shape[axis], int(inside[-1]) + 1 + margin)))
-    return bounds[0], bounds[1], bounds[2]
-
-
-def _cropped(image: Nifti1Image, box: tuple[slice, slice, slice]) -> Nifti1Image:
-    """The part of the image in `box`, in whole Hounsfield units."""
-    affine = image.affine.copy()
-    affine[:3, 3] = (image.affine @ [box[0].start, box[1].start, box[2].start, 1])[:3]
-    return Nifti1Image(np.asarray(image.dataobj)[box].astype(np.int32), affine)  # type: ignore[no-untyped-call]
 
 
 class TotalSegmentatorLiver:
@@ -258,25 +236,11 @@ class TotalSegmentatorLiver:
 
     def liver(self, ct: CtVolume) -> LabelVolume:
         """1 = liver, on `ct.grid`; all 0 where none was found. Raises SeriesRejected, DeviceExhausted."""
-        image = image_of(ct)
-        near = self._rough.look(image).labels == self._rough.task.label_of("liver")
-        found = self._fine.look(image, near.astype(np.uint8)).labels == self._fine.task.label_of("liver")
-        return labels_of(found.astype(np.uint8), ct.grid)
+        scan = self._rough.scan(ct)
+        box = self._rough.look(scan).box_around(self._rough.task.label_of("liver"))
+        return self._fine.look_near(scan, box).mask(self._fine.task.label_of("liver"))
 
     def unload(self) -> None:
         """Lets go of both networks; it cannot be used again."""
         self._rough.unload()
         self._fine.unload()
-
-
-def image_of(ct: CtVolume) -> Nifti1Image:
-    """The CT as the NIfTI image that TotalSegmentator would read. Raises SeriesRejected where a voxel is no number."""
-    if not np.isfinite(ct.voxels_hu).all():
-        raise SeriesRejected("some voxels are not finite numbers; Hounsfield units were expected")
-    affine = _RAS_TO_LPS @ ct.grid.affine_lps_mm[:, [2, 1, 0, 3]]
-    return Nifti1Image(ct.voxels_hu.transpose(2, 1, 0), affine)  # type: ignore[no-untyped-call]
-
-
-def labels_of(labels: Labels, grid: Grid) -> LabelVolume:
-    """Labels of an image made by `image_of`, on the grid of its CT."""
-    return LabelVolume(np.ascontiguousarray(labels.transpose(2, 1, 0)), grid)

@@ -22,12 +22,10 @@ from salsa_node.pipelines import Flag, Masks, Observer, PipelineSettings, Proven
 from salsa_node.pipelines.device import all_places, choose_device, libraries
 from salsa_node.pipelines.nnunet import ENGINES
 from salsa_node.pipelines.phase import Phase, PhaseEstimator
+from salsa_node.pipelines.scan import CROP_MARGIN_MM
 from salsa_node.pipelines.totalseg import (
-    CROP_MARGIN_MM,
     Seen,
     TaskNetwork,
-    image_of,
-    labels_of,
     task_of,
 )
 from salsa_node.volume import CtVolume, Grid, LabelVolume
@@ -91,20 +89,20 @@ class LiverLesionsPipeline:
         too thin, DeviceExhausted.
         """
         total, lesions, *segments = self._networks
-        image = image_of(ct)
-        body = total.look(image)
-        liver = (body.labels == total.task.label_of("liver")).astype(np.uint8)
-        if not liver.any():
+        scan = total.scan(ct)
+        body = total.look(scan)
+        box = body.box_around(total.task.label_of("liver"))
+        if box is None:
             raise OrganNotFound("no voxel was marked as liver; an abdominal CT that shows the liver is expected")
-        organ = labels_of(liver, ct.grid)
+        organ = body.mask(total.task.label_of("liver"))
         observer("liver", organ)
-        found = lesions.look(image, liver).labels == lesions.task.label_of("liver_lesions")
-        parts = [labels_of(network.look(image, liver).labels, ct.grid) for network in segments]
+        found = lesions.look_near(scan, box).mask(lesions.task.label_of("liver_lesions"))
+        parts = [network.look_near(scan, box).labels for network in segments]
         phase = self._seen(body, total.task.classes)
         odd = [flag for network in self._networks for flag in network.flags]
         return Masks(
             organ,
-            labels_of(found.astype(np.uint8), ct.grid),
+            found,
             replace(self._provenance, device=all_places(*(network.ran_on for network in self._networks))),
             segments=parts[0] if parts else None,
             flags=once(*self._told(organ, phase), *odd),
