@@ -7,11 +7,11 @@ by the nearest voxel, and everything is measured on the slices as the scanner ma
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 from math import ceil, floor
 
 import numpy as np
 import numpy.typing as npt
-from scipy import ndimage
 
 from salsa_node.native_image import PADDING_HU
 from salsa_node.pipelines import Flag, Masks, Observer, Pipeline, unobserved
@@ -31,14 +31,17 @@ def upright(ct: CtVolume) -> CtVolume:
     step_mm, shifts = _lie(grid)
     places_mm = grid.along * grid.step_mm
     low, _ = _margins(shifts)
+
+    @lru_cache(maxsize=2)  # the next new slice often lies between the same two
+    def shifted(k: int) -> Floats:
+        return _shifted(ct.voxels_hu[k], shifts[k] - low, to.shape[1:])
+
     voxels = np.empty(to.shape, dtype=ct.voxels_hu.dtype)
     for j in range(to.shape[0]):
         at = np.interp(j * step_mm, places_mm, np.arange(grid.shape[0]))
         first = int(at)
         share = at - first
-        plane = (1 - share) * _shifted(ct.voxels_hu[first], shifts[first] - low, to.shape[1:])
-        if share > 0:
-            plane += share * _shifted(ct.voxels_hu[first + 1], shifts[first + 1] - low, to.shape[1:])
+        plane = (1 - share) * shifted(first) + share * shifted(first + 1) if share > 0 else shifted(first)
         voxels[j] = np.rint(plane) if voxels.dtype == np.int16 else plane
     return CtVolume(voxels, to)
 
@@ -139,11 +142,17 @@ def _shifted(plane: npt.NDArray[np.int16] | npt.NDArray[np.float32], by: Floats,
     """The plane `by` so many (rows, columns), with fractions, inside a larger one of air."""
     whole = np.floor(by + 1e-6).astype(int)
     rest = np.clip(by - whole, 0, None)
-    held = np.full((shape[0] + 1, shape[1] + 1), PADDING_HU, dtype=np.float64)
-    held[whole[0] : whole[0] + plane.shape[0], whole[1] : whole[1] + plane.shape[1]] = plane
-    if rest.max() > 1e-6:
-        held = ndimage.shift(held, rest, order=1, mode="constant", cval=PADDING_HU)
-    return held[: shape[0], : shape[1]]
+    held = np.full(shape, PADDING_HU, dtype=np.float64)
+    there = held[whole[0] : whole[0] + plane.shape[0], whole[1] : whole[1] + plane.shape[1]]
+    there[...] = plane[: there.shape[0], : there.shape[1]]
+    for axis, share in enumerate(rest):
+        if share > 1e-6:
+            lines = np.moveaxis(held, axis, 0)
+            from_before = share * lines[:-1]
+            lines *= 1 - share
+            lines[1:] += from_before
+            lines[0] = PADDING_HU  # a part of it lies outside
+    return held
 
 
 def _words(grid: Grid) -> str:

@@ -11,6 +11,7 @@ import pydicom
 import pytest
 import SimpleITK
 from made_series import AXIAL, ORIENTATIONS, edit, files, made
+from scipy import ndimage
 
 from salsa_node import batch, cases, nifti, scripting
 from salsa_node.analysis import Analysis, Lineage, Outcome, Terms, analyse, check
@@ -116,6 +117,38 @@ def test_upright_is_what_simpleitk_makes_of_a_tilted_stack(tmp_path):
     assert both.sum() > 0.9 * ct.voxels_hu.size
     edge = np.abs(theirs_hu[both].astype(int) - ours.voxels_hu[both]) > 1
     assert edge.mean() < 0.04  # at the rim of a slice theirs knows no air beside it
+
+
+@pytest.mark.parametrize(
+    ("per_step", "offsets"),
+    [
+        ((0.37, 0.0), None),  # a gantry's tilt: rows alone
+        ((-0.61, 0.0), None),
+        ((0.0, 0.83), None),
+        ((-1.3, 2.21), None),
+        ((2.0, 0.0), (0.0, 1.0, 1.4, 3.3, 4.3, 6.1)),
+        ((-0.47, 1e-9), (0.0, 1.2, 2.0, 3.0, 4.0, 5.7)),
+    ],
+)
+def test_a_slice_is_shifted_as_scipy_shifts_it(per_step, offsets):
+    voxels = np.random.default_rng(5).uniform(-900, 900, (6, 11, 13)).astype(np.float32)
+    affine = np.diag([2.0, 0.8, 0.8, 1.0])
+    affine[1:3, 0] = 0.8 * np.array(per_step)
+    found = upright(CtVolume(voxels, Grid(voxels.shape, affine, None, offsets)))
+    along = np.arange(6.0) if offsets is None else np.array(offsets)
+    aside = np.outer(along, per_step)
+    aside[np.abs(aside) < 1e-6] = 0
+    low = np.floor(aside.min(axis=0))
+    planes = np.full((6, *found.grid.shape[1:]), -1024.0)
+    planes[:, :11, :13] = voxels
+    for k, by in enumerate(aside - low):
+        planes[k] = ndimage.shift(np.roll(planes[k], by.astype(int), (0, 1)), by % 1, order=1, cval=-1024.0)
+    step = float(np.median(np.diff(along)))
+    for j, plane in enumerate(found.voxels_hu):
+        at = np.interp(j * step, along, np.arange(6))
+        k = min(int(at), 4)
+        expected = planes[k] * (k + 1 - at) + planes[k + 1] * (at - k)
+        np.testing.assert_allclose(plane, expected, atol=1e-3)
 
 
 def test_masks_come_back_exactly_where_the_shear_is_whole_pixels(tmp_path):
