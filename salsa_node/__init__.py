@@ -40,7 +40,8 @@ room imports exactly what stands right of its arrow):
     pipelines.device       <- errors
     pipelines.sliding_window <- errors pipelines.device
     pipelines.resampling   <- pipelines.device
-    pipelines.nnunet       <- errors models pipelines pipelines.device pipelines.plans pipelines.resampling pipelines.sliding_window volume
+    pipelines.preprocessing <-
+    pipelines.nnunet       <- errors models pipelines pipelines.device pipelines.plans pipelines.preprocessing pipelines.resampling pipelines.sliding_window volume
     pipelines.demo         <- errors models pipelines pipelines.device pipelines.nnunet volume
     pipelines.morphology   <-
     pipelines.part         <- volume

@@ -30,7 +30,7 @@ import torch
 
 from salsa_node.errors import ConfigError, DeviceExhausted, PipelineError
 from salsa_node.models import ModelFolder
-from salsa_node.pipelines import Flag, resampling, sliding_window
+from salsa_node.pipelines import Flag, preprocessing, resampling, sliding_window
 from salsa_node.pipelines import plans as plans_file
 from salsa_node.pipelines.device import (
     Placement,
@@ -228,10 +228,10 @@ class Network:
     def preprocess(
         self, image: npt.NDArray[Any], stage: npt.NDArray[np.int16] | None, spacing_mm: list[float]
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int8], dict[str, Any]]:
-        """What the network sees of (1, z, y, x) arrays: channels and labels at its spacing, and the way back.
+        """What nnU-Net makes of (1, z, y, x) arrays for training: channels and labels at its spacing, and the way back.
 
-        image: numbers of any kind; nnU-Net makes its own float32 of them.
-        `stage` comes back in the labels: the truth in training, the previous stage in a cascade.
+        image: numbers of any kind; nnU-Net makes its own float32 of them. stage: the truth. For a prediction
+        `preprocessing` makes the same channels.
         """
         predictor = self._predictor
         properties: dict[str, Any] = {"spacing": list(spacing_mm)}
@@ -247,8 +247,8 @@ class Network:
         """Labels (z, y, x) of a (1, z, y, x) image in nnU-Net's own order, as `predict` has them otherwise."""
         from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
 
-        channels, labels, properties = self.preprocess(image, stage, spacing_mm)
-        if stage is not None:
+        channels, labels, properties = preprocessing.prepared(image, stage, spacing_mm, self._predictor)
+        if labels is not None:
             classes = self._predictor.label_manager.foreground_labels
             channels = np.vstack((channels, convert_labelmap_to_one_hot(labels[0], classes, channels.dtype)))
         logits = self.logits(torch.from_numpy(np.ascontiguousarray(channels, dtype=np.float32)))
