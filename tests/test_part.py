@@ -31,6 +31,7 @@ GRIDS = {
     "flipped": Recipe(1, (9, 20, 21), (5.0, 1.7, 1.3), "IRA"),
     "sagittal": Recipe(1, (20, 14, 13), (0.4, 2.5, 2.0), "LSP"),
     "oblique": Recipe(1, (9, 16, 18), (3.3, 2.1, 0.9), "AIL", rotation_deg=(5.0, -7.0, 11.0)),
+    "tall": Recipe(1, (46, 12, 11), (3.0, 2.0, 2.0)),  # the crop's padding ends within the scan
     "one slice": Recipe(1, (1, 20, 18), (5.0, 0.7, 0.7)),
 }
 PARAMETERS = pytest.mark.parametrize("name", GRIDS)
@@ -103,6 +104,8 @@ BOXES = {
     "at the low sides": (slice(0, 20), slice(0, 30), slice(0, 12)),
     "at the high sides": (slice(40, 60), slice(30, 66), slice(50, 70)),
     "through all slices": (slice(0, 60), slice(20, 30), slice(1, 68)),
+    "a shell": (slice(8, 52), slice(8, 58), slice(10, 60)),
+    "a shell that leaves less outside than inside": (slice(0, 60), slice(0, 66), slice(0, 50)),
     "all of it": (slice(0, 60), slice(0, 66), slice(0, 70)),
 }
 
@@ -115,7 +118,10 @@ def test_a_liver_is_cleaned_as_scipy_would(preset: str, where: str) -> None:
     labels = np.zeros(grid.shape, dtype=np.uint8)
     labels[BOXES[where]] = rng.random(labels[BOXES[where]].shape) < 0.02
     if where.startswith("two"):
-        labels[:, 40:56] = labels[:, :, 30:46] = 0
+        labels[:, :, 20:50] = 0  # more than any preset closes
+    if where.startswith("a shell"):
+        labels[BOXES[where]] = 1
+        labels[tuple(slice(side.start + 1, side.stop - 1) for side in BOXES[where])] = 0
     assert labels.any()
     part = clean_part(part_of(LabelVolume(labels, grid)), PRESETS[preset])
     np.testing.assert_array_equal(part.whole().labels == 1, cleaned_by_scipy(labels, PRESETS[preset]))

@@ -215,18 +215,17 @@ def clean_part(liver: Part, preset: Preset) -> Part:
     corner = [side.start - before for side, (before, _) in zip(box, room, strict=True)]
     within = tuple(slice(all_.start - at, all_.stop - at) for all_, at in zip(wide, corner, strict=True))
     cleaned = Part(largest(mask[within], preset.touching), wide, liver.grid)
-    if preset.fill_holes:
+    if preset.fill_holes and _parts(~cleaned.mask, preset.touching)[1] > 1:  # else all that is not liver is one part
         everything = slice(0, shape[0]), slice(0, shape[1]), slice(0, shape[2])
-        outside = cleaned.whole().labels == 0
-        if outside.any():
-            cleaned = Part(~largest(outside, preset.touching), everything, liver.grid)
+        outside = largest(cleaned.whole().labels == 0, preset.touching)
+        cleaned = Part(~outside, everything, liver.grid)
     return cleaned
 
 
 def largest(mask: Mask, touching: Literal[6, 26] = 6) -> Mask:
     """The largest connected part. Raises OrganNotFound where there is none."""
     box = box_of(mask)
-    parts, count = cc3d.connected_components(np.ascontiguousarray(mask[box]), connectivity=touching, return_N=True)
+    parts, count = _parts(mask[box], touching)
     if not count:
         raise OrganNotFound("nothing was left of the liver after closing and widening it")
     if count == 1:
@@ -236,6 +235,12 @@ def largest(mask: Mask, touching: Literal[6, 26] = 6) -> Mask:
     kept: Mask = np.zeros_like(mask)
     kept[box] = parts == np.argmax(sizes)
     return kept
+
+
+def _parts(mask: Mask, touching: Literal[6, 26]) -> tuple[npt.NDArray[np.integer], int]:
+    """The number of each voxel's connected part, 0 = none, and how many parts there are."""
+    numbers, count = cc3d.connected_components(np.ascontiguousarray(mask), connectivity=touching, return_N=True)
+    return numbers, int(count)
 
 
 def crop(ct: CtVolume, liver: LabelVolume, preset: Preset) -> CtVolume:
