@@ -15,7 +15,6 @@ from salsa_node.pipelines.salsa_steps import (
     clean_part,
     fine_grid,
     found_part,
-    largest,
     resample_crop,
     resample_labels,
     resample_part,
@@ -92,10 +91,15 @@ def cleaned_by_scipy(mask: np.ndarray, preset: Preset) -> np.ndarray:
         found = ndimage.binary_closing(found, structure, iterations=preset.closing)
     if preset.dilation:
         found = ndimage.binary_dilation(found, structure, iterations=preset.dilation)
-    found = largest(found[tuple(slice(room, n - room) for n in found.shape)], preset.touching)
+    found = largest_by_scipy(found[tuple(slice(room, n - room) for n in found.shape)], preset)
     if preset.fill_holes and not found.all():
-        found = ~largest(~found, preset.touching)
+        found = ~largest_by_scipy(~found, preset)
     return found
+
+
+def largest_by_scipy(mask: np.ndarray, preset: Preset) -> np.ndarray:
+    parts, _ = ndimage.label(mask, ndimage.generate_binary_structure(3, {6: 1, 26: 3}[preset.touching]))
+    return parts == 1 + np.argmax(np.bincount(parts.ravel())[1:])
 
 
 BOXES = {

@@ -209,7 +209,8 @@ def test_what_nobody_watches_is_found_without_the_whole_scan(
     """The same masks to the last voxel, whatever the networks mark: also in the padding of their crop."""
 
     def predict(_network: object, ct: CtVolume, previous: LabelVolume | None = None) -> LabelVolume:
-        marked = {"dark": ct.voxels_hu < 70, "all": ct.voxels_hu > -9999, "nothing": ct.voxels_hu > 9999}[answer]
+        hu = ct.voxels_hu
+        marked = {"dark": (hu > OUTSIDE_HU / 2) & (hu < 70), "all": hu > -9999, "nothing": hu > 9999}[answer]
         return LabelVolume(marked.astype(np.uint8), ct.grid)
 
     monkeypatch.setattr("salsa_node.pipelines.nnunet.Network.predict", predict)
@@ -225,7 +226,11 @@ def test_what_nobody_watches_is_found_without_the_whole_scan(
         assert one.labels.dtype == other.labels.dtype == np.uint8
         assert one.labels.tobytes() == other.labels.tobytes()
         assert one.grid is ct.grid
+    assert quick.organ is not None
+    beyond = np.count_nonzero(quick.lesions.labels > organ.labels)  # the liver was widened before they looked
+    assert np.count_nonzero(quick.organ.labels) == np.count_nonzero(organ.labels) + beyond
     assert quick.lesions.labels.any() == (answer != "nothing")
+    assert (beyond > 0) == (answer == "all")
 
 
 # ---- what it refuses, keeps and says --------------------------------------------------------------
