@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from math import floor
+from typing import Final
 
 import cc3d
 import numpy as np
@@ -36,6 +37,8 @@ Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 Components = npt.NDArray[np.unsignedinteger]
 Box = tuple[slice, slice, slice]
+
+_NOWHERE: Final[Box] = (slice(0, 1), slice(0, 1), slice(0, 1))
 
 
 class Disease(Enum):
@@ -136,7 +139,7 @@ def measure(ct: CtVolume, masks: Masks, criteria: Criteria) -> Findings:
     """
     if not masks.lesions.grid.matches(ct.grid):
         raise PipelineError(f"the masks lie on {masks.lesions.grid}, the CT on {ct.grid}")
-    box = _box_around(masks.lesions.labels)
+    box = box_around(masks.lesions.labels)
     components = _components(masks.lesions.labels[box], masks.lesion_per_value)
     voxels, boxes = _sizes(components)
     voxel_mm3 = ct.grid.voxel_volume_mm3
@@ -147,28 +150,27 @@ def measure(ct: CtVolume, masks: Masks, criteria: Criteria) -> Findings:
     renumbered[kept] = np.arange(1, len(kept) + 1)
     labels = np.zeros(ct.grid.shape, dtype=renumbered.dtype)
     labels[box] = renumbered[components]
-    shown = [_mask_digest(part.labels) if part else "" for part in (LabelVolume(labels, ct.grid), masks.organ)]
+    organ = masks.organ
+    organ_box = _NOWHERE if organ is None else box_around(organ.labels)
+    shown = [_mask_digest(labels, moved(box_around(labels[box]), box) if kept else _NOWHERE)]
+    shown.append("" if organ is None else _mask_digest(organ.labels, organ_box))
     run_digest = digest(ct.source_digest, masks.provenance.digest, _fingerprint(criteria), *shown)
 
     lesions = []
     for number, component in enumerate(kept, start=1):
-        within = tuple(slice(s.start + b.start, s.stop + b.start) for s, b in zip(boxes[component], box, strict=True))
+        place = moved(boxes[component], box)
         mask = components[boxes[component]] == component
-        place = (within[0], within[1], within[2])
         lesion = _lesion(ct, mask, place, number, run_digest, criteria)
         lesions.append(
             lesion
             if masks.segments is None
             else replace(lesion, segments=_segments(masks.segments.labels[place][mask]))
         )
-    organ = masks.organ
     return Findings(
         lesions=tuple(lesions),
         lesion_labels=LabelVolume(labels, ct.grid),
         organ=organ,
-        organ_volume_mm3=None
-        if organ is None
-        else ct.grid.volume_mm3(np.count_nonzero(organ.labels == 1, axis=(1, 2))),
+        organ_volume_mm3=None if organ is None else ct.grid.volume_mm3(_areas(organ.labels, organ_box)),
         dropped_specks=len(voxels) - 1 - len(kept),
         criteria=criteria,
         provenance=masks.provenance,
@@ -228,9 +230,8 @@ def _fingerprint(criteria: Criteria) -> str:
     return json.dumps(asdict(criteria) | {"rule": criteria.rule.value}, sort_keys=True)
 
 
-def _mask_digest(labels: npt.NDArray[np.unsignedinteger]) -> str:
-    """SHA-256 of where every value lies, whatever integer type it is held in."""
-    box = _box_around(labels)
+def _mask_digest(labels: npt.NDArray[np.unsignedinteger], box: Box) -> str:
+    """SHA-256 of where every value lies, whatever integer type it is held in; `box` is the one around them."""
     inside = np.ascontiguousarray(labels[box])
     whole = inside.astype(np.uint8 if inside.max() < 256 else np.uint32, copy=False)
     return digest(repr(labels.shape), repr(box), hashlib.sha256(whole.data).hexdigest())
@@ -246,10 +247,28 @@ def _components(labels: npt.NDArray[np.unsignedinteger], lesion_per_value: bool)
     return components
 
 
-def _box_around(labels: npt.NDArray[np.unsignedinteger]) -> Box:
-    filled = [np.flatnonzero(labels.any(axis=others)) for others in ((1, 2), (0, 2), (0, 1))]
-    spans = [slice(int(f[0]), int(f[-1]) + 1) if f.size else slice(0, 1) for f in filled]
-    return spans[0], spans[1], spans[2]
+def box_around(labels: npt.NDArray[np.unsignedinteger]) -> Box:
+    """The slices, rows and columns that hold anything; the first voxel where there is nothing."""
+    slices = np.flatnonzero(labels.max(axis=(1, 2)))
+    if not slices.size:
+        return _NOWHERE
+    seen = labels[slices[0] : slices[-1] + 1].max(axis=0)
+    filled = (slices, np.flatnonzero(seen.any(axis=1)), np.flatnonzero(seen.any(axis=0)))
+    first, second, third = (slice(int(there[0]), int(there[-1]) + 1) for there in filled)
+    return first, second, third
+
+
+def moved(box: Box, within: Box) -> Box:
+    """A box that was found inside another one, on the grid of that one."""
+    first, second, third = (slice(s.start + w.start, s.stop + w.start) for s, w in zip(box, within, strict=True))
+    return first, second, third
+
+
+def _areas(organ: npt.NDArray[np.unsignedinteger], box: Box) -> npt.NDArray[np.int64]:
+    """Voxels of the liver in each slice; `box` is the one around all labels."""
+    areas = np.zeros(len(organ), dtype=np.int64)
+    areas[box[0]] = np.count_nonzero(organ[box] == 1, axis=(1, 2))
+    return areas
 
 
 def _sizes(components: Components) -> tuple[list[int], list[Box]]:

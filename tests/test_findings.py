@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import hashlib
+import json
+from dataclasses import asdict, replace
 from itertools import product
 
 import numpy as np
@@ -14,9 +16,10 @@ from made_series import AXIAL, ORIENTATIONS, TURNED
 
 from salsa_node.criteria import Criteria, Rule
 from salsa_node.errors import PipelineError
-from salsa_node.findings import Disease, Findings, measure, table
+from salsa_node.findings import Disease, Findings, box_around, measure, table
 from salsa_node.pipelines import Masks, Provenance
 from salsa_node.series import inspect, read_volume
+from salsa_node.uids import digest
 from salsa_node.volume import CtVolume, Grid, LabelVolume
 
 PROVENANCE = Provenance("drawn", "1")
@@ -289,6 +292,45 @@ def test_masks_that_differ_in_one_voxel_have_results_of_their_own():
     tracked = [lesion.tracking_uid for one in several for lesion in one.lesions]
     assert len(set(tracked)) == len(tracked)
     assert seen(labels.astype(np.uint8), labels).run_digest == several[3].run_digest
+
+
+def where_it_lies(labels: np.ndarray) -> str:
+    """A mask's part of the digest, by way of the whole volume."""
+    filled = [np.flatnonzero(labels.any(axis=others)) for others in ((1, 2), (0, 2), (0, 1))]
+    box = tuple(slice(int(f[0]), int(f[-1]) + 1) if f.size else slice(0, 1) for f in filled)
+    inside = np.ascontiguousarray(labels[box]).astype(np.uint8)
+    return digest(repr(labels.shape), repr(box), hashlib.sha256(inside.data).hexdigest())
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("kept", [True, False])
+def test_the_digest_holds_where_the_masks_lie_on_the_whole_grid(kept: bool, order: str) -> None:
+    """Specks that are left out reach farther than what is kept, in every direction; so do labels beside the liver."""
+    lesions, organ = np.zeros((2, 12, 14, 16), np.uint8, order=order)
+    lesions[1, 2, 3] = lesions[10, 12, 14] = 1
+    if kept:
+        lesions[4:7, 5:8, 6:9] = 1
+    organ[3:9, 4:11, 5:12] = 1
+    organ[10, 12, 2] = 2
+    criteria = Criteria(min_lesion_mm3=5.0)
+    made = found(lesions, criteria=criteria, organ=organ)
+    assert len(made.lesions) == kept
+    assert made.dropped_specks == 2
+    assert made.organ_volume_mm3 == 6 * 7 * 7
+    shown = where_it_lies(made.lesion_labels.labels), where_it_lies(organ)
+    images = digest(*(f"2.25.{n}" for n in range(12)))
+    rules = json.dumps(asdict(criteria) | {"rule": criteria.rule.value}, sort_keys=True)
+    assert made.run_digest == digest(images, PROVENANCE.digest, rules, *shown)
+
+
+@pytest.mark.parametrize("turned", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
+def test_the_box_around_labels_holds_them_all_and_nothing_else(turned: tuple[int, ...]) -> None:
+    labels = np.zeros((7, 9, 11), np.uint16)
+    assert box_around(labels.transpose(turned)) == (slice(0, 1),) * 3
+    labels[2, 3, 4] = 1
+    labels[5, 1, 9] = 300
+    expected = [slice(2, 6), slice(1, 4), slice(4, 10)]
+    assert list(box_around(labels.transpose(turned))) == [expected[axis] for axis in turned]
 
 
 def test_masks_of_another_grid_are_refused_naming_both():

@@ -6,7 +6,7 @@ from itertools import permutations
 import made_findings as made
 import numpy as np
 import pytest
-from scipy.ndimage import binary_dilation, gaussian_filter
+from scipy.ndimage import binary_dilation, distance_transform_edt, gaussian_filter
 
 from salsa_node import guards, phantom
 from salsa_node.criteria import Criteria
@@ -63,7 +63,7 @@ def test_the_order_of_ten_slices_is_told_by_the_outlines(seed, first):
     part = slice(first, first + 10)
     slab = CtVolume(patient.ct.voxels_hu[part].copy(), Grid((10, 128, 160), patient.ct.grid.affine_lps_mm))
     liver, nothing = patient.liver.labels[part] == 1, np.zeros(slab.grid.shape)
-    assert guards._fit(slab, liver[::-1])[1] == ""
+    assert guards._fit(slab, guards._Liver.of(liver[::-1].view(np.uint8)))[1] == ""
     assert "order of their slices" in flagged(slab, liver[::-1], nothing)["mirrored"].text
     rough = gaussian_filter(liver.astype(np.float32), (1, 3, 3)) > 0.5
     beside, larger = np.roll(liver, (6, -6), (1, 2)), binary_dilation(liver, iterations=2)
@@ -354,3 +354,63 @@ def test_on_a_real_liver_only_what_is_mirrored_across_or_front_to_back_is_caught
     axes = np.argmax(np.abs(ct.grid.affine_lps_mm[:3, :3]), axis=1)  # along x, y and z
     for axis in axes[:2]:
         assert flagged(ct, np.flip(liver, axis), nothing)["mirrored"].blocks
+
+
+def scattered(seed: int, shape: tuple[int, int, int]) -> np.ndarray:
+    """A liver of odd shape: some voxels, a block, a thread that the sparse grid may miss; or other labels elsewhere."""
+    chance = np.random.default_rng(seed)
+    labels = np.where(chance.random(shape) < 0.003, 1, 0).astype(np.uint8)
+    corner = [int(chance.integers(0, n // 2)) for n in shape]
+    labels[tuple(slice(first, first + n // 3) for first, n in zip(corner, shape, strict=True))] = 1
+    thread = np.zeros(shape, bool)
+    thread[1::2, corner[1] | 1, corner[2] | 1] = True
+    if seed % 2:
+        labels[: shape[0] // 3] = 0
+        labels[thread] = 1
+    labels[-1, -1, -1] = 2 if seed % 3 == 0 else 0  # no liver
+    return labels
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_near_is_what_the_distances_from_the_liver_on_the_whole_grid_say(seed):
+    spacing_mm = [(1.0, 0.75, 0.75), (0.7, 0.9, 1.1), (5.0, 2.0, 1.6), (2.0, 1.0, 0.5)][seed % 4]
+    shape = (17, 40, 46)
+    labels = scattered(seed, shape)
+    grid = Grid(shape, np.diag([*spacing_mm, 1.0]), "1.2.3")
+    hu = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)  # tells every voxel from every other
+    near = guards._Near.of(guards._Liver.of(labels), grid)
+
+    stride = [max(1, int(2.0 / mm)) for mm in spacing_mm]
+    every = tuple(slice(None, None, step) for step in stride)
+    sparse = labels[every] == 1
+    apart_mm = distance_transform_edt(~sparse, sampling=np.array(stride) * spacing_mm)
+    expected = hu[every][sparse], hu[every][(apart_mm > 3) & (apart_mm <= 10)]
+    seen = hu[near.places].ravel()
+    assert len(expected[0])
+    assert len(expected[1])
+    assert np.array_equal(seen[near.inside], expected[0])
+    assert np.array_equal(seen[near.around], expected[1])
+    assert np.array_equal(guards._Sparse.of(guards._Liver.of(labels), grid).mask.sum(), sparse.sum())
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("at_most_mm", [0.5, 3.0, 4.0, 10.0, 40.0])
+def test_within_is_the_distance_transform_and_a_limit(seed, at_most_mm):
+    shape = [(9, 22, 31), (1, 30, 28), (20, 3, 14)][seed % 3]
+    step_mm = [(2.0, 1.5, 1.5), (1.0, 0.625, 0.8)][seed % 2]
+    mask = np.random.default_rng(seed).random(shape) < 0.004
+    mask[0, shape[1] // 2, -1] = True
+    expected = distance_transform_edt(~mask, sampling=step_mm) <= at_most_mm
+    assert np.array_equal(guards._within(mask, step_mm, at_most_mm), expected)
+    assert not guards._within(np.zeros(shape, bool), step_mm, at_most_mm).any()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_liver_in_its_box_counts_as_on_the_whole_grid(seed):
+    labels = scattered(seed, (11, 23, 19))
+    organ, liver = labels == 1, guards._Liver.of(labels)
+    for axis in range(3):
+        others = tuple(other for other in range(3) if other != axis)
+        assert np.array_equal(liver.counts(axis), np.count_nonzero(organ, axis=others))
+    for k in np.flatnonzero(organ.any(axis=(1, 2))):
+        assert np.array_equal(liver.plane(k), organ[k])
