@@ -119,7 +119,8 @@ room imports exactly what stands right of its arrow):
     disk_trouble           <-
     assembly               <- candidate contrast_phase disk_trouble errors evidence log pacs_count selection selection_rules series series_rules settings stacks store uids
     failures               <- errors
-  worker                 <- analysis assembly config dicom_result durable errors failures log pipelines store
+    ahead                  <- errors
+  worker                 <- ahead analysis assembly config dicom_result durable errors failures log pipelines store
   process_memory         <-
   supervisor             <- config errors failures process_memory store
 

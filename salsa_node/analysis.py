@@ -39,7 +39,7 @@ from salsa_node.findings import Findings, measure, table
 from salsa_node.limits import Limits
 from salsa_node.pipelines import Flag, Pipeline, Provenance
 from salsa_node.products import Products
-from salsa_node.series import UNREADABLE, headers, image_numbers, inspect, read_volume
+from salsa_node.series import UNREADABLE, Series, headers, image_numbers, inspect, read_volume
 from salsa_node.series_rules import SeriesRules
 from salsa_node.uids import digest
 from salsa_node.volume import CtVolume
@@ -53,6 +53,9 @@ class Outcome(Enum):
     LESIONS = "lesions"  #: candidate lesions were found
     NO_CANDIDATE = "no_candidate"  #: the algorithm ran and found no candidate
     NOT_ANALYSED = "not_analysed"  #: no analysis was possible; the report says why
+
+
+Read = tuple[Series, CtVolume]
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,23 +124,30 @@ class Analysis:
         return tuple(made.ds for made in self.objects if made.kind is kind)
 
 
+def read(paths: Sequence[Path], rules: SeriesRules) -> Read:
+    """The series in `paths` and its volume. Raises SeriesRejected."""
+    series = inspect(paths, rules)
+    return series, read_volume(series)
+
+
 def analyse(
     paths: Sequence[Path],
     pipeline: Pipeline,
     terms: Terms,
     lineage: Callable[[str], Lineage],
     progress: Callable[[str], None] = lambda _: None,
+    reading: Callable[[Sequence[Path], SeriesRules], Read] = read,
 ) -> Analysis:
     """Everything that is sent for the series in `paths`.
 
     lineage: told the run digest, says when the result was made and what it takes the place of.
     progress: told what begins ("reading", "segmenting", "measuring", "writing").
+    reading: `read`, or what has at hand what that would give.
     Raises PipelineError and EncodingError; verdicts on the input become an outcome.
     """
     try:
         progress("reading")
-        series = inspect(paths, terms.series)
-        ct = read_volume(series)
+        series, ct = reading(paths, terms.series)
         progress("segmenting")
         masks = upright.segment(pipeline, ct)
     except (SeriesRejected, OrganNotFound) as verdict:

@@ -14,7 +14,7 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from datetime import time as time_of_day
@@ -26,7 +26,8 @@ from zoneinfo import ZoneInfo
 import pydicom
 
 from salsa_node import assembly, durable, failures, pipelines
-from salsa_node.analysis import Analysis, Lineage, Terms, analyse, check, refuse, summary
+from salsa_node.ahead import Ahead, as_they_lie, into_cache
+from salsa_node.analysis import Analysis, Lineage, Read, Terms, analyse, check, read, refuse, summary
 from salsa_node.config import Config
 from salsa_node.dicom_result import Kind
 from salsa_node.errors import DeviceExhausted, GuardFailed, LeaseLost, SalsaNodeError, StoreError
@@ -37,7 +38,6 @@ from salsa_node.store import NewObject, Run, RunState, SeriesState, Store, Store
 
 log = logging.getLogger(__name__)
 
-READ_AHEAD_BYTES = 2 << 30  #: of the next study; 4,000 slices of 512 x 512
 _SENT = (RunState.PRODUCED, RunState.SUPERSEDED)
 
 
@@ -68,6 +68,7 @@ class Worker:
         self._lost = threading.Event()
         self._warm: dict[str, Pipeline] = {}
         self._looked_ahead = False
+        self._next: Ahead[Read] = Ahead()
 
     def prepare(self) -> bool:
         """Load the pipeline that a study needs while it is still arriving, where none is loaded; whether it did.
@@ -99,6 +100,7 @@ class Worker:
         later = () if off_peak(settings.off_peak, now.astimezone().time()) else settings.off_peak_ae_titles
         run = self._store.claim_run(self._owner, settings.lease_s, now, settings.stat_ae_titles, later)
         if run is None:
+            self._next.forget()
             return None
         if run.attempt > settings.max_attempts:
             text = f"given up after {settings.max_attempts} attempts; last: {run.error or 'the worker died'}"
@@ -166,12 +168,14 @@ class Worker:
         )
         if run.refusal is not None:
             return refuse(paths, run.refusal, terms, lambda digest: self._lineage(run, digest))
+        pipeline = self._pipeline(run)
         return analyse(
             paths,
-            self._pipeline(run),
+            pipeline,
             terms,
             lambda digest: self._lineage(run, digest),
-            progress=lambda stage: self._begin(run, stage),
+            lambda stage: self._begin(run, stage, pipeline),
+            lambda paths, rules: self._next.take((as_they_lie(paths), rules)) or read(paths, rules),
         )
 
     def _better(self, run: Run, result: Analysis) -> str:
@@ -183,11 +187,16 @@ class Worker:
         rules = assembly.Rules(config.selection, config.series, config.assembly, config.query)
         return assembly.outranked(self._store, config.node.data_dir, run, rules)
 
-    def _begin(self, run: Run, stage: str) -> None:
+    def _begin(self, run: Run, stage: str, pipeline: Pipeline) -> None:
+        """While a GPU segments the next volume is read; where the processors do, its files come into the cache."""
         self._tell(run, stage)
-        if stage == "segmenting":
-            following = self._store.next_in_line()
-            read_ahead(self._paths(following) if following else ())
+        following = self._store.next_in_line() if stage == "segmenting" else None
+        if following is None or following.refusal is not None:
+            return
+        paths, rules = self._paths(following), self._config.series
+        into_cache(paths)
+        if pipeline.provenance.device.startswith("cuda") and (key := as_they_lie(paths)):
+            self._next.begin((key, rules), lambda: read(paths, rules))
 
     def _paths(self, run: Run) -> list[Path]:
         images = self._store.instances_of(run.study_uid, run.series_uid)
@@ -247,7 +256,8 @@ class Worker:
         return PipelineSettings(self._config.pipeline.device, self._config.models_dir, masks_path, options)
 
     def _unload(self) -> None:
-        """Give the device back all that warm pipelines hold, so that the next attempt finds it empty."""
+        """Give back what warm pipelines and the next volume hold, so that the next attempt finds the memory empty."""
+        self._next.forget()
         for pipeline in self._warm.values():
             pipeline.unload()
         self._warm.clear()
@@ -330,28 +340,6 @@ class Worker:
         finally:
             over.set()
             thread.join()
-
-
-def read_ahead(paths: Iterable[Path]) -> int:
-    """Has the system read these files into its cache while something else is computed, up to READ_AHEAD_BYTES.
-
-    Returns how many bytes were asked for; none where the system cannot do it. Holds no memory of this process, waits
-    for nothing, and passes over what is not there: whoever reads it next will say so.
-    """
-    asked = 0
-    if not hasattr(os, "posix_fadvise"):
-        return asked
-    for path in paths:
-        if asked >= READ_AHEAD_BYTES:
-            break
-        try:
-            with path.open("rb", buffering=0) as file:
-                size = os.fstat(file.fileno()).st_size
-                os.posix_fadvise(file.fileno(), 0, size, os.POSIX_FADV_WILLNEED)
-        except OSError:
-            continue
-        asked += size
-    return asked
 
 
 def encoded(ds: pydicom.Dataset) -> bytes:

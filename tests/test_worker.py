@@ -19,6 +19,7 @@ import pydicom
 import pypdfium2
 import pytest
 
+from salsa_node import analysis as analysis_module
 from salsa_node import overview, phantom
 from salsa_node import worker as worker_module
 from salsa_node.analysis import Analysis, analyse
@@ -523,7 +524,9 @@ def test_exhausted_memory_lets_every_warm_pipeline_go(store, config, study, monk
     settings = replace(config.worker, retry_s=10, max_attempts=5)
     full = Worker(store, replace(config, worker=settings), "worker", clock=lambda: T0)
     for n in range(2):
+        full._next.begin("another study", lambda: "its volume")
         assert full.step(T0 + timedelta(hours=n)).state is RunState.QUEUED
+        assert full._next.take("another study") is None
     assert Warm.unloaded == 2  # loaded anew for the second attempt, since the first one let go of it
     assert store.run(run.id).attempt == 2
 
@@ -550,15 +553,72 @@ def test_the_next_study_is_read_ahead_while_this_one_is_segmented(store, worker,
     assert asked == []
 
 
-def test_reading_ahead_has_a_bound_and_passes_over_what_is_gone(tmp_path, monkeypatch):
-    paths = [tmp_path / str(n) for n in range(5)]
-    for path in (paths[0], *paths[2:]):
-        path.write_bytes(bytes(1000))
-    assert worker_module.read_ahead(paths) == 4000
-    monkeypatch.setattr(worker_module, "READ_AHEAD_BYTES", 1500)
-    assert worker_module.read_ahead(paths) == 2000
-    monkeypatch.delattr(os, "posix_fadvise")
-    assert worker_module.read_ahead(paths) == 0
+class OnGpu(GivenMasksPipeline):
+    """Says that a GPU computed."""
+
+    @property
+    def provenance(self) -> Provenance:
+        return replace(super().provenance, device="cuda:0")
+
+
+@pytest.fixture
+def read_by(monkeypatch) -> list[tuple[str, str]]:
+    """Of each series that is read: by which thread, and its folder."""
+    read: list[tuple[str, str]] = []
+
+    def noted(paths, rules):
+        read.append((threading.current_thread().name, paths[0].parent.name))
+        return analysis_module.read(paths, rules)
+
+    monkeypatch.setattr(worker_module, "read", noted)
+    return read
+
+
+@pytest.fixture
+def following(tmp_path) -> phantom.Study:
+    recipe = phantom.Recipe(12, shape=(24, 64, 64), spacing_mm=(8.0, 4.5, 4.5))
+    return phantom.write_study(phantom.make(recipe), tmp_path / "following")
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "cpu"])
+def test_a_gpu_leaves_time_to_read_the_next_volume(store, config, study, following, read_by, monkeypatch, device):
+    monkeypatch.setattr("salsa_node.pipelines.load", lambda _, settings: (
+        OnGpu(settings) if device == "cuda:0" else GivenMasksPipeline(settings)
+    ))  # fmt: skip
+    worker = Worker(store, config, "worker", clock=lambda: T0)
+    main = threading.current_thread().name
+    for one in (study, following):
+        queue(store, one, one.truth_labels)
+    done = [worker.step(T0) for _ in range(2)]
+    assert [run.state for run in done] == [RunState.PRODUCED] * 2
+    second = "ahead" if device == "cuda:0" else main
+    assert read_by == [(main, study.series_uid), (second, following.series_uid)]
+
+
+def test_a_volume_whose_files_have_changed_since_is_read_again(store, config, study, following, read_by, monkeypatch):
+    monkeypatch.setattr("salsa_node.pipelines.load", lambda _, settings: OnGpu(settings))
+    worker = Worker(store, config, "worker", clock=lambda: T0)
+    for one in (study, following):
+        queue(store, one, one.truth_labels)
+    worker.step(T0)
+    image = config.node.data_dir / store.instances_of(following.study_uid)[3].path
+    image.write_bytes(image.read_bytes())
+    os.utime(image, (1, 1))
+    assert worker.step(T0).state is RunState.PRODUCED
+    main = threading.current_thread().name
+    assert [by for by, folder in read_by if folder == following.series_uid] == ["ahead", main]
+
+
+def test_what_was_read_ahead_is_let_go_of_where_nobody_needs_it(store, config, study, following, monkeypatch):
+    monkeypatch.setattr("salsa_node.pipelines.load", lambda _, settings: OnGpu(settings))
+    worker = Worker(store, config, "worker", clock=lambda: T0)
+    for one in (study, following):
+        queue(store, one, one.truth_labels)
+    worker.step(T0)
+    assert worker._next._key is not None
+    Worker(store, config, "faster", clock=lambda: T0).step(T0)
+    assert worker.step(T0) is None
+    assert worker._next._key is None
 
 
 def arriving(store: Store, called_ae: str = "") -> None:
