@@ -230,10 +230,8 @@ def largest(mask: Mask, touching: Literal[6, 26] = 6) -> Mask:
         raise OrganNotFound("nothing was left of the liver after closing and widening it")
     if count == 1:
         return mask
-    sizes = np.bincount(parts.ravel())
-    sizes[0] = 0
     kept: Mask = np.zeros_like(mask)
-    kept[box] = parts == np.argmax(sizes)
+    kept[box] = parts == np.argmax(np.bincount(parts[mask[box]]))
     return kept
 
 
