@@ -103,7 +103,9 @@ def _linear(voxels: npt.NDArray[_Voxel], places: _Places) -> npt.NDArray[np.floa
         below, above = (near[at[0][n]].astype(np.float32) for at in (lows, highs))
         plane = _mixed(below, above, shares[0][n : n + 1])
         plane = _mixed(plane[lows[1]], plane[highs[1]], shares[1][:, np.newaxis])
-        found[n] = _mixed(plane.take(lows[2], axis=1), plane.take(highs[2], axis=1), shares[2])
+        # no index needs clipping, but that mode takes from rows at twice the speed
+        below, above = (plane.take(at[2], axis=1, mode="clip") for at in (lows, highs))
+        found[n] = _mixed(below, above, shares[2])
     return found
 
 
