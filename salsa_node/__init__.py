@@ -56,9 +56,10 @@ room imports exactly what stands right of its arrow):
     upright                <- native_image pipelines volume
     findings               <- contrast_phase criteria errors pipelines uids volume
     codes                  <-
-    dicom_result           <- errors pipelines series uids volume
+    owners                 <- errors series
+    dicom_result           <- errors owners pipelines series uids volume
     dicom_seg              <- codes dicom_result errors findings pipelines uids volume
-    dicom_sr               <- codes criteria dicom_result dicom_seg errors findings pipelines uids
+    dicom_sr               <- codes criteria dicom_result dicom_seg errors findings owners pipelines uids
   dicom_viewer_sr        <- codes dicom_result dicom_sr findings volume
     picture                <- codes dicom_result findings volume
     page                   <- codes dicom_result dicom_sr findings picture pipelines volume
@@ -66,7 +67,7 @@ room imports exactly what stands right of its arrow):
   dicom_pdf              <- codes dicom_result pipelines uids
   dicom_ko               <- codes dicom_result errors findings uids
   guards                 <- findings limits pipelines volume
-  placement              <- codes dicom_result dicom_seg errors findings series slice_geometry uids
+  placement              <- codes dicom_result dicom_seg errors findings owners series slice_geometry uids
   analysis               <- contrast_phase criteria dicom_ko dicom_pdf dicom_result dicom_sc dicom_seg dicom_sr dicom_viewer_sr errors findings guards limits page picture pipelines placement products series series_rules uids upright volume
 
   the plumbing wing

@@ -28,6 +28,7 @@ from pydicom.uid import UID
 
 from salsa_node import __version__, uids
 from salsa_node.errors import EncodingError
+from salsa_node.owners import differ, same_patient_and_study
 from salsa_node.pipelines import Provenance
 from salsa_node.series import WHOSE
 from salsa_node.uids import digest
@@ -300,6 +301,12 @@ def _corners_apart_mm(source: Sequence[Dataset], grid: Grid) -> npt.NDArray[np.f
 
 
 def _numbers(ds: Dataset, tag: BaseTag, k: int) -> list[float]:
+    held = ds.get_item(tag)
+    if isinstance(held, RawDataElement) and held.VR == "DS" and b"\\" in (held.value or b""):
+        try:
+            return [float(text) for text in held.value.split(b"\\")]  # fifty times faster than by way of `ds`
+        except ValueError:  # not as the standard writes numbers: pydicom has the say
+            pass
     values = ds[tag].value if tag in ds else None
     if values is None:
         raise EncodingError(f"source image {k} has no {keyword_for_tag(tag)}")
@@ -471,30 +478,3 @@ def _read_date(source: Dataset, of: str, zone: tzinfo | None) -> datetime | None
         return datetime(int(day[:4]), int(day[4:6]), int(day[6:]), hour, minute, second, tzinfo=zone)
     except ValueError:
         return None
-
-
-def same_patient_and_study(obj: Dataset, source: Dataset) -> None:
-    """Raises EncodingError, naming the attribute and never its value, where `obj` is not of the source's study."""
-    for keyword in WHOSE:
-        if differ(obj, source, Tag(keyword)):
-            raise EncodingError(f"the result differs from its source in {keyword}: it is kept, not sent")
-
-
-def differ(one: Dataset, other: Dataset, tag: BaseTag) -> bool:
-    """Whether two headers differ in an attribute of text: in its bytes where both hold them as read, without padding.
-
-    An absent value and an empty one are the same.
-    """
-    a, b = one.get_item(tag), other.get_item(tag)
-    if (a is None or isinstance(a, RawDataElement)) and (b is None or isinstance(b, RawDataElement)):
-        as_read = [b"" if item is None or item.value is None else item.value.rstrip(b" \0") for item in (a, b)]
-        return bool(as_read[0] != as_read[1])
-    return bool((_value(one, a) or "") != (_value(other, b) or ""))
-
-
-def _value(ds: Dataset, item: Dataset | DataElement | RawDataElement | None) -> object:
-    """What an element of `ds` holds, in Python's terms; None where there is none."""
-    if item is None:
-        return None
-    value: object = item.value if isinstance(item, DataElement) else ds[item.tag].value
-    return value

@@ -29,7 +29,6 @@ from salsa_node.dicom_result import (
     line,
     named,
     plain,
-    same_patient_and_study,
     series_read,
     sign,
     weights,
@@ -37,6 +36,7 @@ from salsa_node.dicom_result import (
 from salsa_node.dicom_seg import made_from, organ_segment, segment_of, tracking_identifier
 from salsa_node.errors import EncodingError
 from salsa_node.findings import Disease, Findings, Lesion
+from salsa_node.owners import same_patient_and_study
 from salsa_node.pipelines import Provenance
 
 NOTHING_FOUND: Final = "The algorithm found no candidate lesion."

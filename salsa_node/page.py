@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pypdfium2
 from PIL import Image
+from reportlab import rl_config
 from reportlab.lib import colors
 from reportlab.lib.pagesizes import A4
 from reportlab.lib.styles import ParagraphStyle
@@ -35,6 +36,9 @@ from salsa_node.pipelines import Provenance
 from salsa_node.volume import CtVolume
 
 Pixels = npt.NDArray[np.uint8]
+
+# Streams as bytes, a fifth smaller: else reportlab spells them out as text, ASCII85, letter by letter.
+rl_config.useA85 = 0
 
 DOTS_PER_INCH: Final = 110
 _TEXT: Final = ParagraphStyle("text", fontName="Helvetica", fontSize=9, leading=12)
@@ -143,7 +147,7 @@ def _fitted(image: Image.Image) -> Picture:
     """The picture as large as the page has room for."""
     scale = min(_PICTURE_MM[0] / image.width, _PICTURE_MM[1] / image.height) * mm
     content = io.BytesIO()
-    image.save(content, format="PNG")
+    image.save(content, format="PPM")  # reportlab reads the pixels again, and compresses them itself
     content.seek(0)
     return Picture(content, width=image.width * scale, height=image.height * scale, hAlign="LEFT")
 

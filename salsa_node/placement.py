@@ -24,10 +24,11 @@ from pydicom.uid import (
 )
 
 from salsa_node import codes, uids
-from salsa_node.dicom_result import GRID_TOLERANCE, LABEL_MAP_STORAGE, same_patient_and_study
+from salsa_node.dicom_result import GRID_TOLERANCE, LABEL_MAP_STORAGE
 from salsa_node.dicom_seg import label_of, tracking_identifier
 from salsa_node.errors import EncodingError, GuardFailed
-from salsa_node.findings import Axis, Disease, Findings, Lesion
+from salsa_node.findings import Axis, Disease, Findings, Lesion, box_around
+from salsa_node.owners import distinct_owners, same_patient_and_study
 from salsa_node.series import UNDECODABLE
 from salsa_node.slice_geometry import DIRECTION_TOLERANCE, PIXEL_SPACING_TOLERANCE_MM
 
@@ -73,10 +74,11 @@ def check(objects: Sequence[Dataset], source: Sequence[Dataset], findings: Findi
 def _check(objects: Sequence[Dataset], source: Sequence[Dataset], findings: Findings | None) -> None:
     if not objects or not source:
         raise GuardFailed(f"{len(objects)} objects and {len(source)} source images: expected some of each")
+    owners = distinct_owners(source)
     for obj in objects:
         if obj.SOPClassUID not in _KNOWN:
             raise GuardFailed(f"an object of SOP class {obj.SOPClassUID}: there is no check for it")
-        for ds in source:
+        for ds in owners:
             try:
                 same_patient_and_study(obj, ds)
             except EncodingError as exc:
@@ -138,9 +140,13 @@ class _Beside:
     @classmethod
     def of(cls, source: Sequence[Dataset], findings: Findings) -> _Beside:
         images = {ds.SOPInstanceUID: ds for ds in source}
-        several = len(findings.lesions) + 1
-        counts = [np.bincount(plane.ravel(), minlength=several) for plane in findings.lesion_labels.labels]
-        return cls(images, _slices(images, findings), findings, np.array(counts))
+        labels = findings.lesion_labels.labels
+        box = box_around(labels)
+        counts = np.zeros((len(labels), len(findings.lesions) + 1), dtype=np.int64)
+        for row, plane in zip(counts[box[0]], labels[box], strict=True):
+            row[:] = np.bincount(plane.ravel(), minlength=len(row))
+        counts[:, 0] = labels[0].size - counts[:, 1:].sum(axis=1)
+        return cls(images, _slices(images, findings), findings, counts)
 
     @property
     def allowed_mm(self) -> float:
@@ -151,9 +157,10 @@ class _Beside:
         """(rows, columns) of slice k: where these lesions lie; without any, the liver, less lesions that cover it."""
         labels = self.findings.lesion_labels.labels[k]
         if lesions:
-            wanted = np.zeros(self.counts.shape[1], dtype=np.bool_)
-            wanted[list(lesions)] = True
-            shown: Mask = wanted[labels]
+            shown = np.zeros(labels.shape, dtype=np.bool_)
+            for number in lesions:
+                if self.counts[k, number]:
+                    shown |= labels == number
             return shown
         organ = self.findings.organ
         if organ is None:

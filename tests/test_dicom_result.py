@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from io import BytesIO
@@ -19,15 +20,16 @@ from salsa_node import dicom_sr, uids
 from salsa_node.dicom_result import (
     AS_ITS_IMAGES,
     Identity,
+    _numbers,
     check_source,
     described,
     line,
     local,
     plain,
-    same_patient_and_study,
     sign,
 )
 from salsa_node.errors import EncodingError
+from salsa_node.owners import distinct_owners, same_patient_and_study
 from salsa_node.pipelines import DEMO_NOTICE
 from salsa_node.series import WHOSE
 
@@ -310,6 +312,58 @@ def test_a_source_of_two_patients_or_studies_is_no_source(keyword):
     with pytest.raises(EncodingError, match=f"source images 0 and 7 differ in {keyword}") as caught:
         check_source(source, where)
     assert value not in str(caught.value)
+
+
+def test_headers_that_write_alike_whose_they_are_are_compared_once():
+    source = made.headers(made.grid())
+    assert distinct_owners(source) == source[:1]
+    read = [reread(made.with_meta(ds)) for ds in source]
+    assert distinct_owners(read) == read[:1]
+    str(read[3].PatientName)  # no longer as it was read
+    assert distinct_owners(read) == [read[0], read[3]]
+
+
+@pytest.mark.parametrize("keyword", WHOSE)
+@pytest.mark.parametrize("as_read", [True, False])
+def test_whichever_header_is_another_patients_is_compared(keyword, as_read):
+    source = made.headers(made.grid())
+    setattr(source[5], keyword, "ISO_IR 192" if keyword == "SpecificCharacterSet" else "1.2.3")
+    if as_read:
+        source = [reread(made.with_meta(ds)) for ds in source]
+    assert distinct_owners(source) == [source[0], source[5]]
+    del source[9][keyword]
+    assert distinct_owners(source) == [source[0], source[5], source[9]]
+
+
+@pytest.mark.parametrize(
+    ("written_so", "expected"),
+    [
+        (b"1.5\\-2\\3e1 ", [1.5, -2.0, 30.0]),
+        (b" +1.50 \\ -2\\30", [1.5, -2.0, 30.0]),
+        (b"7 ", TypeError),  # one value is no position
+        (b"1\\x\\3", ValueError),
+        (b"1\\\\3", ValueError),
+    ],
+)
+@pytest.mark.parametrize("vr", ["DS", None])
+def test_numbers_as_they_were_read_are_those_that_pydicom_makes_of_them(vr, written_so, expected):
+    tag = Tag("ImagePositionPatient")
+
+    def ask(how: Callable[[Dataset], object]) -> object:
+        ds = Dataset()
+        ds[tag] = RawDataElement(tag, vr, len(written_so), written_so, 0, vr is None, True)
+        try:
+            return how(ds), isinstance(ds.get_item(tag), RawDataElement)
+        except (ValueError, TypeError) as exc:
+            return type(exc)
+
+    ours = ask(lambda ds: _numbers(ds, tag, 4))
+    pydicoms = ask(lambda ds: [float(number) for number in ds[tag].value])
+    if isinstance(expected, list):
+        assert ours == (expected, vr == "DS")  # left as it was read
+        assert pydicoms == (expected, False)
+    else:
+        assert ours is pydicoms is expected
 
 
 def test_a_source_attribute_absent_here_and_empty_there_is_the_same():

@@ -255,6 +255,19 @@ def test_the_page_says_what_was_found_in_words_that_can_be_searched(objects):
     assert "P-1" not in text
 
 
+def test_the_pictures_lie_in_the_page_pixel_by_pixel_and_no_stream_is_spelled_out_as_text():
+    findings, _ = made.case()
+    ct = ct_of(findings)
+    pdf = page.of_findings(ct, findings, made.PRODUCED_AT).pdf
+    assert b"/FlateDecode" in pdf
+    assert b"ASCII85" not in pdf
+    document = pypdfium2.PdfDocument(pdf)
+    drawn = [item for sheet in document for item in sheet.get_objects() if isinstance(item, pypdfium2.PdfImage)]
+    (held,) = (np.array(item.get_bitmap().to_pil().convert("RGB")) for item in drawn)
+    document.close()
+    assert np.array_equal(held, np.array(picture.mosaic(ct, findings)))
+
+
 def test_the_page_has_the_same_bytes_whatever_the_environment_says_of_time(monkeypatch):
     pages = set()
     for epoch in (None, "0", "1700000000"):
