@@ -28,7 +28,7 @@ from pydicom.uid import UID
 
 from salsa_node import __version__, uids
 from salsa_node.errors import EncodingError
-from salsa_node.owners import differ, same_patient_and_study
+from salsa_node.owners import differ, distinct, same_patient_and_study
 from salsa_node.pipelines import Provenance
 from salsa_node.series import WHOSE
 from salsa_node.uids import digest
@@ -265,10 +265,11 @@ def check_source(source: Sequence[Dataset], grid: Grid) -> None:
         )
     rows, columns = grid.shape[1:]
     in_common = [(keyword, Tag(keyword)) for keyword in (*WHOSE, "SeriesInstanceUID", "FrameOfReferenceUID")]
-    for k, ds in enumerate(source):
+    for k in distinct(source, [keyword for keyword, _ in in_common]):
         for keyword, tag in in_common:
-            if differ(ds, first, tag):
+            if differ(source[k], first, tag):
                 raise EncodingError(f"source images 0 and {k} differ in {keyword}: they are not one series")
+    for k, ds in enumerate(source):
         if (ds.get("Rows"), ds.get("Columns")) != (rows, columns):
             raise EncodingError(
                 f"source image {k} has {ds.get('Rows')} x {ds.get('Columns')} pixels, not {rows} x {columns}"

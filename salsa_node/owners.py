@@ -19,17 +19,22 @@ def same_patient_and_study(obj: Dataset, source: Dataset) -> None:
             raise EncodingError(f"the result differs from its source in {keyword}: it is kept, not sent")
 
 
-def distinct_owners(source: Iterable[Dataset]) -> list[Dataset]:
-    """Of all headers that write alike whose they are the first: what `same_patient_and_study` says of it holds for all.
+def distinct(source: Iterable[Dataset], keywords: Iterable[str] = tuple(WHOSE)) -> list[int]:
+    """Which headers write these attributes in a way of their own: of all that write alike the first.
 
-    Four hundred headers of one series come to one.
+    What `differ` says of it, it says of all; four hundred headers of one series come to one.
     """
-    first: dict[tuple[object, ...], Dataset] = {}
-    for ds in source:
-        held = [ds.get_item(Tag(keyword)) for keyword in WHOSE]
-        written = [(item.VR, item.value) if isinstance(item, RawDataElement) else repr(item) for item in held]
-        first.setdefault(tuple(written), ds)
+    tags = [Tag(keyword) for keyword in keywords]
+    first: dict[tuple[object, ...], int] = {}
+    for k, ds in enumerate(source):
+        first.setdefault(tuple(_written(ds.get_item(tag)) for tag in tags), k)
     return list(first.values())
+
+
+def _written(item: Dataset | DataElement | RawDataElement | None) -> object:
+    if isinstance(item, RawDataElement):
+        return item.VR, item.value
+    return repr(item.value) if isinstance(item, DataElement) else repr(item)
 
 
 def differ(one: Dataset, other: Dataset, tag: BaseTag) -> bool:

@@ -28,7 +28,7 @@ from salsa_node.dicom_result import GRID_TOLERANCE, LABEL_MAP_STORAGE
 from salsa_node.dicom_seg import label_of, tracking_identifier
 from salsa_node.errors import EncodingError, GuardFailed
 from salsa_node.findings import Axis, Disease, Findings, Lesion, box_around
-from salsa_node.owners import distinct_owners, same_patient_and_study
+from salsa_node.owners import distinct, same_patient_and_study
 from salsa_node.series import UNDECODABLE
 from salsa_node.slice_geometry import DIRECTION_TOLERANCE, PIXEL_SPACING_TOLERANCE_MM
 
@@ -74,7 +74,7 @@ def check(objects: Sequence[Dataset], source: Sequence[Dataset], findings: Findi
 def _check(objects: Sequence[Dataset], source: Sequence[Dataset], findings: Findings | None) -> None:
     if not objects or not source:
         raise GuardFailed(f"{len(objects)} objects and {len(source)} source images: expected some of each")
-    owners = distinct_owners(source)
+    owners = [source[k] for k in distinct(source)]
     for obj in objects:
         if obj.SOPClassUID not in _KNOWN:
             raise GuardFailed(f"an object of SOP class {obj.SOPClassUID}: there is no check for it")
