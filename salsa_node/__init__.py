@@ -15,6 +15,7 @@ room imports exactly what stands right of its arrow):
     criteria               <-
     settings               <-
     limits                 <-
+    processors             <-
     selection_rules        <-
     series_rules           <-
   products               <-
@@ -26,7 +27,8 @@ room imports exactly what stands right of its arrow):
     nifti                  <- damage errors volume
     slice_geometry         <- errors series_rules volume
     native_image           <-
-    series                 <- damage errors native_image series_rules slice_geometry uids volume
+    pixel_decoding         <- damage
+    series                 <- damage errors native_image pixel_decoding processors series_rules slice_geometry uids volume
     contrast_phase         <-
     candidate              <- contrast_phase native_image series slice_geometry
     stacks                 <- candidate errors series series_rules slice_geometry
@@ -37,7 +39,7 @@ room imports exactly what stands right of its arrow):
     pipelines.options      <- errors
     pipelines              <- contrast_phase errors pipelines.options uids volume
     pipelines.plans        <- errors
-    pipelines.device       <- errors
+    pipelines.device       <- errors processors
     pipelines.sliding_window <- errors pipelines.device
     pipelines.resampling   <- pipelines.device
     pipelines.preprocessing <-

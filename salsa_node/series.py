@@ -1,15 +1,16 @@
 """A CT series on disk: put the slices in order, check the geometry, read the voxels.
 
 What is not one regular grid is rejected with the numbers found, unless the rules let it pass, and never repaired.
-Uncompressed series are read by `native_image`, all others by pydicom; both give the same voxels, and every verdict is
-pydicom's.
+Uncompressed series are read by `native_image`, losslessly compressed ones by `pixel_decoding`, all others by pydicom;
+all give the same voxels, and every verdict is pydicom's.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -34,6 +35,8 @@ from salsa_node import native_image, slice_geometry
 from salsa_node.damage import DAMAGED
 from salsa_node.errors import SeriesRejected
 from salsa_node.native_image import PADDING_HU, NativePixels
+from salsa_node.pixel_decoding import stored_values
+from salsa_node.processors import cores
 from salsa_node.series_rules import SeriesRules
 from salsa_node.slice_geometry import Stack
 from salsa_node.uids import digest
@@ -86,8 +89,11 @@ _MULTI_FRAME: Mapping[str, str] = {
 }
 _UPPER_HALF = 0.1  # of the pixels: metal fills less, air in two's complement more
 _READERS = 2  # threads; copying from the page cache keeps two busy, and hardly more
+_DECODERS = 8  # threads at most; more would wait for the one that puts the slices together
 _PADDING = {"PixelPaddingValue": "Pixel Padding Value", "PixelPaddingRangeLimit": "Pixel Padding Range Limit"}
 _COUNTS = ("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "BitsAllocated")
+_SHORT = (np.int16, np.uint16)
+_Plane = npt.NDArray[np.int16] | npt.NDArray[np.float32]
 UNREADABLE = (*DAMAGED, BytesLengthException, InvalidDicomError)  #: what pydicom raises over damaged headers
 UNDECODABLE = (*UNREADABLE, RuntimeError)  #: and its decoders over damaged pixels
 
@@ -139,8 +145,7 @@ def read_volume(series: Series) -> CtVolume:
     """
     whole = np.empty(series.grid.shape, dtype=np.int16)
     voxels: npt.NDArray[np.int16] | npt.NDArray[np.float32] = whole
-    for n in _left_by_native(series, whole):
-        hu = _read_slice(series.instances[n], f"slice {n + 1} of {len(series.instances)}", series.grid.shape[1:])
+    for n, hu in _decoded(series, _left_by_native(series, whole)):
         if hu.dtype == np.float32 and voxels is whole:
             voxels = whole.astype(np.float32)
         voxels[n] = hu
@@ -156,6 +161,25 @@ def _left_by_native(series: Series, voxels: npt.NDArray[np.int16]) -> list[int]:
 
     with ThreadPoolExecutor(_READERS) as pool:
         return sorted(n for left in pool.map(share, range(_READERS)) for n in left)
+
+
+def _decoded(series: Series, slices: Sequence[int]) -> Iterator[tuple[int, _Plane]]:
+    """Each of these slices, in that order, while a few behind it are decoded; the first bad one raises."""
+    threads = min(_DECODERS, cores(), max(1, len(slices)))
+    coming: deque[tuple[int, Future[_Plane]]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for n in slices:
+                place = f"slice {n + 1} of {len(series.instances)}"
+                coming.append((n, pool.submit(_read_slice, series.instances[n], place, series.grid.shape[1:])))
+                if len(coming) > threads + 1:
+                    ready, plane = coming.popleft()
+                    yield ready, plane.result()
+            while coming:
+                ready, plane = coming.popleft()
+                yield ready, plane.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _filled(instance: Instance, plane_hu: npt.NDArray[np.int16]) -> bool:
@@ -374,9 +398,7 @@ def _numbers(images: Sequence[pydicom.Dataset], keyword: str) -> npt.NDArray[np.
     return numbers
 
 
-def _read_slice(
-    instance: Instance, place: str, shape: tuple[int, ...]
-) -> npt.NDArray[np.int16] | npt.NDArray[np.float32]:
+def _read_slice(instance: Instance, place: str, shape: tuple[int, ...]) -> _Plane:
     """(rows, columns) in Hounsfield units; place: which slice it is."""
     which = f"the image of SOP Instance UID {instance.sop_instance_uid} ({place})"
     try:
@@ -384,7 +406,7 @@ def _read_slice(
         which = f"{_numbered(ds)} ({place})" if _numbered(ds) else which
         if "PixelData" not in ds:
             raise SeriesRejected(f"{which} has no pixel data")
-        stored = ds.pixel_array
+        stored = stored_values(ds)
     except UNDECODABLE as exc:
         raise SeriesRejected(f"{which} cannot be decoded ({_syntax(instance.path)}, {type(exc).__name__})") from exc
     if stored.shape != shape:
@@ -392,7 +414,8 @@ def _read_slice(
     slope, intercept = float(ds.RescaleSlope), float(ds.RescaleIntercept)
     if slope == 0:
         raise SeriesRejected(f"{which} has a Rescale Slope of 0; expected another number")
-    hu = stored * slope + intercept
+    whole = slope == 1 and intercept.is_integer() and abs(intercept) <= 1 << 20 and stored.dtype in _SHORT
+    hu = stored.astype(np.int32) + np.int32(intercept) if whole else stored * slope + intercept
     padding = [
         _signed_like(ds, ds[k].value, f"{which} has a malformed {name}") for k, name in _PADDING.items() if k in ds
     ]
@@ -400,8 +423,8 @@ def _read_slice(
         numbers = [value for value in padding if value is not None]
         hu[(stored >= min(numbers)) & (stored <= max(numbers))] = PADDING_HU
     limits = np.iinfo(np.int16)
-    beyond = int(((hu < limits.min) | (hu > limits.max)).sum())
-    if beyond:
+    if hu.min() < limits.min or hu.max() > limits.max:
+        beyond = int(((hu < limits.min) | (hu > limits.max)).sum())
         kind = "signed" if ds.PixelRepresentation else "unsigned"
         raise SeriesRejected(
             f"{which} holds {beyond} pixels beyond 16 bits, from {hu.min():.0f} to {hu.max():.0f} HU, which is no CT; "
@@ -414,7 +437,7 @@ def _read_slice(
                 f"{which} has {share:.0%} of its pixels in the upper half of {ds.BitsStored} bits and can have none "
                 "below 0 HU: its pixels are declared unsigned (Pixel Representation 0), and seem to be signed"
             )
-    return hu.astype(np.int16) if np.array_equal(hu, np.rint(hu)) else hu.astype(np.float32)
+    return hu.astype(np.int16) if whole or np.array_equal(hu, np.rint(hu)) else hu.astype(np.float32)
 
 
 def _signed_like(ds: pydicom.Dataset, value: object, malformed: str) -> int | None:

@@ -400,22 +400,6 @@ def test_a_gpu_steps_down_to_results_beside_it_then_to_the_cpu() -> None:
     assert [str(placement) for placement in placements(CPU)] == ["cpu"]
 
 
-@pytest.mark.parametrize(
-    ("quota", "expected"),
-    [("max 100000", 8), ("150000 100000", 2), ("50000 100000", 1), ("1600000 100000", 8), ("", 8)],
-)
-def test_the_cores_are_those_that_a_container_may_use(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, quota: str, expected: int
-) -> None:
-    """Bound to eight; the quota is in microseconds of them."""
-    file = tmp_path / "cpu.max"
-    if quota:
-        file.write_text(f"{quota}\n")
-    monkeypatch.setattr(device, "_QUOTA", file)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
-    assert device.cores() == expected
-
-
 def test_torch_starts_no_more_threads_than_there_are_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     before = torch.get_num_threads()
     try:

@@ -2,28 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
 
 from salsa_node.errors import ConfigError
-
-_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of processors in each so many, or "max"
-
-
-def cores() -> int:
-    """Processors that this process may keep busy: those it is bound to, or a container's quota where that is less."""
-    bound = len(os.sched_getaffinity(0))
-    try:
-        quota, period = _QUOTA.read_text().split()
-    except (OSError, ValueError):
-        return bound
-    return bound if quota == "max" else max(1, min(bound, math.ceil(int(quota) / int(period))))
-
+from salsa_node.processors import cores
 
 os.environ.setdefault("nnUNet_def_n_proc", str(min(8, cores())))  # nnU-Net reads it at import
 
