@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from salsa_node import config, console, durable, reserve
-from salsa_node.errors import ConfigError, StoreError
+from salsa_node.errors import ConfigError, IllegalTransition, StoreError
 from salsa_node.options import EXIT_NO, AsJson, ConfigFile, Since, StudyName, Until, Yes, ask, moment
 
 _GIVEN_BACK = "the disk is full: the room that was laid by for this is given back; make more by salsa-node purge"
@@ -244,6 +244,12 @@ def purge(
         console.note(_GIVEN_BACK)
     with _store(config_file) as record:
         wanted = [record.study(name).study_uid for name in study]
+        aside = [uid for uid in wanted if forget and any(row.path for row in record.quarantined_of(uid))]
+        if aside:  # a purge leaves them: the study would lose the rest and could not be forgotten
+            raise IllegalTransition(
+                f"images of study {aside[0]} are in quarantine, and a record without them would make them nobody's; "
+                "nothing was removed: see salsa-node quarantine, or purge without --forget"
+            )
         what = "images, results and record" if forget else "images and results" if results else "images"
         ask(yes, as_json, f"remove the {what} of {len(wanted)} studies from this machine for good?")
         _trail(config_file).ordered("purge", wanted, datetime.now(UTC), what)

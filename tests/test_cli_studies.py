@@ -276,6 +276,21 @@ def test_purge_forgets_a_study_wholly_when_told_to(store, cli, tmp_path):
     assert (data / "studies" / QUEUED).exists()
 
 
+def test_a_study_with_images_in_quarantine_keeps_all_it_has_where_it_cannot_be_forgotten(store, cli, tmp_path):
+    aside = tmp_path / "data" / "quarantine.dcm"
+    aside.write_bytes(b"1234")
+    new = NewInstance(f"{DONE}.1.1", f"{DONE}.1", DONE, "1.5", "1.6", "quarantine.dcm", "1" * 64, 4, "CT1")
+    store.quarantine(new, "says something else", NOW)
+    told = cli("purge", QUEUED, DONE, "--yes", "--forget")
+    assert (told.returncode, told.stdout) == (4, "")
+    assert f"images of study {DONE} are in quarantine" in told.stderr
+    assert "nothing was removed" in told.stderr
+    assert store.study(DONE).instances == 3
+    assert len(list((tmp_path / "data" / "studies" / DONE).rglob("*.dcm"))) == 3
+    assert cli("purge", DONE, "--yes").returncode == 0
+    assert aside.exists()
+
+
 def test_images_that_come_again_after_a_purge_are_kept_and_looked_at(store, tmp_path):
     data = tmp_path / "data"
     store.purge(DONE, "by hand", NOW, lambda paths: None)
