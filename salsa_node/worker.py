@@ -6,6 +6,7 @@ transaction. A worker that dies says nothing; its lease runs out and the run is 
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import logging
@@ -68,6 +69,7 @@ class Worker:
         self._lost = threading.Event()
         self._warm: dict[str, Pipeline] = {}
         self._looked_ahead = False
+        self._loaded_since = False
         self._next: Ahead[Read] = Ahead()
 
     def prepare(self) -> bool:
@@ -250,7 +252,18 @@ class Worker:
         if key not in self._warm:
             beginning()
             self._warm[key] = pipelines.load(name, self._settings(options))
+            self._loaded_since = True
         return self._warm[key]
+
+    def settle(self) -> None:
+        """Spare what stays loaded the garbage collector's passes: one falls into every study, and takes 0.15 s.
+
+        To be called between runs.
+        """
+        if self._loaded_since:
+            self._loaded_since = False
+            gc.collect()
+            gc.freeze()
 
     def _settings(self, options: Mapping[str, object], masks_path: Path | None = None) -> PipelineSettings:
         return PipelineSettings(self._config.pipeline.device, self._config.models_dir, masks_path, options)
@@ -258,6 +271,7 @@ class Worker:
     def _unload(self) -> None:
         """Give back what warm pipelines and the next volume hold, so that the next attempt finds the memory empty."""
         self._next.forget()
+        gc.unfreeze()
         for pipeline in self._warm.values():
             pipeline.unload()
         self._warm.clear()
@@ -385,6 +399,7 @@ def work(config: Config, owner: str, pulse: int = -1) -> None:
             except StoreError as error:
                 log.error("step failed", extra={"event": "loop.failed", "loop": "worker", "error": str(error)})
                 idle = True
+            worker.settle()
             if idle:
                 time.sleep(config.worker.poll_s)
 

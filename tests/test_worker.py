@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import shutil
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -529,6 +531,42 @@ def test_exhausted_memory_lets_every_warm_pipeline_go(store, config, study, monk
         assert full._next.take("another study") is None
     assert Warm.unloaded == 2  # loaded anew for the second attempt, since the first one let go of it
     assert store.run(run.id).attempt == 2
+
+
+@pytest.fixture
+def thawed() -> Iterator[None]:
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("thawed")
+def test_what_stays_loaded_is_kept_from_the_collector_until_it_is_let_go_of(store, config, study, monkeypatch):
+    class Knot(GivenMasksPipeline):
+        """Holds itself, as nnU-Net's predictor and its plans hold one another."""
+
+        def __init__(self, settings: PipelineSettings) -> None:
+            super().__init__(settings)
+            self.itself = self
+
+        def unload(self) -> None:
+            """There is nothing to let go of."""
+
+    monkeypatch.setattr("salsa_node.pipelines.load", lambda *_: Knot(PipelineSettings(masks_path=study.truth_labels)))
+    worker = Worker(store, config, "worker", clock=lambda: T0)
+    worker.settle()
+    assert gc.get_freeze_count() == 0
+    queue(store, study)
+    worker.step(T0)
+    knot = weakref.ref(next(iter(worker._warm.values())))
+    worker.settle()
+    frozen = gc.get_freeze_count()
+    assert frozen > 1000
+    worker.settle()
+    assert gc.get_freeze_count() <= frozen
+    worker._unload()
+    assert gc.get_freeze_count() == 0
+    gc.collect()
+    assert knot() is None
 
 
 def test_the_next_study_is_read_ahead_while_this_one_is_segmented(store, worker, config, study, tmp_path, monkeypatch):
