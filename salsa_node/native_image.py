@@ -1,7 +1,7 @@
-"""An uncompressed CT image as it lies in its file: the header values that a volume needs, and its pixels in one read.
+"""A CT image as it lies in its file: the header values that a volume needs, and uncompressed pixels in one read.
 
 Only what is plainly in order is read here, some forty times faster than a general reader does it. For
-whatever is odd, damaged or compressed, `read_header` returns None, and `series` asks pydicom, whose word is final.
+whatever is odd or damaged, `read_header` returns None, and `series` asks pydicom, whose word is final.
 """
 
 from __future__ import annotations
@@ -17,7 +17,18 @@ from typing import Final
 
 import numpy as np
 import numpy.typing as npt
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+from pydicom.uid import (
+    JPEG2000,
+    CTImageStorage,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGLossless,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
+    JPEGLSNearLossless,
+    RLELossless,
+)
 
 PADDING_HU: Final = -1024  #: what Pixel Padding Value becomes: air, as scanners write outside the circle they image
 
@@ -29,6 +40,10 @@ _IMPLICIT = struct.Struct("<II")
 _LONG = struct.Struct("<I")
 _SHORT_VRS: Final = frozenset(b"AE AS AT CS DA DS DT FL FD IS LO LT PN SH SL SS ST TM UI UL US".split())
 _LONG_VRS: Final = frozenset(b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())
+
+_COMPRESSED: Final = frozenset(
+    (JPEGLossless, JPEGLosslessSV1, JPEGLSLossless, JPEGLSNearLossless, JPEG2000Lossless, JPEG2000, RLELossless)
+)
 
 # The first four bytes of an element read as one little-endian number: the group below, the element above.
 _WANTED: Final[Mapping[int, tuple[str, bytes]]] = {
@@ -141,11 +156,12 @@ class NativePixels:
 
 @dataclass(frozen=True, slots=True)
 class NativeImage:
-    """What one uncompressed image says about itself.
+    """What one image says about itself.
 
     alike: raw values that are the same in every image of one series. shape: (rows, columns).
     number: Instance Number; None where it has none.
     position_lps_mm, cosines, spacing_mm: Image Position and Image Orientation (Patient), Pixel Spacing.
+    pixels: None where they are compressed.
     """
 
     sop_instance_uid: str
@@ -155,11 +171,11 @@ class NativeImage:
     position_lps_mm: tuple[float, ...]
     cosines: tuple[float, ...]
     spacing_mm: tuple[float, ...]
-    pixels: NativePixels
+    pixels: NativePixels | None
 
 
 def read_header(path: Path) -> NativeImage | None:
-    """What the header of that file says; None where it is not a plain, whole, uncompressed CT slice of 16 bits."""
+    """What the header of that file says; None where it is not a plain CT slice of 16 bits, whole or compressed."""
     try:
         with path.open("rb", buffering=0) as file:
             try:
@@ -182,8 +198,10 @@ def _header(held: bytes) -> tuple[dict[str, bytes], int, int]:
     values: dict[str, bytes] = {}
     try:
         at, syntax = _meta(held)
-        if syntax == ExplicitVRLittleEndian:
+        if syntax == ExplicitVRLittleEndian or syntax in _COMPRESSED:
             at, length = _explicit(held, at, values)
+            if (length == _UNDEFINED) != (syntax in _COMPRESSED):  # PS3.5 A.4
+                raise _NotPlain
         elif syntax == ImplicitVRLittleEndian and not held[at + 4 : at + 6].isupper():  # else its VRs are explicit
             at, length = _implicit(held, at, values)
         else:
@@ -320,15 +338,15 @@ def _image(values: Mapping[str, bytes], offset: int, length: int, file: FileIO) 
     rows, columns, bits_stored = (_unsigned(get(k, b"")) for k in ("Rows", "Columns", "BitsStored"))
     representation = _unsigned(get("PixelRepresentation", b""))
     [slope], [intercept] = _decimals(values, "RescaleSlope", 1), _decimals(values, "RescaleIntercept", 1)
-    if not (rows and columns and 1 <= bits_stored <= 16 and representation in (0, 1) and length == 2 * rows * columns):
+    if not (rows and columns and 1 <= bits_stored <= 16 and representation in (0, 1)):
         raise _NotPlain
     if slope != 1 or intercept != int(intercept) or not _in_16_bits(int(intercept)):
         raise _NotPlain
-    behind = os.fstat(file.fileno()).st_size - offset - length
-    if behind:
-        file.seek(offset + length)
-    if behind < 0 or (behind and file.read(4) != _TRAILING_PADDING):
-        raise _NotPlain
+    padding = _padding(values, representation == 1)
+    pixels = None
+    if length != _UNDEFINED:
+        _check_whole(file, offset, length, 2 * rows * columns)
+        pixels = NativePixels(offset, representation == 1, bits_stored, int(intercept), padding)
     return NativeImage(
         sop_instance_uid,
         tuple(get(keyword, b"").rstrip(_BLANK) for keyword in _ALIKE),
@@ -337,8 +355,17 @@ def _image(values: Mapping[str, bytes], offset: int, length: int, file: FileIO) 
         _decimals(values, "ImagePositionPatient", 3),
         _decimals(values, "ImageOrientationPatient", 6),
         _decimals(values, "PixelSpacing", 2),
-        NativePixels(offset, representation == 1, bits_stored, int(intercept), _padding(values, representation == 1)),
+        pixels,
     )
+
+
+def _check_whole(file: FileIO, offset: int, length: int, expected: int) -> None:
+    """Raises _NotPlain unless so many bytes of pixels lie there, and behind them nothing but padding."""
+    behind = os.fstat(file.fileno()).st_size - offset - length
+    if behind:
+        file.seek(offset + length)
+    if length != expected or behind < 0 or (behind and file.read(4) != _TRAILING_PADDING):
+        raise _NotPlain
 
 
 def _unsigned(value: bytes) -> int:

@@ -1,8 +1,8 @@
 """A CT series on disk: put the slices in order, check the geometry, read the voxels.
 
 What is not one regular grid is rejected with the numbers found, unless the rules let it pass, and never repaired.
-Uncompressed series are read by `native_image`, losslessly compressed ones by `pixel_decoding`, all others by pydicom;
-all give the same voxels, and every verdict is pydicom's.
+Plain headers and uncompressed pixels are read by `native_image`, losslessly compressed ones by `pixel_decoding`, all
+others by pydicom; all give the same voxels, and every verdict is pydicom's.
 """
 
 from __future__ import annotations

@@ -155,7 +155,7 @@ def test_what_is_not_plain_is_left_to_pydicom(change, tmp_path):
     assert not any(instance.native for instance in series.instances)
 
 
-@pytest.mark.parametrize("syntax", [ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian, RLELossless])
+@pytest.mark.parametrize("syntax", [ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian])
 def test_other_transfer_syntaxes_are_left_to_pydicom(syntax, tmp_path):
     ct, paths = made(tmp_path)
     for path in paths:
@@ -163,6 +163,36 @@ def test_other_transfer_syntaxes_are_left_to_pydicom(syntax, tmp_path):
     series, read = same(paths)
     assert not any(instance.native for instance in series.instances)
     assert np.array_equal(read.voxels_hu, ct.voxels_hu)
+
+
+@pytest.mark.parametrize("change", PLAIN.values(), ids=PLAIN)
+def test_headers_of_compressed_images_are_read_quickly_and_alike(change, tmp_path):
+    ct, paths = made(tmp_path)
+    for path in paths:
+        rewritten(path, change, RLELossless)
+    assert all(native_image.read_header(path) for path in paths)
+    series, read = same(paths)
+    assert not any(instance.native for instance in series.instances)
+    assert read.voxels_hu.shape == ct.voxels_hu.shape
+
+
+def test_some_slices_may_be_compressed(tmp_path):
+    ct, paths = made(tmp_path)
+    for path in paths[1:4]:
+        rewritten(path, nothing, RLELossless)
+    series, read = same(paths)
+    assert [instance.native is None for instance in series.instances] == [False, True, True, True, False, False]
+    assert np.array_equal(read.voxels_hu, ct.voxels_hu)
+
+
+def test_pixels_that_are_not_as_the_transfer_syntax_has_them_are_left_to_pydicom(tmp_path):
+    _, paths = made(tmp_path)
+    data = paths[0].read_bytes()
+    assert native_image.read_header(paths[0])
+    syntax = b"1.2.840.10008.1.2.1\0"
+    assert len(syntax) == len(b"1.2.840.10008.1.2.5\0")
+    paths[0].write_bytes(data.replace(syntax, b"1.2.840.10008.1.2.5\0", 1))
+    assert native_image.read_header(paths[0]) is None
 
 
 def test_a_value_beyond_16_bits_is_a_verdict_from_both(tmp_path):
@@ -234,7 +264,11 @@ def test_a_file_cut_after_inspection_is_a_verdict(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:pydicom")  # its remarks on the damage
-@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, ImplicitVRLittleEndian], ids=["explicit", "implicit"])
+@pytest.mark.parametrize(
+    "syntax",
+    [ExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless],
+    ids=["explicit", "implicit", "compressed"],
+)
 def test_damaged_files_get_the_same_from_both(syntax, tmp_path):
     _, paths = made(tmp_path, slices=4)
     for path in paths:
