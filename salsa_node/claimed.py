@@ -41,11 +41,11 @@ class Claimed:
         return tuple(self._open.values())
 
     def _settle(self, delivery: Delivery, write: Callable[[datetime], Delivery]) -> bool:
-        """Write it down; False where somebody else has the delivery by now, whose word then counts."""
+        """Write it down; False where it is settled by now, by a report or by another node: whose word then counts."""
         try:
             self.done[delivery.id] = write(self._clock())
         except LeaseLost:
             told = {"event": "delivery.lease_lost", "delivery": delivery.id}
-            log.info("delivery settled by somebody else", extra=told)
+            log.info("delivery settled meanwhile, by a report or by another node", extra=told)
         self._open.pop(delivery.id, None)
         return delivery.id in self.done

@@ -71,6 +71,7 @@ _EXIT_CODES = (
 
 def main() -> None:
     """The entry point: an error that we raise on purpose becomes one line and an exit code."""
+    console.in_its_letters()
     try:
         _with_command(sys.argv[1:2])()
     except errors.SalsaNodeError as error:

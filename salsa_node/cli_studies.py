@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
+from datetime import date as day
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -312,9 +313,17 @@ def _dates(text: str) -> tuple[str, str] | None:
     if not text:
         return None
     first, _, last = text.partition("-")
-    if not re.fullmatch(r"\d{8}", first) or not re.fullmatch(r"\d{8}", last or first):
+    last = last or first
+    if not (_is_day(first) and _is_day(last) and first <= last):
         raise typer.BadParameter(f"--date: expected 20260131 or 20260101-20260131, found {text!r}")
-    return first, last or first
+    return first, last
+
+
+def _is_day(text: str) -> bool:
+    try:
+        return bool(re.fullmatch(r"\d{8}", text, re.ASCII)) and day.fromisoformat(text) is not None
+    except ValueError:
+        return False
 
 
 COMMANDS: Final = (studies, show, cancel, retry, stats, logs, purge)

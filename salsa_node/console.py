@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import json
 import shutil
 import sys
@@ -12,12 +14,26 @@ from typing import Protocol
 from salsa_node import table
 
 _PIPED_WIDTH = 160
+_PLAIN = {"─": "-", "–": "-", "…": "...", "×": "x"}
 NEXT = {
     "failed": "salsa-node retry STUDY, once the cause is mended",
     "blocked": "look at the objects that salsa-node show STUDY names, then rerun with other settings or --masks",
     "held": "look at the objects that salsa-node show STUDY names, then salsa-node release STUDY",
     "not delivered": "do what the last error says (salsa-node echo NAME tries the way), then salsa-node retry STUDY",
 }
+
+
+def in_its_letters() -> None:
+    """Have standard output print "?" or an ASCII likeness for what its encoding lacks, in place of ending there."""
+    codecs.register_error("salsa_node.plain", _plain)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="salsa_node.plain")
+
+
+def _plain(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(_PLAIN.get(c, "?") for c in error.object[error.start : error.end]), error.end
 
 
 def put_json(value: object) -> None:

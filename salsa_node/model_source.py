@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, Final, Protocol
 
-from salsa_node.errors import ModelRefused
+from salsa_node.errors import ConfigError, ModelRefused
 
 MAX_FILES: Final = 20_000
 MAX_FILE_BYTES: Final = 4 << 30  # a checkpoint with its optimizer; today's are a tenth of that
@@ -42,11 +42,12 @@ class Source(Protocol):
 
 
 def open_source(path: Path) -> Source:
-    """The files at `path`. Raises ModelRefused where it is neither a folder nor a sound zip."""
+    """The files at `path`. Raises ConfigError where nothing is there, ModelRefused
+    where it is neither a folder nor a sound zip."""
     if path.is_dir():
         return _Folder(path)
     if not path.is_file():
-        raise ModelRefused(f"there is no file or folder {path}")
+        raise ConfigError(f"there is no file or folder {path}")
     if path.stat().st_size == 0:
         raise ModelRefused(f"{path.name} is an empty file; copy or download it again")
     if not zipfile.is_zipfile(path):

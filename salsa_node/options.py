@@ -26,11 +26,12 @@ def moment(text: str) -> datetime:
         return datetime.now(UTC) - timedelta(**{_AGO[ago[2]]: int(ago[1])})
     try:
         found = datetime.fromisoformat(text)
-    except ValueError:
+        found = found.astimezone(UTC) if found.tzinfo else found.replace(tzinfo=UTC)
+    except (ValueError, OverflowError):  # the latter: before the year 1, seen from Greenwich
         raise typer.BadParameter(
             f"expected 90m, 24h, 7d (ago), or a date such as 2026-01-31 or 2026-01-31T18:00 (UTC), found {text!r}"
         ) from None
-    return found if found.tzinfo else found.replace(tzinfo=UTC)
+    return found
 
 
 def ask(yes: bool, as_json: bool, question: str) -> None:

@@ -102,6 +102,8 @@ def test_what_is_refused_is_told_with_the_reason(cli: Cli, tmp_path: Path) -> No
     told = cli("import", tmp_path)
     assert told.returncode == 7
     assert "no model was recognised" in told.stderr
+    told = cli("import", tmp_path / "nothing")
+    assert (told.returncode, told.stderr) == (3, f"salsa-node: there is no file or folder {tmp_path / 'nothing'}\n")
     told = cli("fetch", "liver_lesion")
     assert told.returncode == 3
     assert "liver_lesions" in told.stderr

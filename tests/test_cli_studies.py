@@ -118,6 +118,10 @@ def test_studies_are_found_by_what_is_known_of_them(store, cli, words, found):
         (("--state", "lost"), "not delivered"),
         (("--sort", "size"), "accession"),
         (("--date", "2026"), "20260131"),
+        (("--date", "20261301"), "20260131"),
+        (("--date", "20260131-20260101"), "20260131"),
+        (("--date", "20260101-20260199"), "20260131"),
+        (("--since", "0001-01-01T00:00+14:00"), "24h"),
         (("--since", "yesterday"), "24h"),
     ],
 )
@@ -362,6 +366,17 @@ def test_a_table_says_what_is_there_and_draws_nothing(capsys):
     told = capsys.readouterr().out
     assert ":bell:" in told
     assert "[red]" in told
+
+
+@pytest.mark.parametrize(("encoding", "drawn"), [("utf-8", "────"), ("ascii", "----"), ("latin-1", "----")])
+def test_a_terminal_of_few_letters_gets_what_it_can_print(store, command, encoding, drawn):
+    store.add_event("study", QUEUED, "study.held", "one – 肝臓", NOW, QUEUED)
+    there = {**os.environ, "PYTHONIOENCODING": encoding}
+    told = subprocess.run(command("show", QUEUED), env=there, capture_output=True, check=False)
+    assert (told.returncode, told.stderr) == (0, b"")
+    shown = told.stdout.decode(encoding)
+    assert drawn in shown
+    assert ("one – 肝臓" if encoding == "utf-8" else "one - ??") in shown
 
 
 def test_the_shell_completes_commands(command):
