@@ -38,6 +38,7 @@ _MARKER_IN_JPEG: Final = re.compile(rb"\xff[^\x00\xff]")  # T.81 F.1.2.3: a zero
 _MARKER_IN_JPEG_LS: Final = re.compile(rb"\xff[\x80-\xfe]")  # T.87 A.1: a zero bit does
 _TAIL: Final = 16  # bytes in which the last marker must lie: some writers pad by more than one
 _SOC_SIZ: Final = b"\xff\x4f\xff\x51"  # ITU-T T.800 A.4.1 and A.5.1
+_SOT: Final = b"\xff\x90"  # and A.4.2
 _JPEG: Final = (JPEGLossless, JPEGLosslessSV1)
 _JPEG_LS: Final = (JPEGLSLossless, JPEGLSNearLossless)
 _JPEG_2000: Final = (JPEG2000Lossless, JPEG2000)
@@ -233,10 +234,31 @@ def _jpeg(frame: bytes, start_of_frame: int) -> _Jpeg:
 
 def _jpeg_2000_header(frame: bytes) -> _CodeStream:
     """From the SIZ marker segment of a bare code stream, one component, one sample a pixel (ITU-T T.800 A.5.1)."""
-    if frame[:4] != _SOC_SIZ or _EOI not in frame[-_TAIL:]:
-        raise ValueError("no whole code stream")
+    if frame[:4] != _SOC_SIZ:
+        raise ValueError("no code stream")
+    _check_tile_parts(frame)
     right, bottom, left, top = (int.from_bytes(frame[at : at + 4]) for at in (8, 12, 16, 20))
     components, depth, step = int.from_bytes(frame[40:42]), frame[42], frame[43:45]
     if (components, step, left, top) != (1, b"\1\1", 0, 0):
         raise ValueError("not one component from the origin on")
     return _CodeStream((bottom, right), (depth & 0x7F) + 1, bool(depth & 0x80))
+
+
+def _check_tile_parts(frame: bytes) -> None:
+    """Left to pydicom: a code stream whose tile-parts are not as long as they say (ITU-T T.800 A.4.2, A.4.4).
+
+    GDCM refuses what lost or gained a byte; our decoder makes an image of it. A last tile-part may also say nothing.
+    """
+    at = 2
+    while frame[at : at + 2] != _SOT:
+        length = int.from_bytes(frame[at + 2 : at + 4])
+        if frame[at : at + 1] != b"\xff" or length < 2:
+            raise ValueError("no marker segment where one is due")
+        at += 2 + length
+    while frame[at : at + 2] == _SOT:
+        length = int.from_bytes(frame[at + 6 : at + 10])
+        if length < 14:
+            raise ValueError("a tile-part of no known length")
+        at += length
+    if frame[at : at + 2] != _EOI or len(frame) - at > _TAIL:
+        raise ValueError("tile-parts that do not end where the code stream does")

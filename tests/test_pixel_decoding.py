@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from made_series import edit, files, made
+from PIL import Image
 from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate, generate_frames
 from pydicom.uid import (
@@ -220,6 +222,26 @@ def test_a_code_stream_that_was_cut_is_left_to_pydicom(syntax: UID) -> None:
     assert np.array_equal(quickly(ds), values)
     for length in (*range(2, 120, 3), len(frame) // 2, len(frame) - 40):
         assert quickly(holding(ds, syntax, frame[:length])) is None, length
+
+
+@pytest.mark.parametrize("syntax", [JPEG2000Lossless, JPEGLSLossless])
+@pytest.mark.parametrize("lost", [1, 2, 60])
+def test_a_code_stream_that_lost_bytes_within_is_left_to_pydicom(syntax: UID, lost: int) -> None:
+    """Its header and its end are whole, and a decoder that makes what it can of the rest would make other voxels."""
+    values = a_scan(np.uint16, 12, (96, 80))
+    frame = ENCODERS[syntax](values, 12)
+    for at in (len(frame) // 3, len(frame) // 2, len(frame) - 100):
+        found = quickly(holding(image(values, 12), syntax, frame[:at] + frame[at + lost :]))
+        assert found is None or np.array_equal(found, values), at
+
+
+def test_jpeg_2000_in_several_tiles_is_decoded_quickly() -> None:
+    values = a_scan(np.uint16, 16, (96, 80))
+    content = io.BytesIO()
+    Image.fromarray(values).save(content, "JPEG2000", tile_size=(32, 32), irreversible=False, no_jp2=True)
+    frame = content.getvalue()
+    assert frame.count(b"\xff\x90\0\x0a") == 9
+    assert is_same(holding(image(values), JPEG2000Lossless, frame))
 
 
 DAMAGE = """

@@ -13,6 +13,7 @@ from totalsegmentator.cropping import crop_to_mask
 from totalsegmentator.resampling import change_spacing
 
 from salsa_node.errors import SeriesRejected
+from salsa_node.pipelines import scan
 from salsa_node.pipelines.scan import Box, Scan, image_of, nearest
 from salsa_node.volume import CtVolume, Grid
 
@@ -69,6 +70,16 @@ def test_another_spacing_is_totalsegmentators_to_the_last_bit(
     assert np.array_equal(found, np.asarray(expected.dataobj))
     assert spacing_mm == tuple(map(float, expected.header.get_zooms()))
     assert found.dtype == np.float32
+
+
+@pytest.mark.parametrize("at_once", [1, 2000])
+def test_slab_by_slab_is_the_same(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scan of 400 slices takes many slabs; this one is a single one unless it is told otherwise."""
+    ct = scanned("prone from the head", (2.5, 0.8, 1.3))
+    _, expected = by_totalsegmentator(ct, (1.5, 1.5, 1.5), None)
+    monkeypatch.setattr(scan, "_AT_ONCE", at_once)
+    found, _ = Scan(ct, CPU).at_spacing((1.5, 1.5, 1.5), None)
+    assert np.array_equal(found, np.asarray(expected.dataobj))
 
 
 @pytest.mark.parametrize("box", [None, (slice(0, 37), slice(0, 41), slice(0, 23))])
