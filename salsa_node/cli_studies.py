@@ -244,7 +244,7 @@ def purge(
     if reserve.give_back(data_dir):
         console.note(_GIVEN_BACK)
     with _store(config_file) as record:
-        wanted = [record.study(name).study_uid for name in study]
+        wanted = list(dict.fromkeys(record.study(name).study_uid for name in study))  # one may go by several names
         aside = [uid for uid in wanted if forget and any(row.path for row in record.quarantined_of(uid))]
         if aside:  # a purge leaves them: the study would lose the rest and could not be forgotten
             raise IllegalTransition(
@@ -254,15 +254,21 @@ def purge(
         what = "images, results and record" if forget else "images and results" if results else "images"
         ask(yes, as_json, f"remove the {what} of {len(wanted)} studies from this machine for good?")
         _trail(config_file).ordered("purge", wanted, datetime.now(UTC), what)
-        told = []
-        for uid in wanted:
-            files, size = record.purge(uid, "by hand", datetime.now(UTC), let_go, results=results or forget)
-            if forget:
-                from salsa_node import retention
+        told: list[dict[str, object]] = []
+        try:
+            for uid in wanted:
+                files, size = record.purge(uid, "by hand", datetime.now(UTC), let_go, results=results or forget)
+                if forget:
+                    from salsa_node import retention
 
-                record.forget(uid, datetime.now(UTC), let_go)
-                retention.remove_folders(data_dir, uid)
-            told.append({"study_uid": uid, "files": files, "image_bytes": size})
+                    record.forget(uid, datetime.now(UTC), let_go)
+                    retention.remove_folders(data_dir, uid)
+                told.append({"study_uid": uid, "files": files, "image_bytes": size})
+        finally:  # what is gone is told, though another study of them may not go
+            _put_purged(told, as_json)
+
+
+def _put_purged(told: Sequence[dict[str, object]], as_json: bool) -> None:
     if as_json:
         console.put_json(told)
     else:

@@ -295,6 +295,16 @@ def test_a_study_with_images_in_quarantine_keeps_all_it_has_where_it_cannot_be_f
     assert aside.exists()
 
 
+def test_a_purge_names_what_it_removed_before_a_study_that_may_not_go_and_a_study_once(store, cli):
+    told = cli("purge", "--yes", "--json", FAILED, QUEUED, DONE)
+    assert told.returncode == 4
+    assert [line["study_uid"] for line in json.loads(told.stdout)] == [FAILED]
+    assert len(store.instances_of(DONE)) == 3
+    told = cli("purge", "--yes", "--forget", DONE, "ACC4", DONE)
+    assert (told.returncode, told.stderr) == (0, "")
+    assert told.stdout.count(DONE) == 1
+
+
 def test_images_that_come_again_after_a_purge_are_kept_and_looked_at(store, tmp_path):
     data = tmp_path / "data"
     store.purge(DONE, "by hand", NOW, lambda paths: None)
