@@ -69,6 +69,6 @@ def _folded(text: str, width: int) -> list[str]:
             if cell_len(joined) <= width:
                 pieces[-1] = joined
                 continue
-            chopped = chop_cells(word, width) or [""]
+            chopped = chop_cells(word, width) if word else []
             pieces[-1:] = chopped if not pieces[-1] else [pieces[-1], *chopped]
     return pieces

@@ -19,6 +19,8 @@ def test_what_was_made_is_handed_over_once_and_only_under_its_key() -> None:
     assert held.take("another") is None
     assert held.take("study") == "volume"
     assert held.take("study") is None
+    held.begin("study", lambda: "volume again")
+    assert held.take("study") == "volume again"
 
 
 def test_what_is_not_ready_is_waited_for() -> None:
@@ -63,6 +65,11 @@ def test_files_are_told_apart_and_from_themselves_once_they_are_written(tmp_path
     paths[1].write_bytes(b"12345")
     os.utime(paths[1], ns=(before[1][3], before[1][3]))
     assert as_they_lie(paths) != changed
+    again = as_they_lie(paths)
+    (tmp_path / "another").write_bytes(b"4321")
+    os.utime(tmp_path / "another", (1, 1))
+    (tmp_path / "another").replace(paths[0])
+    assert as_they_lie(paths) != again
     paths[0].unlink()
     assert as_they_lie(paths) == ()
 
@@ -81,6 +88,8 @@ def test_reading_into_the_cache_has_a_bound_and_passes_over_what_is_gone(
         path.write_bytes(bytes(1000))
     assert into_cache(paths) == 4000
     monkeypatch.setattr(ahead, "READ_AHEAD_BYTES", 1500)
+    assert into_cache(paths) == 2000
+    monkeypatch.setattr(ahead, "READ_AHEAD_BYTES", 2000)
     assert into_cache(paths) == 2000
     monkeypatch.delattr(os, "posix_fadvise")
     assert into_cache(paths) == 0

@@ -176,3 +176,34 @@ def test_the_worker_reads_the_config_as_it_was_at_the_start(config, tmp_path):
     assert copy is not None
     assert parse(copy.read_text()).assembly.quiet_s == 5
     assert node._own_copy(config, None) is None
+
+
+def test_a_worker_is_stopped_when_nothing_can_start_it_again(config, free_port, monkeypatch):
+    ends = [(signum, signal.getsignal(signum)) for signum in (signal.SIGTERM, signal.SIGINT)]
+    stopped, asked, under_way = threading.Event(), threading.Event(), []
+    ask_to_stop = node.Loop.ask_to_stop
+
+    class Worker:
+        """One that is looked after for a while yet when the node is told to stop."""
+
+        failing = ""
+
+        def __init__(self, *_: object) -> None:
+            pass
+
+        def step(self, _: datetime) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            under_way.append((asked.wait(60), stopped.wait(0.5)))
+
+        def stop(self) -> None:
+            stopped.set()
+
+    monkeypatch.setattr(node, "WorkerProcess", Worker)
+    monkeypatch.setattr(node.Loop, "ask_to_stop", lambda loop: (ask_to_stop(loop), asked.set()))
+    try:
+        node.serve(replace(config, listener=ListenerSettings(port=free_port)), None)
+    finally:
+        for signum, then in ends:
+            signal.signal(signum, then)
+    assert under_way == [(True, False)]
+    assert stopped.is_set()

@@ -44,6 +44,19 @@ def test_a_wide_character_takes_two_cells():
     assert lines[2:] == ["肝臓の  end", "画像"]
 
 
+def test_a_line_break_is_kept_where_there_is_room():
+    assert drawn(["abc", "d"], [["a\nb", "x"]], 80)[2:] == ["a    x", "b"]
+
+
+def test_blanks_at_an_edge_make_no_empty_line():
+    assert drawn(["abc"], [["abc  "], ["abc  de"]], 3)[2:] == ["abc", "abc", "de"]
+
+
+def test_only_the_first_sign_of_a_heading_is_for_its_side():
+    assert drawn([">a>", "b>c"], [["", "d"], ["xyz", ""]], 80) == [" a>  b>c", "───  ───", "     d", "xyz"]
+    assert drawn(["b>cd", "e"], [["d", ""]], 80)[2] == "d"
+
+
 def test_no_rows_leave_the_headings():
     assert drawn(["a", ">bc"], [], 10) == ["a  bc", "─  ──"]
 
