@@ -190,14 +190,18 @@ class Worker:
         return assembly.outranked(self._store, config.node.data_dir, run, rules)
 
     def _begin(self, run: Run, stage: str, pipeline: Pipeline) -> None:
-        """While a GPU segments the next volume is read; where the processors do, its files come into the cache."""
+        """While a GPU segments the next volume is read; where the processors do, its files come into the cache.
+
+        Damaged pixels can end this whole process inside a decoder: a run that is carried again shares it with nobody.
+        """
         self._tell(run, stage)
         following = self._store.next_in_line() if stage == "segmenting" else None
         if following is None or following.refusal is not None:
             return
         paths, rules = self._paths(following), self._config.series
         into_cache(paths)
-        if pipeline.provenance.device.startswith("cuda") and (key := as_they_lie(paths)):
+        on_gpu = pipeline.provenance.device.startswith("cuda")
+        if on_gpu and run.attempt == 1 and (key := as_they_lie(paths)):
             self._next.begin((key, rules), lambda: read(paths, rules))
 
     def _paths(self, run: Run) -> list[Path]:

@@ -561,8 +561,9 @@ def test_what_stays_loaded_is_kept_from_the_collector_until_it_is_let_go_of(stor
     worker.settle()
     frozen = gc.get_freeze_count()
     assert frozen > 1000
-    worker.settle()
-    assert gc.get_freeze_count() <= frozen
+    with monkeypatch.context() as patched:
+        patched.setattr(gc, "freeze", lambda: pytest.fail("nothing was loaded since"))
+        worker.settle()
     worker._unload()
     assert gc.get_freeze_count() == 0
     gc.collect()
@@ -645,6 +646,19 @@ def test_a_volume_whose_files_have_changed_since_is_read_again(store, config, st
     assert worker.step(T0).state is RunState.PRODUCED
     main = threading.current_thread().name
     assert [by for by, folder in read_by if folder == following.series_uid] == ["ahead", main]
+
+
+def test_a_run_whose_worker_died_is_carried_again_beside_no_other_reading(
+    store, config, study, following, read_by, monkeypatch
+):
+    """The next study's damaged pixels may have ended it inside a decoder, and would do so again and again."""
+    monkeypatch.setattr("salsa_node.pipelines.load", lambda _, settings: OnGpu(settings))
+    for one in (study, following):
+        queue(store, one, one.truth_labels)
+    store.claim_run("dead", config.worker.lease_s, T0 - timedelta(days=1))
+    run = Worker(store, config, "worker", clock=lambda: T0).step(T0)
+    assert (run.study_uid, run.attempt, run.state) == (study.study_uid, 2, RunState.PRODUCED)
+    assert {folder for _, folder in read_by} == {study.series_uid}
 
 
 def test_what_was_read_ahead_is_let_go_of_where_nobody_needs_it(store, config, study, following, monkeypatch):
