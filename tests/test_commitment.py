@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import raw_scu
+from pydicom.config import disable_value_validation
 from pydicom.dataset import Dataset
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from pynetdicom import AE, evt
@@ -161,6 +162,14 @@ def test_images_and_requests_share_an_association(port: int, store: Store) -> No
     image.SOPInstanceUID = "2.25.8.1.6"
     assert assoc.send_c_store(image).Status == 0
     assoc.release()
+
+
+def test_a_transaction_has_a_uid_of_at_most_64_characters() -> None:
+    with disable_value_validation():
+        longest, too_long = (action((raw_scu.CT, HELD), transaction_uid="1." + "2" * n) for n in (62, 63))
+        assert len(commitment.requested(longest)[0]) == 64
+        with pytest.raises(ValueError, match="names no transaction"):
+            commitment.requested(too_long)
 
 
 @pytest.mark.parametrize(

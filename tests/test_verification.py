@@ -94,6 +94,8 @@ def test_what_was_taken_and_lost_is_found_out_and_sent_again(store: Store, tmp_p
         assert standing(store) == [(PENDING, ""), (VERIFIED, "C-FIND")]
         lost = store.deliveries_of(1)[0]
         assert lost.last_error == "pacs: took it and does not hold it; it is sent again"
+        node(after(129), pacs.destination())  # a wait longer than after the first attempt
+        assert pacs.uids == [SEG, SR]
         node(after(130), pacs.destination())
         node(after(140), pacs.destination())
     assert standing(store) == [(VERIFIED, "C-FIND")] * 2
