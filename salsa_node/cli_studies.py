@@ -105,6 +105,8 @@ def cancel(
     ] = False,
 ) -> None:
     """Stop the runs of a study that wait or run; the result that it has stays."""
+    from salsa_node.store import DeliveryState
+
     with _store(config_file) as record:
         wanted = record.study(study).study_uid
         what = "what is under way for" + (", and what was never taken of," if deliveries else "")
@@ -112,6 +114,9 @@ def cancel(
         _trail(config_file).ordered("cancel", [wanted], datetime.now(UTC), "deliveries" if deliveries else "")
         runs = record.cancel(wanted, datetime.now(UTC))
         withdrawn = record.give_up_for_good(wanted, datetime.now(UTC)) if deliveries else ()
+        going = sum(
+            due.state is DeliveryState.PENDING for run in record.runs_of(wanted) for due in record.deliveries_of(run.id)
+        )
     if as_json:
         told = [{"run": run.id, "state": run.state.value} for run in runs]
         console.put_json([*told, *({"delivery": one.id, "state": one.state.value} for one in withdrawn)])
@@ -121,7 +126,9 @@ def cancel(
             console.put(f"cancelled: run {numbers}; salsa-node rerun {wanted} starts another")
         for one in withdrawn:
             console.put(f"delivery {one.id} to {one.destination} is withdrawn")
-        if not runs and not withdrawn:
+        if not runs and not withdrawn and going:
+            console.put(f"no run is under way; {going} deliveries go on: salsa-node hold {wanted} keeps them here")
+        elif not runs and not withdrawn:
             console.put("nothing is under way" + (", and nothing was given up" if deliveries else ""))
     if not runs and not withdrawn:
         raise SystemExit(EXIT_NO)

@@ -176,6 +176,14 @@ def test_cancel_asks_and_stops_what_waits(store, cli):
     assert cli("cancel", QUEUED, "--json").returncode == 2
 
 
+def test_cancel_says_how_to_keep_here_what_is_still_being_sent(store, cli):
+    assert cli("cancel", GIVEN_UP, "--yes").stdout == "nothing is under way\n"
+    store.retry(GIVEN_UP, NOW)
+    told = cli("cancel", GIVEN_UP, "--yes", "--deliveries")
+    assert told.returncode == 1
+    assert told.stdout == f"no run is under way; 2 deliveries go on: salsa-node hold {GIVEN_UP} keeps them here\n"
+
+
 def test_retry_tries_again_what_failed_and_what_was_given_up(store, cli):
     told = json.loads(cli("retry", "--all", "--json").stdout)
     assert [(line["study_uid"], bool(line["run"]), len(line["deliveries"])) for line in told] == [
