@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.machinery import SourceFileLoader
@@ -47,6 +48,7 @@ def test_what_is_measured_ends_with_an_interrupted_bench(
     @contextmanager
     def interrupted(pid: int) -> Iterator[list[float]]:
         started.append(pid)
+        assert os.getpgid(pid) == pid, "its processes can be ended together, and an interrupt reaches it by the bench"
         raise KeyboardInterrupt
         yield [0.0]
 
