@@ -335,6 +335,15 @@ def test_whichever_header_is_another_patients_is_compared(keyword, as_read):
     assert distinct(source) == [0, 5, 9]
 
 
+@pytest.mark.parametrize("as_read", [True, False])
+def test_another_patients_header_of_the_same_length_is_compared(as_read):
+    source = made.headers(made.grid())
+    source[5].PatientID = str(source[0].PatientID)[:-1] + "?"
+    if as_read:
+        source = [reread(made.with_meta(ds)) for ds in source]
+    assert distinct(source) == [0, 5]
+
+
 @pytest.mark.parametrize(
     ("written_so", "expected"),
     [
