@@ -301,15 +301,18 @@ def test_a_zip_that_says_less_than_it_holds_is_refused(tmp_path: Path) -> None:
         ("weights", b"PK\x03\x04 cut off", "no whole zip .*; copy or download it again"),
         ("x.zip", b"", "is an empty file"),
         ("x.tar", b"tar", "neither a folder nor a zip; unpack it"),
-        ("absent", None, "there is no file or folder"),
     ],
 )
-def test_what_is_no_zip_is_refused(tmp_path: Path, name: str, content: bytes | None, words: str) -> None:
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
+def test_what_is_no_zip_is_refused(tmp_path: Path, name: str, content: bytes, words: str) -> None:
+    (tmp_path / name).write_bytes(content)
     with pytest.raises(ModelRefused, match=words):
         import_model(tmp_path / name, tmp_path / "models", NOW)
     assert left_behind(tmp_path / "models") == []
+
+
+def test_a_path_where_nothing_is_names_it(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"there is no file or folder .*absent"):
+        import_model(tmp_path / "absent", tmp_path / "models", NOW)
 
 
 def test_a_truncated_zip_is_refused(tmp_path: Path) -> None:
