@@ -223,6 +223,24 @@ def test_a_gpu_without_room_leaves_it_to_the_cpu(monkeypatch: pytest.MonkeyPatch
         assert Scan(ct, DEVICE)._voxels.device == CPU
 
 
+def test_a_gpu_without_room_for_what_has_the_spacing_leaves_it_to_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    ct = scanned("prone from the head", (1.5, 1.5, 1.5))
+    expected = Scan(ct, CPU).at_spacing((1.5, 1.5, 1.5), None)[0]
+    flip, tried = torch.flip, []
+
+    def full(voxels: torch.Tensor, axes: list[int]) -> torch.Tensor:
+        tried.append(voxels.device)
+        if voxels.device == DEVICE:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return flip(voxels, axes)
+
+    with pretended_gpu(1):
+        scan = Scan(ct, DEVICE)
+        monkeypatch.setattr(torch, "flip", full)
+        assert np.array_equal(scan.at_spacing((1.5, 1.5, 1.5), None)[0], expected)
+    assert tried == [DEVICE, CPU]
+
+
 def test_another_fault_of_a_gpu_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> torch.Tensor:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")

@@ -81,12 +81,10 @@ class Scan:
         zooms = np.array(self.turned(self.spacing_mm))
         zoom = zooms / np.array(spacing_mm)
         voxels = self._voxels.permute(2, 1, 0)[sides].permute(*self._order)
-        if np.array_equal(zooms, np.array(spacing_mm)):
-            values = torch.flip(voxels, [axis for axis, flipped in enumerate(self._flipped) if flipped])
-            values = values.to(torch.int32) if box is not None else values
-            return values.float().cpu().numpy(), spacing_mm
-        shape = [round(count * float(share)) for count, share in zip(voxels.shape, zoom, strict=True)]
         with _room_on(self._voxels.device):
+            if np.array_equal(zooms, np.array(spacing_mm)):
+                return self._as_it_is(voxels, whole=box is not None), spacing_mm
+            shape = [round(count * float(share)) for count, share in zip(voxels.shape, zoom, strict=True)]
             return self._linear(voxels, shape, whole=box is not None), self._spacing_of(zoom)
         self._voxels = self._voxels.cpu()
         return self.at_spacing(spacing_mm, box)
@@ -98,6 +96,12 @@ class Scan:
         empty = np.zeros((1, 1, 1), dtype=np.uint8)
         x_mm, y_mm, z_mm = Nifti1Image(empty, affine).header.get_zooms()  # type: ignore[no-untyped-call]
         return float(x_mm), float(y_mm), float(z_mm)
+
+    def _as_it_is(self, voxels: torch.Tensor, *, whole: bool) -> npt.NDArray[np.float32]:
+        """(x, y, z) voxels whose flips are still to come. whole: they are cut to whole units."""
+        values = torch.flip(voxels, [axis for axis, flipped in enumerate(self._flipped) if flipped])
+        found: npt.NDArray[np.float32] = (values.to(torch.int32) if whole else values).float().cpu().numpy()
+        return found
 
     def _linear(self, voxels: torch.Tensor, shape: list[int], *, whole: bool) -> npt.NDArray[np.float32]:
         """What `scipy.ndimage.zoom(order=1, mode="nearest")` gives, bit for bit: eight products in its order.
