@@ -171,7 +171,7 @@ class TaskNetwork:
         counts = scan.shape if box is None else tuple(side.stop - side.start for side in box)
         seen = zip(scan.turned(counts), scan.turned(scan.spacing_mm), self.task.spacing_mm, strict=True)
         for count, mm, wanted_mm in seen:
-            if round(count * mm / wanted_mm) < 1:
+            if round(count * (mm / wanted_mm)) < 1:  # as the scan is resampled, to the last bit
                 raise SeriesRejected(
                     f"{count} voxels of {mm:.3g} mm in one direction: less than half of one voxel of "
                     f"{wanted_mm:.3g} mm, which is what TotalSegmentator's task {self.task.number} looks at"
